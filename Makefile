@@ -1,0 +1,51 @@
+# make demo   train a small RWKV on this machine's Python library, then run it as an RNN
+# make test   everything that is tested        make check   lint, format, types
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+MINUTES ?= 4
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; use make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[plot]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/receptance doctor
+	rm -rf $(RUN)
+	$(BIN)/receptance train \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
+		--exclude site-packages test tests idlelib lib2to3 --out $(RUN) \
+		--minutes $(MINUTES) --tokenizer bpe:2048 --width 256 --layers 4 \
+		--batch 4 --context 256 --learning-rate 4e-3 --final-learning-rate 1e-4 \
+		--warmup-steps 50 --validation 0.02 --reports 5 --sample-prompt 'def '
+	$(BIN)/receptance generate $(RUN) 'class Queue:' --max-tokens 200 --top-p 0.8
+	$(BIN)/python benchmarks/demo.py $(RUN)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
