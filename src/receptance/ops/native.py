@@ -1,0 +1,137 @@
+"""WKV-4 in C++ for CPUs (sources in receptance/native): float32, bfloat16 and float64.
+
+Built when the package is installed; without a compiler the module is absent and
+`is_available()` says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+CHUNK = 32  # kChunk in wkv4.h
+
+# The enum Element in wkv4.h. Other types go through float32.
+_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+# Under this many elements a call finishes before other threads have woken up.
+_SERIAL_ELEMENTS = 8192
+
+
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("receptance._native")
+    except ImportError:
+        return None
+
+
+# Cheap, and torch.compile cannot trace an import on first use.
+_LIBRARY = _load()
+
+
+def library() -> ModuleType | None:
+    """The compiled module, or None where it was not built."""
+    return _LIBRARY
+
+
+def is_available() -> bool:
+    """Whether the kernels were built for this Python."""
+    return library() is not None
+
+
+def instruction_sets() -> list[str]:
+    """What the kernels can use on this machine, the fastest first; empty without kernels."""
+    module = library()
+    return [] if module is None else list(module.instruction_sets())
+
+
+def forward(
+    log_decay: Tensor,
+    bonus: Tensor,
+    key: Tensor,
+    value: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    exponent: Tensor,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    instruction_set: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output [B,T,C], the final state's three parts [B,C], chunk starts [B,N,3,C]."""
+    batch, time, width = key.shape
+    dtype, inner, wide = value.dtype, _inner(value.dtype), exponent.dtype
+    out = torch.empty(batch, time, width, dtype=inner)
+    a = torch.empty(batch, width, dtype=wide)
+    b, o = torch.empty_like(a), torch.empty_like(a)
+    starts = torch.empty(batch, -(-time // CHUNK), 3, width, dtype=wide)
+    inputs = [
+        log_decay.contiguous(),
+        bonus.contiguous(),
+        key.to(inner).contiguous(),
+        value.to(inner).contiguous(),
+        numerator.contiguous(),
+        denominator.contiguous(),
+        exponent.contiguous(),
+        *_masks(resets, lengths, time),
+    ]
+    _call("wkv4_forward", key.shape, inner, instruction_set, [*inputs, out, a, b, o, starts])
+    return out.to(dtype), a, b, o, starts
+
+
+def backward(
+    grad_out: Tensor,
+    grad_numerator: Tensor,
+    grad_denominator: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    resets: Tensor | None,
+    lengths: Tensor | None,
+    instruction_set: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
+    batch, time, width = key.shape
+    dtype, inner = key.dtype, _inner(key.dtype)
+    grad_vectors = [torch.empty(batch, width, dtype=torch.float64) for _ in range(2)]
+    grad_key, grad_value = (torch.empty(batch, time, width, dtype=inner) for _ in range(2))
+    grad_a, grad_b = (torch.empty(batch, width, dtype=starts.dtype) for _ in range(2))
+    inputs = [
+        grad_out.to(inner).contiguous(),
+        *(x.contiguous() for x in (grad_numerator, grad_denominator, log_decay, bonus)),
+        *(x.to(inner).contiguous() for x in (key, value)),
+        starts.contiguous(),
+        *_masks(resets, lengths, time),
+    ]
+    outputs = [*grad_vectors, grad_key, grad_value, grad_a, grad_b]
+    _call("wkv4_backward", key.shape, inner, instruction_set, [*inputs, *outputs])
+    grad_decay, grad_bonus = (x.sum(0).to(starts.dtype) for x in grad_vectors)
+    return grad_decay, grad_bonus, grad_key.to(dtype), grad_value.to(dtype), grad_a, grad_b
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _ELEMENTS else torch.float32
+
+
+def _masks(
+    resets: Tensor | None, lengths: Tensor | None, time: int
+) -> tuple[Tensor | None, Tensor | None]:
+    # Lengths index memory in the kernels: keep them inside it whatever the caller passed.
+    lengths = None if lengths is None else lengths.long().clamp(0, time).contiguous()
+    return None if resets is None else resets.contiguous(), lengths
+
+
+def _call(
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    instruction_set: str,
+    tensors: list[Tensor | None],
+) -> None:
+    threads = 1 if shape.numel() < _SERIAL_ELEMENTS else torch.get_num_threads()
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    getattr(library(), name)(*shape, _ELEMENTS[dtype], threads, instruction_set, addresses)
