@@ -1,0 +1,284 @@
+"""The model: embed -> blocks -> head, with one call for both forms.
+
+`model(tokens)` over a whole text is the parallel form; `model(token, state)` one token at a time
+is the recurrent form. They are the same function: cutting a sequence anywhere, batching it with
+anything, padding or packing it changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from receptance.config import ModelConfig
+from receptance.model import v4
+from receptance.model.parts import LayerNorm, Linear
+from receptance.state import State
+
+if TYPE_CHECKING:
+    from receptance.tokenizer import Tokenizer
+
+VERSIONS = {4: v4}
+
+# The official code leaves the last layer norm at torch's default.
+_FINAL_EPSILON = 1e-5
+_HEAD_SCALE = 0.5
+_FINGERPRINT_SAMPLES = 4096
+
+
+class Block(nn.Module):
+    """x + time mixing, then x + channel mixing, each after its own layer norm."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        version = VERSIONS[config.version]
+        if layer == 0:
+            self.ln0 = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.ln1 = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.ln2 = LayerNorm(config.width, config.layer_norm_epsilon)
+        self.att = version.TimeMix(config, layer)
+        self.ffn = version.ChannelMix(config, layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: v4.LayerState,
+        resets: Tensor | None,
+        lengths: Tensor | None,
+        backend: str | None,
+        dropout: float,
+    ) -> tuple[Tensor, v4.LayerState]:
+        """[B,T,C] -> [B,T,C], and the layer's state after it."""
+        mixed, state = self.att(self.ln1(x), state, resets, lengths, backend)
+        x = F.dropout(x + mixed, dropout, self.training)
+        mixed, state = self.ffn(self.ln2(x), state, resets, lengths)
+        return F.dropout(x + mixed, dropout, self.training), state
+
+
+class Model(nn.Module):
+    """An RWKV language model; parameters carry the names of the official files.
+
+    A new model has the official starting values, drawn from `seed`; `embedding_bound` is the
+    official first learning rate (see initialise). `dropout` acts in training mode only: after the
+    embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a WKV
+    kernel (see ops.available_backends), None takes the fastest.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        dropout: float = 0.0,
+        embedding_bound: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
+        self.config = config
+        self.dropout = dropout
+        self.backend: str | None = None
+        self.emb = nn.Embedding(
+            config.vocab_size,
+            config.width,
+            _weight=torch.empty(config.vocab_size, config.width),
+        )
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.ln_out = LayerNorm(config.width, _FINAL_EPSILON)
+        self.head = Linear(config.width, config.vocab_size)
+        if self.emb.weight.device.type != "meta":
+            self.initialise(seed, embedding_bound=embedding_bound)
+
+    @torch.no_grad()
+    def initialise(self, seed: int, *, embedding_bound: float = 1e-4) -> None:
+        """Starting values of RWKV-v4neo, where embedding_bound is the first learning rate.
+
+        A tiny embedding changes its direction in few steps, and ln0 amplifies it.
+        """
+        generator = torch.Generator(device=self.emb.weight.device).manual_seed(seed)
+        self.emb.weight.uniform_(-embedding_bound, embedding_bound, generator=generator)
+        for block in self._blocks:
+            block.att.initialise(generator)
+            block.ffn.initialise(generator)
+        self.head.orthogonal_(_HEAD_SCALE, generator)
+
+    @property
+    def _blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Model:
+        """A model around existing tensors under their official names, in evaluation mode.
+
+        dtype None keeps the dtype of the embedding for all; decays are never narrower than
+        float32. ValueError names tensors that are missing, unexpected or of the wrong shape.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        wanted = model.state_dict()
+        if missing := sorted(set(wanted) - set(tensors)):
+            raise ValueError(f"{len(missing)} tensors are missing, first {missing[:3]}")
+        if unexpected := sorted(set(tensors) - set(wanted)):
+            raise ValueError(f"{len(unexpected)} unexpected tensors, first {unexpected[:3]}")
+        dtype = dtype or tensors["emb.weight"].dtype
+        exact = {}
+        for name, want in wanted.items():
+            if tensors[name].numel() != want.numel():
+                raise ValueError(
+                    f"{name} is {list(tensors[name].shape)}; the sizes of this model want "
+                    f"{list(want.shape)}"
+                )
+            keep = name.endswith(("time_decay", "time_first")) and dtype.itemsize < 4
+            exact[name] = (
+                tensors[name].reshape(want.shape).to(device, torch.float32 if keep else dtype)
+            )
+        model.load_state_dict(exact, assign=True)
+        return model.eval()
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Multipliers of the learning rate that differ from 1, by parameter name."""
+        return {
+            f"blocks.{i}.{part}.{name}": scale
+            for i, block in enumerate(self._blocks)
+            for part in ("att", "ffn")
+            for name, scale in getattr(block, part).learning_rate_scales().items()
+        }
+
+    def empty_state(self, batch: int = 1, *, dtype: torch.dtype | None = None) -> State:
+        """The state of rows that have read nothing."""
+        like = torch.empty(0, device=self.emb.weight.device, dtype=dtype or self.emb.weight.dtype)
+        layer = VERSIONS[self.config.version].LayerState.empty(self.config, batch, like)
+        layers = self.config.num_layers
+        tensors = {n: x.expand(layers, *x.shape) for n, x in layer._asdict().items()}
+        return State(tensors, torch.zeros(batch, dtype=torch.int64, device=like.device))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, State]:
+        """Logits for the token after each position: [B,T] -> [B,T,V], and the state.
+
+        state is what an earlier call returned, None for rows that have read nothing.
+        lengths [B], each in 0..T, says how many tokens of a row are real: the state is the one
+        after those, and logits beyond them mean nothing. resets [B,T] bool starts a row afresh
+        at every true position, so that packed documents do not see each other.
+        dtype is that of activations (None: that of the parameters).
+        """
+        x, state = self.features(tokens, state, lengths=lengths, resets=resets, dtype=dtype)
+        return self.head(x), state
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, State]:
+        """The same without the head: [B,T] -> [B,T,C], and the state.
+
+        Prefill scores one position of it, training computes the loss piece by piece.
+        """
+        dtype = dtype or self.emb.weight.dtype
+        self._check(tokens, state, lengths, resets)
+        if state is None:
+            state = self.empty_state(tokens.shape[0], dtype=dtype)
+        version = VERSIONS[self.config.version]
+        x = F.dropout(self.emb(tokens).to(dtype), self.dropout, self.training)
+        x = self._blocks[0].ln0(x)
+        names = version.LayerState._fields
+        before = zip(*(state.tensors[name].unbind(0) for name in names), strict=True)
+        after = []
+        for block, parts in zip(self._blocks, before, strict=True):
+            layer = version.LayerState(*parts)
+            x, layer = block(x, layer, resets, lengths, self.backend, self.dropout)
+            after.append(layer)
+        tensors = {n: torch.stack([getattr(layer, n) for layer in after]) for n in names}
+        read = tokens.shape[1] if lengths is None else lengths
+        return self.ln_out(x), State(tensors, state.tokens + read)
+
+    def _check(
+        self, tokens: Tensor, state: State | None, lengths: Tensor | None, resets: Tensor | None
+    ) -> None:
+        if tokens.dim() != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted ids [B,T]")
+        if state is not None:
+            layers, batch, width = state.tensors["time_shift"].shape
+            if (layers, width) != (self.config.num_layers, self.config.width):
+                raise ValueError(
+                    f"this state belongs to a model of {layers} layers and width {width}; this "
+                    f"one has {self.config.num_layers} layers and width {self.config.width}"
+                )
+            if batch != tokens.shape[0]:
+                raise ValueError(
+                    f"the state holds {batch} rows and tokens {tokens.shape[0]}; "
+                    "select rows with State.rows()"
+                )
+        if lengths is not None and (
+            lengths.shape != tokens.shape[:1] or lengths.dtype not in (torch.int64, torch.int32)
+        ):
+            raise ValueError(
+                f"lengths are {lengths.dtype} {list(lengths.shape)}; tokens {list(tokens.shape)} "
+                "want one integer a row"
+            )
+        if resets is not None and (resets.shape != tokens.shape or resets.dtype != torch.bool):
+            raise ValueError(
+                f"resets are {resets.dtype} {list(resets.shape)}; tokens {list(tokens.shape)} "
+                "want one bool each"
+            )
+        # On other devices a look at the ids would wait, and a compiled graph has none to look at.
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_values(tokens, lengths)
+
+    def _check_values(self, tokens: Tensor, lengths: Tensor | None) -> None:
+        if tokens.numel():
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                found = low if low < 0 else high
+                raise ValueError(
+                    f"token id {found} is out of range; this model knows 0 to "
+                    f"{self.config.vocab_size - 1}"
+                )
+        if lengths is not None and lengths.numel():
+            low, high = (int(x) for x in lengths.aminmax())
+            if low < 0 or high > tokens.shape[1]:
+                raise ValueError(
+                    f"lengths run from {low} to {high}; tokens have {tokens.shape[1]} positions"
+                )
+
+    def save(self, directory: str | Path, tokenizer: Tokenizer) -> None:
+        """Write a directory that `receptance.load` opens (see checkpoint.save)."""
+        # The one import upwards: saving belongs to checkpoint, and to the model's interface.
+        from receptance import checkpoint
+
+        checkpoint.save(self, directory, tokenizer)
+
+    def fingerprint(self) -> str:
+        """sha256 of the sizes and a sample of every tensor, the same in float32 and bfloat16."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            stride = max(1, tensor.numel() // _FINGERPRINT_SAMPLES)
+            sample = tensor.detach().reshape(-1)[::stride].bfloat16().view(torch.int16).cpu()
+            digest.update(name.encode())
+            digest.update(sample.contiguous().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""What a model remembers of a sequence: a value, returned and never mutated.
+
+Fork it by keeping it, batch it with `State.cat`, pick rows with `rows`, put it away with `save`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FORMAT = "receptance-state"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class State:
+    """The recurrent tensors of B rows, whatever the length of the text behind them."""
+
+    tensors: dict[str, Tensor]
+    """By name, each [L,B,...]; the names are the fields of the version's LayerState."""
+    tokens: Tensor
+    """[B] int64: how many tokens each row has read."""
+
+    @property
+    def batch(self) -> int:
+        """The number of rows, B."""
+        return self.tokens.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all rows, in bytes."""
+        return sum(x.nbytes for x in self.tensors.values())
+
+    def rows(self, index: int | slice | Sequence[int] | Tensor) -> State:
+        """The chosen rows, in that order; an integer keeps a batch of one."""
+        if isinstance(index, int):
+            index = [index]
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.tokens.device)
+            if not index.numel():
+                index = index.long()  # torch takes an empty list for one of floats
+            elif index.dtype != torch.bool:
+                low, high = (int(x) for x in index.aminmax())
+                if low < -self.batch or high >= self.batch:
+                    missing = high if high >= self.batch else low
+                    raise ValueError(f"row {missing} of a state of {self.batch} rows")
+        return self._map(lambda x: x[:, index], lambda x: x[index])
+
+    @staticmethod
+    def cat(states: Sequence[State]) -> State:
+        """The rows of several states of one model, one after another."""
+        if not states:
+            raise ValueError("State.cat needs at least one state")
+        first = states[0]
+        for other in states[1:]:
+            if _row_shapes(other) != _row_shapes(first):
+                raise ValueError(
+                    f"states of different models: {_row_shapes(first)} and {_row_shapes(other)}"
+                )
+        return State(
+            {name: torch.cat([s.tensors[name] for s in states], dim=1) for name in first.tensors},
+            torch.cat([s.tokens for s in states]),
+        )
+
+    def to(self, device: torch.device | str) -> State:
+        """The same state on another device."""
+        return self._map(lambda x: x.to(device))
+
+    def detach(self) -> State:
+        """The same numbers without their history, as truncated backpropagation needs them."""
+        return self._map(lambda x: x.detach())
+
+    def save(self, path: str | Path, fingerprint: str) -> None:
+        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
+        tensors = {
+            name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, x in (self.tensors | {"tokens": self.tokens}).items()
+        }
+        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": fingerprint}
+        try:
+            save_file(tensors, partial, metadata=about)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot write the state to {path}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: str) -> State:
+        """Read what `save` wrote; ValueError if it is damaged or belongs to another model."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no state file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable state file: {error}") from error
+        ours = about.get("format") == FORMAT and about.get("format_version") == FORMAT_VERSION
+        if not ours or "model" not in about or "tokens" not in tensors:
+            raise ValueError(f"{path} is not a Receptance state of format {FORMAT_VERSION}")
+        if about["model"] != fingerprint:
+            raise ValueError(
+                f"{path} belongs to model {about['model'][:12]}, not to this one "
+                f"({fingerprint[:12]}); load it with the model that wrote it"
+            )
+        tokens = tensors.pop("tokens")
+        return cls(tensors, tokens)
+
+    def _map(
+        self, change: Callable[[Tensor], Tensor], tokens: Callable[[Tensor], Tensor] | None = None
+    ) -> State:
+        tensors = {name: change(x) for name, x in self.tensors.items()}
+        return State(tensors, (tokens or change)(self.tokens))
+
+
+def _row_shapes(state: State) -> dict[str, list[int]]:
+    return {name: [x.shape[0], *x.shape[2:]] for name, x in state.tensors.items()}
