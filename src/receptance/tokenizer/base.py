@@ -1,0 +1,111 @@
+"""What every tokenizer is: a table of bytes, a way to cut text, a decoder for streams."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+
+class Tokenizer(ABC):
+    """A table of the bytes each id stands for, and a way to cut text into those ids."""
+
+    kind: ClassVar[str]
+    """One of "bytes", "world" and "bpe"."""
+    end_of_text: int = 0
+    """The id that separates documents and ends a generation."""
+
+    def __init__(self, tokens: Sequence[bytes], content: bytes) -> None:
+        """`content` is the file that defines this tokenizer; the fingerprint is taken from it."""
+        self._tokens = tokens
+        self._content = content
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that decode. An embedding may have more rows, as padding."""
+        return len(self._tokens)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the kind and of the defining file's bytes, in hexadecimal."""
+        return hashlib.sha256(self.kind.encode() + self._content).hexdigest()
+
+    @abstractmethod
+    def encode(self, text: str | bytes) -> list[int]:
+        """The ids of a text. Nothing is added before or after; the bytes need not be UTF-8."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes the ids stand for, special tokens included.
+
+        ValueError for an id outside 0 ... vocab_size - 1. This includes the ids of padding rows of
+        an embedding (World: 65530 ... 65535), which mean nothing: a sampler has to mask them.
+        """
+        pieces, size = [], self.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < size:
+                raise ValueError(
+                    f"token id {int(token_id)} has no text; "
+                    f"the ids of this {self.kind} tokenizer are 0 to {size - 1}"
+                )
+            pieces.append(self._tokens[token_id])
+        return b"".join(pieces)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """`decode_bytes` as text, each broken piece of UTF-8 as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(self)
+
+    @abstractmethod
+    def save(self, directory: Path) -> list[str]:
+        """Write what `load_tokenizer(directory)` needs; the names of the files written."""
+
+    def _save_as(self, directory: Path, name: str) -> list[str]:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(self._content)
+        return [name]
+
+
+class StreamDecoder:
+    """Decoding one id at a time: all pushes and the flush, joined, are `decode` of all the ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain; the start of an unfinished character is held back."""
+        return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD: the character was never finished. Ready for new text."""
+        return self._utf8.decode(b"", final=True)
+
+
+def to_bytes(text: str | bytes) -> bytes:
+    """A str as UTF-8, lone surrogates included; bytes as they are."""
+    if isinstance(text, bytes):
+        return text
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+class ByteTokenizer(Tokenizer):
+    """Each byte is its own id. Token 0, the NUL byte, is also the end of text."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        super().__init__([bytes([value]) for value in range(256)], b"bytes")
+
+    def encode(self, text: str | bytes) -> list[int]:
+        return list(to_bytes(text))
+
+    def save(self, directory: Path) -> list[str]:
+        """Nothing to write: the caller has to keep `kind`, since the directory will not tell."""
+        return []

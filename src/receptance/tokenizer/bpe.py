@@ -1,0 +1,259 @@
+"""Byte-level BPE through the `tokenizers` library: the Pile's file, and ones trained here."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from receptance.tokenizer.base import Tokenizer, to_bytes
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+"""The text of the end-of-text token in the Pile tokenizer, and in those trained here."""
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE from a `tokenizer.json` of the `tokenizers` library, with that library's ids.
+
+    The file's normaliser is part of encoding: the Pile tokenizer's turns text into NFC, so only
+    text that is NFC comes back byte for byte. Bytes that are not UTF-8 become base byte tokens;
+    the Pile's file has none for the 13 that UTF-8 never uses (C0, C1, F5 ... FF), so those are
+    refused. The text of an added token, such as "<|endoftext|>", encodes to that token.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, content: bytes, name: str = "tokenizer.json") -> None:
+        """From the JSON file's bytes; ValueError when they are damaged or not a byte-level BPE."""
+        self._library = _load_library(content, name)
+        spec = json.loads(self._library.to_str())  # as the library understood the file
+        if problem := _byte_level_problem(spec):
+            raise ValueError(f"{name}: {problem}; wanted is the tokenizer.json of a byte-level BPE")
+        super().__init__(_token_table(self._library, name), content)
+        self.end_of_text = self._library.token_to_id(END_OF_TEXT) or 0
+        self._high_byte_ids = {
+            token[0]: token_id
+            for token_id, token in enumerate(self._tokens)
+            if len(token) == 1 and token[0] >= 0x80
+        }
+        self._repeats_runs = _repeats_runs(spec) and max(map(len, self._tokens)) < _BLOCK
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BPETokenizer:
+        """From a `tokenizer.json`."""
+        return cls(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def train(
+        cls, documents: Iterable[str], vocab_size: int, *, min_frequency: int = 2
+    ) -> BPETokenizer:
+        """Learn merges: id 0 is "<|endoftext|>", then come the 256 bytes, then the merges.
+
+        Stops at `vocab_size` ids, or when no pair is left that occurs `min_frequency` times. The
+        same documents give the same file. ValueError for a vocab_size below 257.
+        """
+        if vocab_size < 257:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; it must be at least 257: 256 bytes and {END_OF_TEXT}"
+            )
+        if isinstance(documents, str):
+            raise ValueError("documents is one str; give a list (or any iterable) of str")
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(_byte_alphabet()),
+            show_progress=False,
+        )
+        library.train_from_iterator(documents, trainer)
+        return cls(library.to_str().encode("utf-8"))
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The ids of a text. ValueError for a byte that is not UTF-8 and has no token."""
+        decoded = to_bytes(text).decode("utf-8", errors="surrogateescape")
+        # Even pieces are text, odd ones the bytes that are not UTF-8, as U+DC80 ... U+DCFF.
+        pieces = re.split(r"([\udc80-\udcff]+)", decoded)
+        encoded = self._encode_distinct(list(dict.fromkeys(pieces[::2])))
+        ids: list[int] = []
+        for index, piece in enumerate(pieces):
+            if index % 2:
+                ids += self._byte_ids(piece.encode("utf-8", errors="surrogateescape"))
+            else:
+                ids += encoded[piece]
+        return ids
+
+    def _byte_ids(self, data: bytes) -> list[int]:
+        if lacking := set(data) - set(self._high_byte_ids):
+            raise ValueError(
+                f"byte 0x{min(lacking):02x} is not UTF-8 and has no token in this vocabulary; "
+                'encode str, or bytes.decode("utf-8", errors="replace")'
+            )
+        return [self._high_byte_ids[byte] for byte in data]
+
+    def save(self, directory: Path) -> list[str]:
+        """Write tokenizer.json, the same bytes as were loaded."""
+        return self._save_as(directory, "tokenizer.json")
+
+    def _encode_distinct(self, texts: list[str]) -> dict[str, list[int]]:
+        encoded = {}
+        for text in texts:
+            if (ids := self._encode_long_runs(text)) is not None:
+                encoded[text] = ids
+        others = [text for text in texts if text not in encoded]
+        # The batch call, even for one text: it leaves out the offsets, which take half the time.
+        encodings = self._library.encode_batch_fast(others, add_special_tokens=False)
+        encoded.update(zip(others, (encoding.ids for encoding in encodings), strict=True))
+        return encoded
+
+    def _encode_long_runs(self, text: str) -> list[int] | None:
+        """The ids of a text with long runs of one character; None without such, or if unsure.
+
+        The library takes seconds for a "word" of two million letters, so the runs are shortened
+        and their ids repeated. Why that is exact: merges inside different tokens do not influence
+        each other, so BPE arrives at t₁ … tₙ if and only if it keeps each tᵢtᵢ₊₁, taken alone,
+        apart. Hence, if the shortened run encodes as … P P …, with P whole characters, then
+        … P P P … is the encoding of a run longer by one P: it contains no new pair.
+        """
+        if not self._repeats_runs or len(text) < _KEPT_BLOCKS * _BLOCK:
+            return None
+        shortened, runs = _shorten_runs(text)
+        if not runs:
+            return None
+        encoding = self._library.encode(shortened, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        for run in reversed(runs):
+            first, second, third = (
+                encoding.char_to_token(run.end - blocks * _BLOCK) for blocks in (3, 2, 1)
+            )
+            period = ids[first:second]
+            if not self._spells_block(period, run.char) or ids[second:third] != period:
+                return None
+            ids[second:second] = period * run.missing_blocks
+        return ids
+
+    def _spells_block(self, ids: list[int], char: str) -> bool:
+        """Whether the ids hold _BLOCK characters, each normalised alone, none in an added token."""
+        normalizer = self._library.normalizer
+        single, triple = (
+            normalizer.normalize_str(text) if normalizer else text for text in (char, char * 3)
+        )
+        added = self._library.get_added_tokens_decoder().values()
+        if triple != single * 3 or any(set(token.content) <= {char, *single} for token in added):
+            return False
+        return len(self.decode_bytes(ids)) == _BLOCK * len(single.encode("utf-8"))
+
+
+# A multiple of the length of most tokens made of one repeated character (the Pile has one of 256).
+_BLOCK = 2**8 * 3**2 * 5
+# One to count, one after it to compare, and one on each side as distance from the run's ends.
+_KEPT_BLOCKS = 4
+
+
+class _Run(NamedTuple):
+    char: str
+    end: int
+    """Where the run's last whole block ends in the shortened text."""
+    missing_blocks: int
+
+
+def _shorten_runs(text: str) -> tuple[str, list[_Run]]:
+    """The text with at most _KEPT_BLOCKS whole blocks of one character in a row; what was cut."""
+    kept: list[str] = []
+    runs: list[_Run] = []
+    length = 0
+    starts = range(0, len(text), _BLOCK)
+    for char, group in itertools.groupby(starts, lambda start: _only_character(text, start)):
+        blocks = list(group)
+        missing = max(0, len(blocks) - _KEPT_BLOCKS) if char else 0
+        kept.append(text[blocks[0] : blocks[-1] + (1 - missing) * _BLOCK])
+        length += len(kept[-1])
+        if missing:
+            runs.append(_Run(char, length, missing))
+    return "".join(kept), runs
+
+
+def _only_character(text: str, start: int) -> str:
+    """The character that fills the block from `start`, or "" when there are several."""
+    return text[start] if text.startswith(text[start] * _BLOCK, start) else ""
+
+
+def _repeats_runs(spec: dict[str, Any]) -> bool:
+    """Whether normaliser, pre-tokenizer and model are ones that never count characters."""
+    options = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    return (
+        (spec.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
+        and spec["pre_tokenizer"]["type"] == "ByteLevel"
+        and not any(spec["model"].get(option) for option in options)
+    )
+
+
+def _load_library(content: bytes, name: str) -> tokenizers.Tokenizer:
+    import tokenizers
+
+    try:
+        library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises nothing more specific; it names the line
+        raise ValueError(f"{name}: not a usable tokenizer.json: {error}") from None
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _byte_level_problem(spec: dict[str, Any]) -> str | None:
+    """Why this is not a byte-level BPE whose ids spell the text, or None if it is."""
+    if spec["model"]["type"] != "BPE":
+        return f"its model is {spec['model']['type']}"
+    outer = spec.get("pre_tokenizer") or {"pretokenizers": []}
+    steps = {step["type"]: step for step in outer.get("pretokenizers", [outer])}
+    if "ByteLevel" not in steps:
+        return f"its pre-tokenizer is {' + '.join(steps) or 'missing'}, not ByteLevel"
+    if steps["ByteLevel"]["add_prefix_space"]:
+        return "it puts a space before every text (add_prefix_space)"
+    return None
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The visible characters that stand for bytes in byte-level BPE files (GPT-2's encoder.py)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = sorted(set(range(256)) - set(visible))
+    shifted = {chr(256 + index): value for index, value in enumerate(hidden)}
+    return {chr(value): value for value in visible} | shifted
+
+
+def _token_table(library: tokenizers.Tokenizer, name: str) -> list[bytes]:
+    """The bytes of each id; ValueError when an id is missing or its token is not of bytes."""
+    alphabet, added = _byte_alphabet(), library.get_added_tokens_decoder()
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    missing = {value for char, value in alphabet.items() if char not in vocabulary}
+    if missing := missing - {0xC0, 0xC1, *range(0xF5, 0x100)}:  # bytes that UTF-8 never uses
+        raise ValueError(
+            f"{name}: no token for byte 0x{min(missing):02x}; "
+            "a byte-level BPE has one for every byte of UTF-8"
+        )
+    tokens: dict[int, bytes] = {}
+    for text, token_id in vocabulary.items():
+        if token_id in added:
+            tokens[token_id] = added[token_id].content.encode("utf-8")
+        elif foreign := set(text) - set(alphabet):
+            raise ValueError(
+                f"{name}: token {token_id} contains {min(foreign)!r}, which stands for no byte; "
+                "wanted is a byte-level BPE"
+            )
+        else:
+            tokens[token_id] = bytes(alphabet[char] for char in text)
+    if gaps := sorted(set(range(len(tokens))) - set(tokens)):
+        raise ValueError(f"{name}: id {gaps[0]} has no token; ids must count from 0 without gaps")
+    return [tokens[token_id] for token_id in range(len(tokens))]
