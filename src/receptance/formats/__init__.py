@@ -1,0 +1,96 @@
+"""Weights in the formats that others write, read into official names. One module per format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from receptance.config import ModelConfig
+from receptance.formats import hf, hub
+from receptance.formats.files import reason
+from receptance.formats.names import conform, infer_config, is_hf
+from receptance.formats.pth import read_pth
+from receptance.formats.safetensors import read_safetensors
+
+__all__ = ["Weights", "infer_config", "read", "read_pth", "read_safetensors"]
+
+_READERS = {
+    ".pth": read_pth,
+    ".pt": read_pth,
+    ".bin": read_pth,
+    ".safetensors": read_safetensors,
+}
+_SUFFIXES = ", ".join(_READERS)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model as some file or directory gave it."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """By official name, in official shapes and the file's dtypes; mapped to it where possible."""
+    tokenizer: Path | None
+    """The tokenizer's file beside the weights, if there is one."""
+    source: Path
+    """The file or directory they came from."""
+
+
+def read(source: str | Path, *, revision: str | None = None) -> Weights:
+    """The RWKV-4 weights in a file, a directory or a hub model owner/name.
+
+    Files: .pth, .pt, .bin, .safetensors. Directories: of transformers, or with a single such file.
+    Revision is for hub models alone. ValueError says what was found instead and what to do.
+    """
+    try:
+        if isinstance(source, str) and _means_hub(source):
+            return _read_directory(hub.resolve(source, revision=revision))
+        return _read_path(Path(source), revision)
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
+
+
+def _read_path(path: Path, revision: str | None) -> Weights:
+    if revision is not None:
+        raise ValueError(f"{path}: revision {revision!r} was given, but only hub models have them")
+    return _read_directory(path) if path.is_dir() else _read_file(path)
+
+
+def _means_hub(source: str) -> bool:
+    return (
+        hub.is_hub_id(source) and not Path(source).exists() and Path(source).suffix not in _READERS
+    )
+
+
+def _read_directory(directory: Path) -> Weights:
+    if (directory / "config.json").is_file():
+        return _weights(hf.read_hf(directory), directory)
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".safetensors"))
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
+        raise ValueError(
+            f"{directory}: wanted a config.json or a single .pth or .safetensors file in it; "
+            f"found {found or 'neither'}"
+        )
+    return _read_file(files[0])
+
+
+def _read_file(path: Path) -> Weights:
+    if not path.exists():
+        raise ValueError(
+            f"no such file or directory: {path}; nor is it a hub id, which looks like owner/name"
+        )
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
+    tensors = _READERS[path.suffix](path)
+    if is_hf(tensors) and (path.parent / "config.json").is_file():
+        fields = hf.read_config(path.parent)
+        return _weights(hf.complete(path.parent, fields, tensors), path)
+    config, official = conform(tensors, path)
+    return Weights(config, official, hf.find_tokenizer(path.parent, config.vocab_size), path)
+
+
+def _weights(found: hf.HFWeights, source: Path) -> Weights:
+    return Weights(found.config, found.tensors, found.tokenizer, source)

@@ -1,0 +1,33 @@
+"""Models and tokenizers small enough for a test, in which nevertheless every part matters."""
+
+import functools
+
+import torch
+
+from receptance.config import ModelConfig
+from receptance.model import Model
+from receptance.tokenizer import BPETokenizer
+
+TEXT = "".join(f"{n} little foxes jump over {n * n} lazy dogs, naïvely — 狐.\n" for n in range(120))
+
+
+def make_model(vocab_size: int = 256, *, width: int = 16, layers: int = 2, seed: int = 1) -> Model:
+    """Random everywhere: with the official starting values time mixing has no effect."""
+    model = Model(ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@functools.cache
+def small_bpe(vocab_size: int = 300) -> BPETokenizer:
+    return BPETokenizer.train([TEXT], vocab_size)
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether names, dtypes, shapes and bits agree."""
+    return one.keys() == other.keys() and all(
+        x.dtype == other[name].dtype and torch.equal(x, other[name]) for name, x in one.items()
+    )
