@@ -1,0 +1,91 @@
+"""The command `receptance`: picks an app, imports only that one, turns errors into one line."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import warnings
+
+APPS = {
+    "train": "train a model on text, or resume a run",
+    "generate": "continue a prompt, or several as one batch",
+    "chat": "talk with a model in the terminal",
+    "doctor": "say what this machine and installation can do",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one app; 0 if it went well, 2 after bad input, 130 after Ctrl-C."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # here, where it can still be said that it failed
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away; the rest of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename else reason)
+    except ValueError as error:
+        return _fail(str(error))
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name == "--version":
+        from receptance import __version__
+
+        print(f"receptance {__version__}")
+        return 0
+    if name not in APPS:
+        return _fail(f"unknown command {name!r}; there are {', '.join(APPS)}")
+    app = importlib.import_module(f"receptance.apps.{name}")
+    _tolerate_narrow_output()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module=r"receptance\.")
+        warnings.showwarning = _warn
+        app.main(rest)
+    return 0
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line, without the place in the code."""
+    print("receptance: warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def _tolerate_narrow_output() -> None:
+    """Show what the terminal's encoding lacks as a question mark; a model may write anything."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _usage() -> str:
+    lines = [f"  {name:10} {what}" for name, what in APPS.items()]
+    return "\n".join(
+        [
+            "usage: receptance COMMAND [OPTIONS]    (receptance COMMAND --help lists them)",
+            "",
+            *lines,
+            "",
+            "receptance --version prints the version.",
+        ]
+    )
+
+
+def _fail(message: str) -> int:
+    print("receptance: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands: each parses its options, builds, calls the library and reports."""

@@ -1,0 +1,180 @@
+"""receptance chat: a conversation in the terminal, its history kept as the model's state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from receptance.checkpoint import load
+from receptance.generation import Generation, prefill
+from receptance.model import Model
+from receptance.sampling import Sampling
+from receptance.state import State
+from receptance.tokenizer import Tokenizer
+
+HELP = """/reset       forget the conversation
+/retry       answer the last message again, differently
+/save FILE   store the conversation's state
+/load FILE   continue from a stored state
+/help        this list
+/quit        leave (so does Ctrl-D)"""
+
+# A turn ends where the official chat formats end it.
+_TURN_END = "\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Talk with a model. Type /help for the commands."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
+    user: str = "User"
+    """Name of your side; Raven models were trained with Bob."""
+    assistant: str = "Assistant"
+    """Name of the model's side; Raven models were trained with Alice."""
+    max_tokens: int = 500
+    """Longest answer."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Sampling(top_p=0.7, presence_penalty=0.4, frequency_penalty=0.4)
+    )
+    seed: int = 0
+    """Decides the random choices; each answer has its own numbers."""
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, ..."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the weights; as in the file if not given."""
+
+
+class Chat:
+    """A conversation, kept as `state`: earlier turns are never read again."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, options: Options) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.state: State | None = None
+        self.draws = 0
+        self._last: tuple[State | None, str] | None = None
+
+    def answer(self, message: str) -> Iterator[str]:
+        """Pieces of the answer to a message; the state moves on when the last has been taken."""
+        before = self.state
+        self._last = (before, message)
+        # A blank line ends a turn, so there is none inside of one.
+        message = "\n".join(line for line in message.splitlines() if line.strip())
+        prompt = f"{self.options.user}: {message}{_TURN_END}{self.options.assistant}:"
+        generation = Generation(
+            self.model,
+            self.tokenizer,
+            [prompt],
+            sampling=self.options.sampling,
+            max_tokens=self.options.max_tokens,
+            stop=(_TURN_END,),
+            seed=self.options.seed + self.draws,
+            state=before,
+        )
+        self.draws += 1
+        reply = ""
+        try:
+            for token in generation:
+                reply += token.text
+                yield token.text
+        finally:  # also when interrupted: the history then holds what was shown
+            # Whatever the model wrote behind the stop is not part of the conversation.
+            turn = prompt + reply.rstrip() + _TURN_END
+            _, self.state = prefill(self.model, [self.tokenizer.encode(turn)], before)
+
+    def retry(self) -> Iterator[str]:
+        """Another answer to the last message."""
+        if self._last is None:
+            raise ValueError("there is no message to answer again yet")
+        self.state, message = self._last
+        return self.answer(message)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self._last = None, None
+
+    def save(self, path: str) -> None:
+        """Store the conversation's state."""
+        if self.state is None:
+            raise ValueError("nothing has been said yet")
+        self.state.save(Path(path).expanduser(), self.model.fingerprint())
+
+    def load(self, path: str) -> None:
+        """Continue from a stored state."""
+        state = State.load(Path(path).expanduser(), self.model.fingerprint())
+        self.state, self._last = state.to(self.options.device), None
+
+
+def main(argv: list[str]) -> None:
+    """Parse, load, and talk until the input ends."""
+    options = tyro.cli(Options, args=argv, prog="receptance chat")
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model, tokenizer = load(
+        options.model, tokenizer=options.tokenizer, device=options.device, dtype=dtype
+    )
+    chat = Chat(model, tokenizer, options)
+    print(f"{options.model}: type a message, or /help.")
+    while (line := _ask(f"\n{options.user}: ")) is not None:
+        try:
+            if not _turn(chat, line.strip()):
+                break
+        except ValueError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\n(interrupted)")
+
+
+def _ask(prompt: str) -> str | None:
+    """A line, or None at the end of input or Ctrl-C."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _turn(chat: Chat, line: str) -> bool:
+    """Obey a command or answer a message; False to leave."""
+    command, _, rest = line.partition(" ")
+    match command:
+        case "":
+            pass
+        case "/quit" | "/exit":
+            return False
+        case "/help":
+            print(HELP)
+        case "/reset":
+            chat.reset()
+            print("(forgotten)")
+        case "/save" | "/load":
+            if not rest.strip():
+                raise ValueError(f"{command} needs a file name")
+            (chat.save if command == "/save" else chat.load)(rest.strip())
+            print(f"({command[1:]} {rest.strip()}: done)")
+        case "/retry":
+            _show(chat, chat.retry())
+        case _ if command.startswith("/"):
+            raise ValueError(f"unknown command {command}; /help lists them")
+        case _:
+            _show(chat, chat.answer(line))
+    return True
+
+
+def _show(chat: Chat, pieces: Iterator[str]) -> None:
+    sys.stdout.write(f"\n{chat.options.assistant}:")
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    print()

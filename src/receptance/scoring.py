@@ -1,0 +1,60 @@
+"""How well a model predicts text: log-likelihoods and bits per byte."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from receptance.model import Model
+
+# Rows are pieces of one long text, read side by side with their states carried along.
+_ROWS = 16
+_CHUNK = 256
+
+
+@torch.no_grad()
+def negative_log_likelihood(
+    model: Model, tokens: np.ndarray | Tensor, *, start: int = 0, dtype: torch.dtype | None = None
+) -> float:
+    """Total, in nats, of a text's tokens [N], each predicted from all before it.
+
+    The text is cut into a few long pieces that are read side by side; each begins from nothing
+    but the token `start`, so the figure is at most a little worse than that of one piece.
+    """
+    stream = torch.as_tensor(np.asarray(tokens).astype(np.int64))
+    rows = max(1, min(_ROWS, len(stream) // (4 * _CHUNK)))
+    length = -(-len(stream) // rows)
+    targets = F.pad(stream, (0, rows * length - len(stream)), value=-1).view(rows, length)
+    inputs = F.pad(targets[:, :-1].clamp_min(0), (1, 0), value=start)
+    state, total = None, 0.0
+    training, device = model.training, model.emb.weight.device
+    model.eval()
+    try:
+        for at in range(0, length, _CHUNK):
+            piece, wanted = (x[:, at : at + _CHUNK].to(device) for x in (inputs, targets))
+            logits, state = model(piece, state, dtype=dtype)
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
+            )
+            total += float(losses)
+    finally:
+        model.train(training)
+    return total
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Nats over a whole text, in bits per byte of it: comparable across tokenizers."""
+    if num_bytes < 1:
+        raise ValueError("bits per byte of an empty text")
+    return nats / math.log(2) / num_bytes
+
+
+def unigram_entropy(text: bytes) -> float:
+    """Bits per byte of a code that knows only how often each byte occurs."""
+    counts = np.bincount(np.frombuffer(text, np.uint8), minlength=256)
+    shares = counts[counts > 0] / len(text)
+    return float(-(shares * np.log2(shares)).sum())

@@ -1,0 +1,185 @@
+"""receptance chat: the conversation is the state, and nothing else."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from command import Result, call
+from tiny import make_model
+
+from receptance import save
+from receptance.apps.chat import Chat, Options
+from receptance.generation import prefill
+from receptance.model import Model
+from receptance.sampling import Sampling
+from receptance.state import State
+from receptance.tokenizer import ByteTokenizer
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model()
+
+
+@pytest.fixture
+def chat(model) -> Chat:
+    return Chat(model, BYTES, Options(model="", max_tokens=20))
+
+
+def same_memory(model: Model, one: State | None, text: str) -> bool:
+    """Whether a state is the one after a text."""
+    assert one is not None
+    _, other = prefill(model, [BYTES.encode(text)])
+    after = [model(torch.tensor([[65, 66]]), state)[0] for state in (one, other)]
+    close = torch.allclose(*after, atol=1e-4)
+    return close and one.tokens.tolist() == other.tokens.tolist()
+
+
+def say(chat: Chat, message: str) -> str:
+    return "".join(chat.answer(message))
+
+
+class TestChat:
+    def test_the_state_is_that_of_the_transcript(self, chat, model):
+        text = ""
+        for message in ("hi", "how are you?", "é"):
+            reply = say(chat, message)
+            text += f"User: {message}\n\nAssistant:{reply.rstrip()}\n\n"
+            assert same_memory(model, chat.state, text)
+
+    def test_what_follows_the_end_of_a_turn_is_forgotten(self, chat, model, monkeypatch):
+        written = iter(b" hello \n\nUser: and so on")
+        monkeypatch.setattr("receptance.sampling.choose", lambda *_: torch.tensor([next(written)]))
+        assert say(chat, "hi") == " hello "
+        assert same_memory(model, chat.state, "User: hi\n\nAssistant: hello\n\n")
+
+    def test_a_blank_line_within_a_message_is_left_out(self, chat, model):
+        reply = say(chat, "one\n\n  \ntwo")
+        text = f"User: one\ntwo\n\nAssistant:{reply.rstrip()}\n\n"
+        assert same_memory(model, chat.state, text)
+
+    def test_names_are_options(self, model):
+        raven = Chat(model, BYTES, Options(model="", user="Bob", assistant="Alice", max_tokens=3))
+        reply = say(raven, "hi")
+        assert same_memory(model, raven.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
+
+    def test_retry_answers_differently_from_the_same_history(self, chat, model):
+        first = say(chat, "hi")
+        second = say(chat, "what?")
+        answers = {second}
+        for _ in range(3):
+            answers.add("".join(chat.retry()))
+        assert len(answers) == 4
+        again = "".join(chat.retry())
+        text = f"User: hi\n\nAssistant:{first.rstrip()}\n\n"
+        text += f"User: what?\n\nAssistant:{again.rstrip()}\n\n"
+        assert same_memory(model, chat.state, text)
+
+    def test_a_greedy_retry_has_nothing_else_to_say(self, model):
+        chat = Chat(model, BYTES, Options(model="", max_tokens=9, sampling=Sampling(temperature=0)))
+        assert say(chat, "hi") == "".join(chat.retry())
+
+    def test_reset_forgets(self, chat, model):
+        say(chat, "my name is Ann")
+        chat.reset()
+        reply = say(chat, "hi")
+        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
+
+    def test_a_conversation_can_be_put_away(self, chat, model, tmp_path):
+        say(chat, "hi")
+        chat.save(str(tmp_path / "gespräch"))
+        other = Chat(model, BYTES, Options(model="", max_tokens=20))
+        other.load(str(tmp_path / "gespräch"))
+        other.draws = chat.draws
+        assert say(other, "and?") == say(chat, "and?")
+
+    def test_an_interrupted_answer_is_remembered_as_far_as_it_was_shown(self, chat, model):
+        pieces = chat.answer("hi")
+        shown = "".join(next(pieces) for _ in range(6))
+        pieces.close()
+        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
+
+
+class TestTerminal:
+    @pytest.fixture
+    def talk(self, model, tmp_path, monkeypatch):
+        """What is printed when these lines are typed; an exception is raised in place of one."""
+        save(model, tmp_path / "model", BYTES)
+        monkeypatch.chdir(tmp_path)
+
+        def talk(*lines: str | type[BaseException]) -> Result:
+            typed: Iterator[str | type[BaseException]] = iter([*lines, EOFError])
+
+            def type_a_line(prompt: str) -> str:
+                line = next(typed)
+                if isinstance(line, str):
+                    return line
+                raise line
+
+            monkeypatch.setattr("builtins.input", type_a_line)
+            return call("chat", "model", "--max-tokens", 8)
+
+        return talk
+
+    def test_the_end_of_the_input_ends_it(self, talk):
+        for lines in ((), (KeyboardInterrupt,), ("/quit", "never read"), ("/exit",)):
+            result = talk(*lines)
+            assert (result.code, result.err) == (0, "")
+            assert "Assistant" not in result.out
+
+    def test_turns(self, talk, model):
+        chat = Chat(model, BYTES, Options(model="", max_tokens=8))
+        wanted = [f"\nAssistant:{say(chat, message)}\n" for message in ("hi", "and?")]
+        result = talk("hi", "", "   ", "and?")
+        assert result.out.count("\nAssistant:") == 2
+        assert all(turn in result.out for turn in wanted)
+
+    def test_retry_reset_save_and_load(self, talk):
+        result = talk("hi", "/save s.state", "/retry", "/reset", "/retry", "/load s.state", "more")
+        assert result.code == 0
+        assert "(save s.state: done)" in result.out
+        assert "(load s.state: done)" in result.out
+        assert "(forgotten)" in result.out
+        assert "error: there is no message to answer again yet" in result.out
+        assert result.out.count("\nAssistant:") == 3
+
+    def test_help_lists_the_commands(self, talk):
+        out = talk("/help").out
+        for command in ("/reset", "/retry", "/save", "/load", "/help", "/quit"):
+            assert command in out
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("/bogus", "error: unknown command /bogus; /help lists them"),
+            ("/retry", "error: there is no message to answer again yet"),
+            ("/save", "error: /save needs a file name"),
+            ("/load  ", "error: /load needs a file name"),
+            ("/load nowhere", "error: no state file at nowhere"),
+            ("/load model/config.json", "is not a readable state file"),
+            ("/save s", "error: nothing has been said yet"),
+            ("/save no/where", "error: "),
+        ],
+    )
+    def test_mistakes_do_not_end_the_conversation(self, line, message, talk):
+        result = talk(line, "hi")
+        assert (result.code, result.err) == (0, "")
+        assert message in result.out
+        assert result.out.rindex("\nAssistant:") > result.out.index(message)
+
+    def test_ctrl_c_ends_the_answer_only(self, talk, monkeypatch):
+        interrupt = iter([False, False, True])
+        choose = torch.tensor([65])
+
+        def sometimes(*_: object) -> torch.Tensor:
+            if next(interrupt, False):
+                raise KeyboardInterrupt
+            return choose
+
+        monkeypatch.setattr("receptance.sampling.choose", sometimes)
+        result = talk("hi", "again")
+        assert result.code == 0
+        assert "\nAssistant:AA\n(interrupted)\n" in result.out
+        assert "\nAssistant:AAAAAAAA\n" in result.out

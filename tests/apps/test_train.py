@@ -1,0 +1,398 @@
+"""receptance train: a run's files, stopping and resuming, and everything that can fail."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tyro
+from command import SMALL, call
+from tiny import TEXT, same_bits
+
+from receptance import checkpoint, generation, plots
+from receptance.apps import train as app
+from receptance.checkpoint import load, newest_checkpoint, verify
+from receptance.generation import generate
+from receptance.plots import draw_losses
+from receptance.training import stored_options
+
+
+def records(run: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(run: str | Path) -> list[int]:
+    return [record["step"] for record in records(run) if "loss" in record]
+
+
+def checkpoints(run: str | Path) -> list[str]:
+    return [path.name for path in checkpoint.step_directories(Path(run))]
+
+
+def same_ending(one: str | Path, other: str | Path) -> bool:
+    """Whether two runs arrived at the same weights, losses and samples, to the bit."""
+
+    def told(run: str | Path) -> list[dict]:
+        return [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records(run)]
+
+    weights = [load(run)[0].state_dict() for run in (one, other)]
+    return same_bits(*weights) and told(one) == told(other)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal while that step is recorded."""
+    record = app.Run._record
+
+    def record_and_signal(self: app.Run, values: dict) -> None:
+        record(self, values)
+        if values["step"] == step and "loss" in values:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(app.Run, "_record", record_and_signal)
+
+
+class TestARun:
+    def test_its_metrics(self, finished):
+        run = finished / "run"
+        assert steps(run) == list(range(1, 13))
+        for record in records(run):
+            assert record["tokens"] == record["step"] * 2 * 32
+        losses = [record for record in records(run) if "loss" in record]
+        wanted = {"tokens", "step", "loss", "learning_rate", "gradient_norm", "tokens_per_second"}
+        assert all(set(record) == wanted for record in losses)
+        assert losses[-1]["loss"] < losses[0]["loss"]
+
+    def test_its_reports(self, finished):
+        reports = [record for record in records(finished / "run") if "sample" in record]
+        assert [report["step"] for report in reports] == [4, 8, 12]
+        assert all(0 < report["validation_bits_per_byte"] < 9 for report in reports)
+        assert all(report["sample"] for report in reports)
+
+    def test_its_picture(self, finished):
+        assert (finished / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_its_checkpoints(self, finished):
+        assert checkpoints(finished / "run") == ["step-00000008", "step-00000012"]
+        model, tokenizer = load(finished / "run")
+        assert tokenizer.kind == "bytes"
+        assert generate(model, tokenizer, "1", max_tokens=5)
+        assert not list((finished / "run").rglob("*partial*"))
+
+    def test_it_can_be_repeated(self, finished, train):
+        assert train("--steps", 12, "--reports", 3).code == 0
+        assert same_ending("new", finished / "run")
+
+    @pytest.mark.parametrize("content", [TEXT.encode(), b"caf\xe9 \xff\xfe\x80 \xc3" * 90])
+    def test_with_a_bpe_of_its_own(self, content, train):
+        """Text that is not UTF-8 is bytes to a BPE as well."""
+        Path("text.txt").write_bytes(content)
+        result = train("--steps", 3, "--tokenizer", "bpe:300", "--sample-prompt", "12 ")
+        assert result.code == 0, result.err
+        model, tokenizer = load("new")
+        assert tokenizer.kind == "bpe"
+        assert tokenizer.decode_bytes(tokenizer.encode(content)) == content
+        assert model.config.vocab_size == tokenizer.vocab_size <= 300
+        assert records("new")[-1]["sample"].startswith("12 ")
+
+    def test_bytes_that_are_not_utf8(self, train):
+        Path("text.txt").write_bytes(b"caf\xe9 \xff\xfe\x80 \xc3" * 90)
+        assert train("--steps", 2).code == 0
+
+    def test_with_a_tokenizer_file(self, train):
+        assert train("--steps", 1, "--tokenizer", "bpe:300", "--out", "first").code == 0
+        tokenizer = "first/step-00000001/tokenizer.json"
+        assert train("--steps", 1, "--tokenizer", tokenizer).code == 0
+        assert load("first")[1].fingerprint == load("new")[1].fingerprint
+
+    def test_several_sources_and_unusual_names(self, folder):
+        (folder / "größe [1]").mkdir()
+        (folder / "größe [1]/a b.txt").write_text(TEXT)
+        out = "runs/ünï [x]/y"
+        result = call("train", "größe [1]", "*.txt", "--out", out, "--steps", 1, *SMALL.split())
+        assert result.code == 0, result.err
+        assert f"done: {out}/step-00000001" in result.out
+        load(out)
+
+    def test_one_more_kept(self, train):
+        assert train("--steps", 6, "--reports", 6, "--keep", 4).code == 0
+        assert checkpoints("new") == [f"step-0000000{n}" for n in (3, 4, 5, 6)]
+
+    def test_minutes_end_it(self, train):
+        assert train("--minutes", 1e-6).code == 0
+        assert steps("new") == [1]
+
+    def test_bfloat16_and_dropout(self, train):
+        assert train("--steps", 3, "--dtype", "bfloat16", "--dropout", 0.1).code == 0
+        assert str(load("new")[0].emb.weight.dtype) == "torch.float32"
+
+
+class TestResuming:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_finishes_the_step_and_saves(self, number, train, monkeypatch, finished):
+        before = signal.getsignal(number)
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5, number)
+            result = train("--steps", 12, "--reports", 3)
+        assert result.code == 0
+        assert "stopping after step 5" in result.out
+        assert "continue with: receptance train --resume --out new" in result.out
+        assert signal.getsignal(number) == before
+        assert checkpoints("new") == ["step-00000004", "step-00000005"]
+        assert steps("new") == [1, 2, 3, 4, 5]
+        result = call("train", "--resume", "--out", "new", "--reports", 3)
+        assert result.code == 0
+        assert "resumed new/step-00000005 at step 5" in result.out
+        assert same_ending("new", finished / "run")
+
+    def test_a_signal_before_the_first_step(self, train, monkeypatch, finished):
+        @contextlib.contextmanager
+        def stopped_already() -> Iterator[threading.Event]:
+            stop = threading.Event()
+            stop.set()
+            yield stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr("receptance.run._stop_requested", stopped_already)
+            assert train("--steps", 12, "--reports", 3).code == 0
+        assert checkpoints("new") == ["step-00000000"]
+        # As in RWKV-v4neo, the embedding begins as large as one step at the learning rate.
+        assert float(load("new")[0].emb.weight.detach().abs().max()) == pytest.approx(
+            1e-2, rel=0.01
+        )
+        assert call("train", "--resume", "--out", "new", "--reports", 3).code == 0
+        assert same_ending("new", finished / "run")
+
+    def test_a_second_signal_leaves_at_once(self, train, monkeypatch):
+        stop_after(monkeypatch, 5)
+        stop_again = app.Run._save
+
+        def save(self: app.Run) -> None:
+            if self.trainer.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            stop_again(self)
+
+        monkeypatch.setattr(app.Run, "_save", save)
+        result = train("--steps", 12, "--reports", 3)
+        assert result.code == 130
+        assert result.err.strip() == "interrupted"
+        verify("new/step-00000004")
+        assert checkpoints("new") == ["step-00000004"]
+
+    def test_a_killed_run_does_its_last_steps_again(self, folder, finished):
+        """As after kill -9 between two checkpoints, in the middle of a line."""
+        shutil.rmtree("run/step-00000012")
+        lines = Path("run/metrics.jsonl").read_text().splitlines(keepends=True)
+        Path("run/metrics.jsonl").write_text("".join(lines[:11]) + '{"tokens": 9, "sample": "}')
+        assert call("train", "--resume", "--out", "run", "--reports", 3).code == 0
+        assert same_ending("run", finished / "run")
+
+    def test_a_damaged_checkpoint_is_passed_over_loudly(self, folder, finished):
+        os.truncate("run/step-00000012/optimizer.safetensors", 1000)
+        result = call("train", "--resume", "--out", "run", "--reports", 3)
+        assert result.code == 0
+        assert "skipped a damaged checkpoint" in result.out
+        assert "step-00000012/optimizer.safetensors has 1000 bytes" in result.out
+        assert "resumed run/step-00000008 at step 8" in result.out
+        assert same_ending("run", finished / "run")
+        verify("run/step-00000012")
+
+    def test_all_checkpoints_damaged(self, folder):
+        for directory in checkpoints("run"):
+            Path("run", directory, "manifest.json").unlink()
+        result = call("train", "--resume", "--out", "run")
+        assert result.code == 2
+        assert "no whole checkpoint in run" in result.err
+
+    def test_more_steps(self, folder):
+        assert call("train", "--resume", "--out", "run", "--steps", 15).code == 0
+        assert steps("run") == list(range(1, 16))
+        assert stored_options(newest_checkpoint("run")[0]).steps == 15
+
+    def test_a_finished_run_has_nothing_to_do(self, folder):
+        before = sorted(Path("run").rglob("*"))
+        result = call("train", "--resume", "--out", "run")
+        assert (result.code, result.err) == (0, "")
+        assert "done: run/step-00000012" in result.out
+        assert sorted(Path("run").rglob("*")) == before
+
+    def test_the_command_that_began_it_resumes_it(self, folder, train):
+        """As one does with the arrow-up key."""
+        assert train("--steps", 4, "--seed", 3).code == 0
+        assert train("--steps", 6, "--seed", 3, "--resume").code == 0
+        assert steps("new") == list(range(1, 7))
+
+    @pytest.mark.parametrize(
+        ("option", "value", "old"),
+        [
+            ("--batch", 3, 2),
+            ("--learning-rate", 6e-4, 0.01),  # that is the default, and not what it began with
+            ("--seed", 5, 0),
+            ("--dropout", 0.1, 0.0),
+            ("--width", 256, 16),
+            ("--layers", 3, 2),
+            ("--size", "169m", 16),
+        ],
+    )
+    def test_other_options_are_refused(self, option, value, old, folder):
+        result = call("train", "--resume", "--out", "run", option, value)
+        assert result.code == 2
+        assert f" {old}, not " in result.err
+
+    @pytest.mark.parametrize("damage", ["missing", "truncated"])
+    def test_lost_tokens_are_one_line(self, damage, folder):
+        if damage == "missing":
+            shutil.rmtree("run/data")
+        else:
+            os.truncate("run/data/train.npy", 500)
+        result = call("train", "--resume", "--out", "run", "--steps", 20)
+        assert result.code == 2
+        assert result.err.startswith("receptance: error: no readable token files in run/data")
+        assert result.err.count("\n") == 1
+
+    def test_an_existing_run_is_not_overwritten(self, folder, train):
+        result = train("--out", "run")
+        assert result.code == 2
+        assert "add --resume" in result.err
+
+    def test_what_a_crash_left_before_any_checkpoint(self, folder, train):
+        Path("new").mkdir()
+        Path("new/metrics.jsonl").write_text("{}\n")
+        result = train()
+        assert result.code == 2
+        assert "without a checkpoint" in result.err
+
+
+class TestFailures:
+    @pytest.fixture
+    def full(self, monkeypatch) -> set[int]:
+        """The steps whose checkpoints find the disk full."""
+        steps: set[int] = set()
+        write = checkpoint.write_directory
+
+        def write_or_fail(path, *rest):
+            if int(path.name.removeprefix("step-")) in steps:
+                raise ValueError(f"cannot write {path}: No space left on device")
+            write(path, *rest)
+
+        monkeypatch.setattr(checkpoint, "write_directory", write_or_fail)
+        return steps
+
+    def test_one_save_that_fails_costs_nothing(self, full, train, finished):
+        full.add(4)
+        result = train("--steps", 12, "--reports", 3)
+        assert result.code == 0
+        assert "checkpoint not saved: cannot write new/step-00000004" in result.out
+        assert same_ending("new", finished / "run")
+
+    def test_the_last_save_fails(self, full, train):
+        full.add(12)
+        result = train("--steps", 12, "--reports", 3)
+        assert result.code == 2
+        assert result.err == "receptance: error: the last step (12) is not saved; see above\n"
+        assert [p for p in checkpoints("new") if not verify(Path("new", p))] == [
+            "step-00000004",
+            "step-00000008",
+        ]
+
+    def test_three_saves_in_a_row_fail(self, full, train):
+        full.update({6, 8, 10, 12})
+        result = train("--steps", 12, "--reports", 6)
+        assert result.code == 2
+        assert "3 saves failed in a row: cannot write new/step-00000010" in result.err
+        assert checkpoints("new") == ["step-00000002", "step-00000004"]
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+    def test_metrics_wait_for_space(self, train, monkeypatch, finished):
+        record = app.Run._record
+
+        def record_on_a_full_disk(self: app.Run, values: dict) -> None:
+            place = self.metrics
+            self.metrics = Path("/dev/full") if values["step"] in (5, 6) else place
+            record(self, values)
+            self.metrics = place
+
+        monkeypatch.setattr(app.Run, "_record", record_on_a_full_disk)
+        assert train("--steps", 12, "--reports", 3).code == 0
+        assert same_ending("new", finished / "run")
+
+    def test_no_picture_without_matplotlib(self, train, monkeypatch):
+        monkeypatch.setattr(plots, "draw_losses", draw_losses)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        result = train("--steps", 2)
+        assert result.code == 0
+        assert "pip install 'receptance[plot]'" in result.out
+        assert not Path("new/loss.png").exists()
+
+    def test_not_a_number_keeps_the_last_checkpoint(self, train, monkeypatch):
+        run_step = app.Trainer.run_step
+
+        def explode(self: app.Trainer):
+            if self.step == 9:
+                self.model.head.weight.data.fill_(float("inf"))
+            return run_step(self)
+
+        monkeypatch.setattr(app.Trainer, "run_step", explode)
+        result = train("--steps", 12, "--reports", 3)
+        assert result.code == 2
+        assert result.err.startswith("receptance: error: loss is nan at step 10; stopped before")
+        assert result.err.count("\n") == 1
+        verify("new/step-00000008")
+        assert load("new")[0].head.weight.isfinite().all()
+        assert steps("new") == list(range(1, 10))
+
+
+def test_ctrl_c_when_the_reader_of_the_output_has_gone(folder):
+    """In a process of its own: `receptance train ... | head -1` goes on, and Ctrl-C still saves."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = "-m receptance train --resume --out run --steps 99999"
+    process = subprocess.Popen(
+        [sys.executable, *command.split()],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(writing)
+    try:
+        deadline = time.monotonic() + 100
+        while len(steps("run")) < 15 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (0, b"")
+    last = steps("run")[-1]
+    assert last >= 15
+    assert checkpoints("run")[-1] == f"step-{last:08d}"
+    assert call("train", "--resume", "--out", "run", "--steps", last + 2).code == 0
+    assert steps("run") == list(range(1, last + 3))
+
+
+def test_samples_depend_on_the_step_alone(finished):
+    """A report that is repeated after resuming says the same again."""
+    model, tokenizer = load(finished / "run")
+    sample = generation.generate(model, tokenizer, "", max_tokens=80, top_p=0.9, seed=12)
+    assert records(finished / "run")[-1]["sample"] == sample
+
+
+def test_minutes_alone_lift_the_default_number_of_steps():
+    options = tyro.cli(app.Options, args=["text", "--minutes", "4"])
+    assert options.train.total_steps > 10**6
+    assert tyro.cli(app.Options, args=["text"]).train.total_steps == 1000
+
+
+def test_the_end_of_a_run_looks_at_all_of_the_validation_text(train, monkeypatch):
+    monkeypatch.setattr("receptance.run._QUICK_VALIDATION", 40)
+    assert train("--steps", 2, "--reports", 2).code == 0
+    lines = records("new")
+    assert sum("validation_bits_per_byte" in r for r in lines) == 2
+    assert ["whole_validation_bits_per_byte" in r for r in lines] == [False] * 4 + [True]

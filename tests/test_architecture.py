@@ -1,0 +1,267 @@
+"""The rules of docs/architecture.md that a program can check, for whatever modules there are."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import receptance
+
+ROOT = Path(receptance.__file__).parent
+FILES = {
+    ".".join(("receptance", *path.relative_to(ROOT).with_suffix("").parts)): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+TREES = {
+    name.removesuffix(".__init__"): ast.parse(path.read_text(encoding="utf-8"), str(path))
+    for name, path in FILES.items()
+}
+every_module = pytest.mark.parametrize("module", sorted(TREES))
+
+# The import direction: a module imports from its own layer and from those before it.
+LAYERS = ["config state tokenizer", "ops", "model", "(library)", "apps __main__"]
+# The package itself offers the public names, so it imports what it likes up to the library.
+PUBLIC = "receptance"
+
+
+def layer(module: str) -> int:
+    """The place of a module in LAYERS."""
+    part = module.split(".")[1] if "." in module else "(library)"
+    return next((i for i, names in enumerate(LAYERS) if part in names.split()), 3)
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module or name of a module that this one imports anywhere, absolutely named."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            assert node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this package among them."""
+    found = set()
+    for name in imports(module):
+        if name.split(".")[0] == "receptance":
+            while name not in TREES:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found
+
+
+def is_app(module: str) -> bool:
+    return module.startswith("receptance.apps.") or module == "receptance.__main__"
+
+
+# ---- who imports whom ---------------------------------------------------------------------------
+
+
+def test_there_is_something_to_check():
+    assert len(TREES) > 20
+    assert {"receptance.ops.wkv", "receptance.model.v4", "receptance.config"} <= TREES.keys()
+
+
+# Model.save hands on to checkpoint.save, which it imports when it is called.
+DEFERRED = {"receptance.model.rwkv": {"receptance.checkpoint"}}
+
+
+@every_module
+def test_imports_go_one_way(module):
+    names = own_imports(module) - DEFERRED.get(module, set())
+    upward = {name for name in names if layer(name) > layer(module)}
+    assert not upward, f"{module} imports from a later layer: {upward}"
+
+
+@every_module
+def test_only_apps_import_the_package_as_a_whole(module):
+    assert is_app(module) or PUBLIC not in own_imports(module), "a circle through __init__"
+
+
+@every_module
+def test_the_operator_knows_only_torch(module):
+    if not module.startswith("receptance.ops"):
+        return
+    own = {name for name in own_imports(module) if not name.startswith("receptance.ops")}
+    outside = {name.split(".")[0] for name in imports(module)} - {"receptance"}
+    assert not own
+    assert outside <= {"torch", "triton"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", sorted(filter(is_app, TREES)))
+def test_apps_do_not_import_each_other(module):
+    others = {name for name in own_imports(module) if is_app(name)} - {module}
+    assert module == "receptance.__main__" or not others
+
+
+def test_versions_of_the_model_do_not_import_each_other():
+    versions = {m for m in TREES if m.split(".")[-1].strip("v").isdigit()}
+    assert "receptance.model.v4" in versions
+    for module in versions:
+        assert not own_imports(module) & versions - {module}
+
+
+# ---- importing does nothing ---------------------------------------------------------------------
+
+WATCHER = """
+import json, random, sys
+import torch
+before = set(sys.modules)
+rng, python_rng = torch.get_rng_state(), random.getstate()
+switches = lambda: [
+    str(torch.get_default_dtype()), torch.get_num_threads(), torch.get_num_interop_threads(),
+    torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+    torch.get_float32_matmul_precision(), sys.getrecursionlimit(), len(sys.warnoptions),
+]
+was = switches()
+import receptance
+print("\\n" + json.dumps({
+    "new": sorted({name.split(".")[0] for name in set(sys.modules) - before}),
+    "switches": was == switches(),
+    "random": bool(torch.equal(rng, torch.get_rng_state())) and python_rng == random.getstate(),
+    "dynamo": "torch._dynamo" in sys.modules,
+}))
+"""
+NOT_FOR_IMPORT = (
+    "transformers tokenizers tyro rich matplotlib triton huggingface_hub datasets tensorboard "
+    "wandb lm_eval pandas scipy sympy pytest"
+)
+
+
+@pytest.fixture(scope="module")
+def import_report() -> dict:
+    """What `import receptance` does in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WATCHER],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={"PYTHONPATH": str(ROOT.parent)},
+    )
+    printed, report = done.stdout.rsplit("\n", 2)[0], done.stdout.strip().rsplit("\n", 1)[-1]
+    return json.loads(report) | {"printed": printed.strip() + done.stderr.strip()}
+
+
+def test_import_prints_nothing(import_report):
+    assert import_report["printed"] == ""
+
+
+def test_import_brings_torch_alone(import_report):
+    assert not set(import_report["new"]) & set(NOT_FOR_IMPORT.split())
+    assert not import_report["dynamo"], "the compiler takes seconds to import"
+
+
+def test_import_changes_no_global_switch(import_report):
+    assert import_report["switches"]
+    assert import_report["random"]
+
+
+# ---- what library code does not do --------------------------------------------------------------
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` as text, and anything else as nothing."""
+    if isinstance(node, ast.Attribute):
+        before = dotted(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def mentions(module: str) -> set[str]:
+    """Every dotted name and every imported name of a module."""
+    return {dotted(node) for node in ast.walk(TREES[module])} | set(imports(module))
+
+
+@every_module
+def test_nothing_reads_the_environment(module):
+    assert not mentions(module) & {"os.environ", "os.getenv", "os.environb", "os.putenv"}
+
+
+@every_module
+def test_the_library_has_no_global_effects(module):
+    forbidden = {
+        "torch.set_default_dtype",
+        "torch.set_default_device",
+        "warnings.simplefilter",
+        "logging.basicConfig",
+    }
+    if not is_app(module):
+        forbidden |= {"sys.exit", "os._exit", "exit", "quit", "SystemExit", "print"}
+        forbidden |= {"torch.set_num_threads", "torch.set_float32_matmul_precision"}
+    assert not mentions(module) & forbidden
+
+
+GLOBAL_SEEDS = {
+    "torch.manual_seed",
+    "torch.random.manual_seed",
+    "torch.seed",
+    "random.seed",
+    "np.random.seed",
+    "numpy.random.seed",
+}
+
+
+@every_module
+def test_global_generators_are_seeded_only_inside_a_fork(module):
+    def seeds(tree: ast.AST) -> int:
+        return sum(dotted(node) in GLOBAL_SEEDS for node in ast.walk(tree))
+
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
+    forks = [f for f in functions if "torch.random.fork_rng" in map(dotted, ast.walk(f))]
+    assert seeds(TREES[module]) <= sum(map(seeds, forks))
+
+
+@every_module
+def test_no_except_without_a_name(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ExceptHandler):
+            caught = dotted(node.type) if node.type else ""
+            where = f"{module}:{node.lineno}"
+            assert node.type is not None, f"{where}: except of everything"
+            assert caught != "BaseException" or any(
+                isinstance(inner, ast.Raise) for inner in ast.walk(node)
+            ), f"{where}: swallows interrupts"
+
+
+# ---- readable -----------------------------------------------------------------------------------
+
+
+def public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Functions and classes without an underscore, and the methods of these classes."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if node.name.startswith("_"):
+                continue
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body)
+
+
+@every_module
+def test_docstrings(module):
+    tree = TREES[module]
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    found = list(public(tree.body))
+    said = {node.name for node in found if ast.get_docstring(node)}
+    # A method that overrides another has its docstring.
+    without = {node.name for node in found} - said
+    assert not without, f"{module}: no docstring on {without}"
+
+
+# Kernels are as long as their mathematics.
+LONGEST, LONGEST_KERNEL = 350, 450
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_fit_in_the_head(name):
+    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= (LONGEST_KERNEL if name.startswith("receptance.ops.") else LONGEST)

@@ -1,0 +1,223 @@
+"""The command as a whole: its front door, and one clear line for every bad input."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from command import SMALL, call
+from tiny import TEXT, make_model, small_bpe
+
+import receptance
+from receptance import save
+from receptance.__main__ import APPS
+from receptance.tokenizer import ByteTokenizer
+
+
+class TestFrontDoor:
+    def test_without_arguments_it_says_how_to_use_it(self):
+        result = call()
+        assert result.code == 2
+        assert all(name in result.out for name in APPS)
+
+    @pytest.mark.parametrize("option", ["-h", "--help"])
+    def test_help(self, option):
+        result = call(option)
+        assert (result.code, result.err) == (0, "")
+        assert all(f"{name} " in result.out and what in result.out for name, what in APPS.items())
+
+    def test_version(self):
+        result = call("--version")
+        assert (result.code, result.out) == (0, f"receptance {receptance.__version__}\n")
+
+    @pytest.mark.parametrize("word", ["trian", "--verbose", "", "../train"])
+    def test_unknown_commands(self, word):
+        result = call(word)
+        assert (result.code, result.out) == (2, "")
+        assert result.err == (
+            f"receptance: error: unknown command {word!r}; there are {', '.join(APPS)}\n"
+        )
+
+    @pytest.mark.parametrize("name", APPS)
+    def test_help_of_each_command(self, name):
+        result = call(name, "--help")
+        assert (result.code, result.err) == (0, "")
+        assert f"usage: receptance {name}" in result.out
+
+    @pytest.mark.parametrize("name", APPS)
+    def test_unknown_options(self, name):
+        result = call(name, "--no-such-option")
+        assert (result.code, result.out) == (2, "")
+        assert "Traceback" not in result.err
+
+    def test_a_command_imports_only_itself(self):
+        code = (
+            "import sys; from receptance.__main__ import main; main(['--help']);"
+            "print([m for m in ('torch', 'tyro', 'receptance.apps.train') if m in sys.modules])"
+        )
+        out = subprocess.check_output([sys.executable, "-c", code], text=True)
+        assert out.splitlines()[-1] == "['torch']"  # receptance itself needs it
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Where the bad inputs lie."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    Path("text.txt").write_text(TEXT)
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("hello")
+    Path("bare").mkdir()
+    save(make_model(), "model", ByteTokenizer())
+    save(make_model(300), "other", small_bpe())
+    torch.save({"weights": "none"}, "bogus.pth")
+    torch.save(make_model(1000).state_dict(), "vocabulary.pth")
+    return tmp_path
+
+
+def cut(name: str) -> Callable[[], None]:
+    return lambda: os.truncate(name, 500)
+
+
+def flip(name: str) -> Callable[[], None]:
+    def change() -> None:
+        content = bytearray(Path(name).read_bytes())
+        content[len(content) // 2] ^= 1
+        Path(name).write_bytes(content)
+
+    return change
+
+
+def nothing() -> None:
+    pass
+
+
+TRAIN = f"{SMALL} --steps 3 --out run"
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(
+    ("prepare", "line", "message"),
+    [
+        # train
+        (nothing, f"train missing.txt {TRAIN}", "no such file, folder or match: missing.txt"),
+        (nothing, f"train missing/*.txt {TRAIN}", "no such file, folder or match: missing/*.txt"),
+        (nothing, f"train bare {TRAIN}", "no text files in folder bare"),
+        (nothing, f"train {TRAIN}", "no data; name a text file"),
+        (nothing, f"train empty.txt {TRAIN}", "the text is empty: empty.txt"),
+        (nothing, f"train short.txt {TRAIN}", "tokens and the context is 32"),
+        (nothing, f"train text.txt {TRAIN} --size 9m", "unknown model size '9m'"),
+        (nothing, f"train text.txt {TRAIN} --width 0", "width is 0"),
+        (nothing, f"train text.txt {TRAIN} --steps -1", "steps is -1"),
+        (nothing, f"train text.txt {TRAIN} --validation 1.5", "validation share is 1.5"),
+        (nothing, f"train text.txt {TRAIN} --tokenizer bpe:lots", "for example bpe:2048"),
+        (nothing, f"train text.txt {TRAIN} --tokenizer bpe:100", "vocab_size is 100"),
+        (nothing, f"train text.txt {TRAIN} --tokenizer nope.json", "nope.json: no such file"),
+        (nothing, f"train text.txt {TRAIN} --tokenizer text.txt", "text.txt"),
+        (nothing, f"train text.txt {TRAIN} --device warp", "device 'warp' cannot be used"),
+        (nothing, f"train text.txt {TRAIN} --learning-rate 1e30", "loss is nan at step 1"),
+        (nothing, f"train text.txt {TRAIN} --out text.txt", "text.txt"),
+        (nothing, "train --resume --out missing", "no run in missing"),
+        (nothing, "train --resume --out bare", "no whole checkpoint in bare: it has none"),
+        # generate
+        (nothing, "generate missing", "no such file or directory: missing"),
+        (nothing, "generate bare", "bare: wanted a config.json"),
+        (nothing, "generate text.txt", "weights are read from"),
+        (nothing, "generate no/such-model", "hub model 'no/such-model'"),
+        (nothing, "generate bogus.pth", "bogus.pth"),
+        (cut("vocabulary.pth"), "generate vocabulary.pth", "vocabulary.pth"),
+        (flip("model/model.safetensors"), "generate model", "model.safetensors does not match"),
+        (cut("model/model.safetensors"), "generate model", "model.safetensors has 500 bytes"),
+        (flip("model/config.json"), "generate model", "model/config.json"),
+        (cut("other/tokenizer.json"), "generate other", "other/tokenizer.json"),
+        (nothing, "generate other --tokenizer bytes", "wrong tokenizer"),
+        (nothing, "generate vocabulary.pth", "no tokenizer beside vocabulary.pth"),
+        (nothing, "generate vocabulary.pth --tokenizer other", "wrong tokenizer: bpe has 300 ids"),
+        (nothing, "generate model --tokenizer missing", "missing: no such file"),
+        (nothing, "generate model --device warp", "device 'warp' cannot be used"),
+        (nothing, "generate model --max-tokens 0", "max_tokens is 0"),
+        (nothing, "generate model --temperature -1", "temperature is -1"),
+        (nothing, "generate model --top-p nan", "top_p is nan"),
+        (nothing, "generate model --seed 99999999999999999999", "seed is 9999"),
+        # chat
+        (nothing, "chat missing", "no such file or directory: missing"),
+        (flip("model/model.safetensors"), "chat model", "model.safetensors does not match"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)
+def test_a_bad_input_is_one_line(prepare, line, message):
+    prepare()
+    result = call(*line.split())
+    assert result.code == 2
+    assert result.err.startswith("receptance: error: ")
+    assert result.err.count("\n") == 1
+    assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("one\n  two"), 2, "receptance: error: one two"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), 2, "a/b: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
+        (FileNotFoundError("tok.json: no such file"), 2, "error: tok.json: no such file"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_of_an_app_become_one_line(error, code, line, monkeypatch):
+    def fail(argv: Sequence[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("receptance.apps.doctor.main", fail)
+    result = call("doctor")
+    assert result.code == code
+    assert line in result.err
+    assert result.err.strip().count("\n") == 0
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def fail(argv: Sequence[str]) -> None:
+        raise AssertionError("our own mistake")
+
+    monkeypatch.setattr("receptance.apps.doctor.main", fail)
+    with pytest.raises(AssertionError):
+        call("doctor")
+
+
+@pytest.mark.usefixtures("place")
+class TestPipes:
+    """In processes of their own."""
+
+    COMMAND = (sys.executable, "-m", "receptance", "generate", "model", "12 little")
+
+    @pytest.mark.parametrize("command", [COMMAND, (*COMMAND[:3], "--help")])
+    def test_a_reader_that_goes_away(self, command):
+        """`receptance generate ... | head -c 5`, written at once or, as usual, in blocks."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, timeout=100, env=environment
+        )
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+    def test_a_full_disk_behind_the_output(self):
+        with open("/dev/full", "w") as full:
+            command = [*self.COMMAND[:3], "--help"]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=100)
+        assert done.returncode != 0
+        assert b"receptance: error: No space left on device" in done.stderr
+
+    def test_a_terminal_with_few_characters(self):
+        command = [*self.COMMAND[:-1], "naïve", "--max-tokens", "1"]
+        environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, timeout=100, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.startswith(b"na?ve")

@@ -1,0 +1,233 @@
+"""The sampler against one in plain Python, over whole distributions."""
+
+import math
+from collections import defaultdict
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from receptance import sampling
+from receptance.sampling import Sampling, choose, count, penalise
+
+GRID = 2000
+
+
+def wanted(logits: list[float], options: Sampling) -> list[float]:
+    """ChatRWKV's sampler: softmax, top_p, top_k, then 1/temperature on what is left."""
+    exponentials = [math.exp(x - max(logits)) for x in logits]
+    probabilities = [x / sum(exponentials) for x in exponentials]
+    falling = sorted(probabilities, reverse=True)
+    cumulated = 0.0
+    for cutoff in falling:
+        cumulated += cutoff
+        if cumulated >= options.top_p:
+            break
+    kept = [p if p >= cutoff else 0.0 for p in probabilities]
+    if options.top_k:
+        least = sorted(kept, reverse=True)[: options.top_k][-1]
+        kept = [p if p >= least else 0.0 for p in kept]
+    powers = [(p / falling[0]) ** (1 / options.temperature) for p in kept]
+    return [p / sum(powers) for p in powers]
+
+
+def found(logits: list[float], options: Sampling) -> list[float]:
+    """The share of a grid over [0, 1) that each token gets."""
+    uniform = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+    ids = choose(torch.tensor([logits]).expand(GRID, -1), uniform, options)
+    return [times / GRID for times in torch.bincount(ids, minlength=len(logits)).tolist()]
+
+
+def assert_same(logits: list[float], options: Sampling) -> None:
+    for share, probability in zip(found(logits, options), wanted(logits, options), strict=True):
+        assert abs(share - probability) <= 1 / GRID + 1e-6
+
+
+def is_clear(logits: list[float], options: Sampling) -> bool:
+    """Whether rounding to float32 cannot move the cutoff, and top_k does not cut between equals."""
+    ranked = sorted(logits, reverse=True)
+    exponentials = [math.exp(x - ranked[0]) for x in ranked]
+    reached = [x / sum(exponentials) for x in accumulate(exponentials)]
+    is_far = options.top_p == 1 or all(abs(x - options.top_p) > 1e-5 for x in reached)
+    beyond = ranked[options.top_k :]
+    return is_far and not (options.top_k and beyond and beyond[0] == ranked[options.top_k - 1])
+
+
+# Two decimals: equal or clearly different, also after rounding.
+logit = st.integers(-1200, 1200).map(lambda x: x / 100)
+some_logits = st.lists(logit, min_size=1, max_size=12)
+some_options = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.1, 0.5, 0.9, 1.0, 1.3, 5.0]),
+    top_p=st.sampled_from([0.01, 0.1, 0.3, 0.5, 0.85, 0.95, 1.0]),
+    top_k=st.sampled_from([0, 0, 1, 2, 5, 100]),
+)
+
+
+class TestChoose:
+    @given(some_logits, some_options)
+    def test_the_distribution_is_that_of_chatrwkv(self, logits, options):
+        assume(is_clear(logits, options))
+        assert_same(logits, options)
+
+    @given(some_logits, some_options)
+    def test_a_shortlist_changes_nothing(self, logits, options):
+        assume(is_clear(logits, options))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "_SHORTLIST", 3)
+            assert_same(logits, options)
+
+    @pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
+    def test_a_vocabulary_larger_than_the_shortlist(self, top_p):
+        assert sampling._SHORTLIST < 600
+        assert_same([0.003 * n for n in range(600)], Sampling(top_p=top_p))
+
+    def test_equally_likely_tokens_stay_or_go_together(self):
+        shares = found([2.0, 1.0, 1.0, 1.0, 0.0], Sampling(top_p=0.6))
+        assert shares[4] == 0
+        assert min(shares[1:4]) > 0
+        assert found([0.0] * 1000, Sampling(top_p=0.01)) == [1 / 1000] * 1000
+
+    @given(some_logits)
+    def test_no_temperature_takes_the_likeliest(self, logits):
+        likeliest = logits.index(max(logits))
+        for temperature in (0.0, 1e-9, 1e-300):
+            for top_p in (0.5, 1.0):
+                options = Sampling(temperature=temperature, top_p=top_p)
+                assert found(logits, options)[likeliest] == 1
+
+    @given(some_logits)
+    def test_a_low_temperature_is_nearly_greedy(self, logits):
+        assume(len(set(logits)) == len(logits))
+        for top_p in (0.9, 1.0):
+            shares = found(logits, Sampling(temperature=2e-6, top_p=top_p))
+            assert shares[logits.index(max(logits))] == 1
+
+    def test_a_tiny_top_p_keeps_the_likeliest(self):
+        for top_p in (0.0, 1e-12, 1e-4):
+            assert found([0.0, 3.0, 1.0], Sampling(top_p=top_p)) == [0, 1, 0]
+
+    @pytest.mark.parametrize("options", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3)])
+    def test_extreme_logits(self, options):
+        huge = torch.finfo(torch.float32).max
+        assert found([-huge, huge, 0.0], options) == [0, 1, 0]
+        assert found([-math.inf, 1.0, -math.inf, 1.0], options) == [0, 0.5, 0, 0.5]
+        assert found([-math.inf, -huge, -math.inf], options) == [0, 1, 0]
+
+    @pytest.mark.parametrize("last", [1 - 2**-24, 1 - 2**-53, 1.0])
+    @pytest.mark.parametrize("options", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3)])
+    def test_the_largest_random_number_finds_no_impossible_token(self, last, options):
+        logits = torch.tensor([[0.1, 0.2, 0.3, -math.inf, -200.0]])
+        token = choose(logits, torch.tensor([last], dtype=torch.float64), options)
+        assert int(token) <= 2
+
+    @pytest.mark.parametrize("options", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3)])
+    def test_the_smallest_random_number_finds_no_impossible_token(self, options):
+        logits = torch.tensor([[-math.inf, -200.0, 0.2]])
+        assert int(choose(logits, torch.zeros(1), options)) == 2
+
+    @given(some_options)
+    def test_rows_do_not_see_each_other(self, options):
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(20, 600, generator=generator)
+        logits[0] = 0  # flat: the shortlist is not enough for this one
+        uniform = torch.rand(20, generator=generator)
+        together = choose(logits, uniform, options)
+        alone = [choose(logits[[i]], uniform[[i]], options) for i in range(20)]
+        assert together.tolist() == torch.cat(alone).tolist()
+
+    def test_half_precision_logits_will_do(self):
+        logits = torch.tensor([[1.0, 2.0, 5.0]]).bfloat16()
+        for options in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=2)):
+            assert choose(logits, torch.tensor([0.9]), options).item() == 2
+
+    def test_arguments_stay_as_they_are(self):
+        logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
+        before = logits.clone()
+        for options in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=3, temperature=0.5)):
+            choose(logits, torch.tensor([0.3, 0.8]), options)
+        assert torch.equal(logits, before)
+
+
+def penalised(logits: list[float], tokens: list[int], options: Sampling) -> list[float]:
+    """The rule as ChatRWKV writes it, with a dict of occurrences."""
+    occurrence: dict[int, float] = defaultdict(float)
+    for token in tokens:
+        for seen in occurrence:
+            occurrence[seen] *= options.penalty_decay
+        occurrence[token] += 1
+    result = list(logits)
+    for token, times in occurrence.items():
+        if result[token] > 0:
+            result[token] /= options.repetition_penalty
+        else:
+            result[token] *= options.repetition_penalty
+        result[token] -= options.presence_penalty + times * options.frequency_penalty
+    return result
+
+
+class TestPenalties:
+    @given(
+        tokens=st.lists(st.integers(0, 5), max_size=20),
+        logits=st.lists(logit, min_size=6, max_size=6),
+        options=st.builds(
+            Sampling,
+            repetition_penalty=st.sampled_from([0.5, 1.0, 1.2]),
+            presence_penalty=st.sampled_from([-0.5, 0.0, 0.4]),
+            frequency_penalty=st.sampled_from([-0.5, 0.0, 0.4]),
+            penalty_decay=st.sampled_from([0.5, 0.996, 1.0]),
+        ),
+    )
+    def test_the_rule_of_chatrwkv(self, tokens, logits, options):
+        counts = torch.zeros(1, 6)
+        for token in tokens:
+            counts = count(counts, torch.tensor([token]), options)
+        result = penalise(torch.tensor([logits]), counts, options)
+        wanted = torch.tensor([penalised(logits, tokens, options)])
+        torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-5)
+
+    def test_impossible_tokens_stay_impossible(self):
+        options = Sampling(repetition_penalty=2, presence_penalty=1, frequency_penalty=1)
+        result = penalise(torch.tensor([[-math.inf, 1.0]]), torch.ones(1, 2), options)
+        assert result.tolist() == [[-math.inf, -1.5]]
+
+    def test_nothing_is_changed_in_place(self):
+        counts, logits = torch.zeros(1, 3), torch.ones(1, 3)
+        options = Sampling(presence_penalty=1)
+        penalise(logits, count(counts, torch.tensor([1]), options), options)
+        assert counts.tolist() == [[0, 0, 0]] and logits.tolist() == [[1, 1, 1]]
+
+    def test_whether_there_are_any(self):
+        assert not Sampling(temperature=0.5, penalty_decay=0.5).penalises
+        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+            assert Sampling(**{name: 0.5}).penalises
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_p", 1.1),
+        ("top_p", -0.1),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("repetition_penalty", 0),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", math.inf),
+        ("penalty_decay", 1.01),
+    ],
+)
+def test_options_are_checked(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be "):
+        Sampling(**{name: value})
+
+
+def test_a_lower_top_p_keeps_fewer():
+    logits = [0.1 * n for n in range(20)]
+    kept = [sum(x > 0 for x in found(logits, Sampling(top_p=p / 10))) for p in range(11)]
+    assert all(less <= more for less, more in pairwise(kept))
+    assert kept[0] == 1 and kept[-1] == 20
