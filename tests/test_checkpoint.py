@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from tiny import make_model, same_bits, small_bpe
 
 from receptance import checkpoint
-from receptance.checkpoint import load, newest_checkpoint, save, verify, write_directory
+from receptance.checkpoint import load, save
 from receptance.config import ModelConfig
+from receptance.directories import newest_checkpoint, write_directory
+from receptance.manifest import verify
 from receptance.model import Model
 from receptance.tokenizer import BPETokenizer, ByteTokenizer
 
@@ -147,14 +149,14 @@ def test_a_damaged_manifest_is_named(content, saved):
 
 @given(st.data())
 @settings(max_examples=60)
-def test_no_flipped_bit_goes_unnoticed(pristine, tmp_path_factory, data):
+def test_no_changed_byte_goes_unnoticed(pristine, tmp_path_factory, data):
     saved = shutil.copytree(pristine, tmp_path_factory.mktemp("flip") / "saved")
     file = saved / data.draw(st.sampled_from([*NAMES, "manifest.json"]))
     content = bytearray(file.read_bytes())
     position = data.draw(st.integers(0, len(content) - 1))
-    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    content[position] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
-    assert str(saved) in refusal(lambda: load(saved))
+    assert str(file) in refusal(lambda: load(saved))
 
 
 def test_files_of_two_checkpoints_do_not_mix(saved, tmp_path):
@@ -186,7 +188,7 @@ class TestFailingWrites:
         rename = os.rename
         target, replacement = {
             "tensors": ("safetensors.torch.save_file", fail),
-            "manifest": ("receptance.checkpoint._write_manifest", fail),
+            "manifest": ("receptance.directories.write_manifest", fail),
             "sync": ("os.fsync", fail),
             "any rename": ("os.rename", fail),
             "last rename": ("os.rename", fail_late),
@@ -224,7 +226,7 @@ class TestFailingWrites:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("receptance.checkpoint._write_manifest", interrupt)
+        monkeypatch.setattr("receptance.directories.write_manifest", interrupt)
         with pytest.raises(KeyboardInterrupt):
             save(make_model(300), saved, small_bpe())
         assert [p.name for p in saved.parent.iterdir()] == ["saved"]
@@ -241,15 +243,6 @@ def test_a_checkpoint_may_be_replaced(saved):
     save(new, saved, small_bpe())
     assert same_bits(load(saved)[0].state_dict(), new.state_dict())
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
-
-
-def test_leftovers_of_a_killed_process_do_not_disturb(model, tmp_path):
-    (tmp_path / ".model.partial").mkdir()
-    (tmp_path / ".model.partial" / "junk").touch()
-    save(model, tmp_path / "model", small_bpe())
-    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == sorted(
-        [*NAMES, "manifest.json"]
-    )
 
 
 @pytest.mark.parametrize("name", ["a file", "a folder"])
@@ -391,15 +384,86 @@ def test_what_holds_no_model_is_refused(name, tmp_path, monkeypatch):
     refusal(lambda: load(name))
 
 
-def test_step_directories_are_ordered_by_number(tmp_path):
-    for name in ("step-3", "step-00000020", "step-100", "step-", "step-4x", "other"):
-        (tmp_path / name).mkdir()
-    found = [p.name for p in checkpoint.step_directories(tmp_path)]
-    assert found == ["step-3", "step-00000020", "step-100"]
-
-
 def test_a_model_saves_itself(tmp_path):
     model = Model(ModelConfig(vocab_size=256, width=16, num_layers=2), seed=3)
     model.save(tmp_path / "m", ByteTokenizer())
     loaded, _ = load(tmp_path / "m")
     assert loaded.fingerprint() == model.fingerprint()
+
+
+class TestTensorFiles:
+    """One file, or shards with an index in the form that transformers has."""
+
+    @pytest.fixture
+    def tensors(self, model) -> dict[str, torch.Tensor]:
+        return model.state_dict()
+
+    def write_shards(self, directory: Path, tensors: dict, stem: str, count: int) -> list[str]:
+        names = sorted(tensors)
+        shards = [
+            checkpoint.write_tensors(
+                {n: tensors[n] for n in names[i::count]}, directory, stem, shard=i, shards=count
+            )
+            for i in range(count)
+        ]
+        return [*shards, checkpoint.write_index(directory, stem, shards)]
+
+    @pytest.mark.parametrize("count", [1, 2, 7])
+    def test_a_model_in_shards_is_loaded(self, count, model, tensors, tmp_path):
+        def write(partial: Path) -> None:
+            checkpoint.write_description(model.config, partial, small_bpe())
+            self.write_shards(partial, tensors, "model", count)
+
+        write_directory(tmp_path / "model", write)
+        assert same_bits(load(tmp_path / "model")[0].state_dict(), tensors)
+
+    def test_they_have_the_names_of_transformers(self, tensors, tmp_path):
+        assert self.write_shards(tmp_path, tensors, "model", 2) == [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+        ]
+
+    def test_transformers_reads_the_shards(self, tmp_path):
+        """What save_pretrained would have written, written by us."""
+        from transformers import RwkvConfig, RwkvForCausalLM
+
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
+        theirs = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
+        theirs.config.save_pretrained(tmp_path)
+        self.write_shards(tmp_path, theirs.state_dict(), "model", 3)
+        found = RwkvForCausalLM.from_pretrained(tmp_path).state_dict()
+        assert same_bits(found, theirs.state_dict())
+
+    @given(st.data())
+    @settings(max_examples=20)
+    def test_any_tensors_in_any_shards_come_back(self, tmp_path_factory, data):
+        folder = tmp_path_factory.mktemp("shards")
+        names = data.draw(st.sets(st.text("ab./é", min_size=1, max_size=5), min_size=1, max_size=8))
+        tensors = {
+            name: torch.arange(data.draw(st.integers(0, 5)), dtype=torch.float64) + i
+            for i, name in enumerate(sorted(names))
+        }
+        self.write_shards(folder, tensors, "optimizer", data.draw(st.integers(1, 4)))
+        assert same_bits(checkpoint.read_tensors(folder, "optimizer"), tensors)
+
+    def test_a_shard_of_another_model_is_refused(self, tensors, tmp_path):
+        shards = self.write_shards(tmp_path, tensors, "model", 2)
+        shutil.copy(tmp_path / shards[0], tmp_path / shards[1])
+        message = refusal(lambda: checkpoint.read_tensors(tmp_path, "model"))
+        assert "model.safetensors.index.json: tensors are not in the files it names" in message
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
+    def test_a_damaged_index_is_named(self, content, tmp_path):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        message = refusal(lambda: checkpoint.read_tensors(tmp_path, "model"))
+        assert "model.safetensors.index.json: " in message
+
+    def test_an_index_reaches_for_no_files_elsewhere(self, tensors, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        self.write_shards(tmp_path / "elsewhere", tensors, "model", 1)
+        (tmp_path / "here").mkdir()
+        index = {"weight_map": dict.fromkeys(tensors, "../elsewhere/model.safetensors")}
+        (tmp_path / "here/model.safetensors.index.json").write_text(json.dumps(index))
+        refusal(lambda: checkpoint.read_tensors(tmp_path / "here", "model"))

@@ -1,132 +1,39 @@
-"""Directories that lose nothing, and `load`, which opens every format there is a reader for.
+"""Models and their tokenizers on disk, and `load`, which opens every format there is a reader for.
 
-A directory is written beside its final name, every file and then a manifest of lengths and sha256
-digests, and renamed when all of it is on disk: under its final name it is whole or absent.
+How a directory becomes one that loses nothing is told in directories.py and manifest.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
-import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from receptance import formats
 from receptance.config import ModelConfig
+from receptance.directories import (
+    existing,
+    is_step,
+    newest_checkpoint,
+    step_directories,
+    write_directory,
+)
+from receptance.formats import hf
+from receptance.manifest import MANIFEST, verify
 from receptance.model import Model
 from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 FORMAT = "receptance"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
 
 # Rows of the embedding that a tokenizer may leave unused: World pads 65,530 ids to 65,536 and
 # others round up to a multiple of 64 or 128. More than that is another vocabulary.
 _MAX_UNUSED_ROWS = 128
-
-
-def write_directory(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Make a directory appear at path, whole, with what `write` puts into it.
-
-    A checkpoint that was there is replaced after the new one is on disk; anything else is never
-    replaced. ValueError when it cannot be written; then what was there is untouched.
-    """
-    from safetensors import SafetensorError
-
-    path = Path(path).expanduser()
-    _check_replaceable(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write(partial)
-        _write_manifest(partial)
-        _replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_replaceable(path: Path) -> None:
-    """ValueError if something is at path that may be anything but a checkpoint of ours."""
-    is_ours = (path / MANIFEST).exists() or _STEP.fullmatch(path.name)
-    if path.exists() and not (path.is_dir() and (is_ours or not any(path.iterdir()))):
-        raise ValueError(
-            f"cannot write {path}: what is there is not a checkpoint; choose another name"
-        )
-
-
-def _write_manifest(directory: Path) -> None:
-    files = {}
-    listed = sorted(p for p in directory.rglob("*") if p.is_file())
-    manifest = directory / MANIFEST
-    manifest.touch()
-    for file in listed:
-        shutil.copymode(manifest, file)  # safetensors makes files that only their owner can read
-        _sync(file)
-        name = file.relative_to(directory).as_posix()
-        files[name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
-    manifest.write_text(json.dumps({"files": files}, indent=1))
-    _sync(manifest)
-    _sync(directory)
-
-
-def _replace(partial: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    try:
-        os.rename(partial, path)
-    except OSError:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def verify(directory: str | Path) -> None:
-    """ValueError names the first file that is missing or differs from the manifest."""
-    directory = Path(directory)
-    manifest = directory / MANIFEST
-    try:
-        files = json.loads(manifest.read_text())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{manifest} is missing: {directory} is not a whole checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest} is damaged: {error}") from None
-    for name, (size, digest) in expected.items():
-        file = directory / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; the checkpoint is incomplete")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {size}; truncated")
-        if _digest(file) != digest:
-            raise ValueError(f"{file} does not match its sha256 digest; it was damaged or edited")
 
 
 def save(model: Model, directory: str | Path, tokenizer: Tokenizer) -> None:
@@ -136,22 +43,80 @@ def save(model: Model, directory: str | Path, tokenizer: Tokenizer) -> None:
 
 def write_model(model: Model, directory: Path, tokenizer: Tokenizer) -> None:
     """Put a model's files into a directory that is being written (see write_directory)."""
-    from safetensors.torch import save_file
+    write_description(model.config, directory, tokenizer)
+    write_tensors(model.state_dict(), directory, "model")
 
-    check_tokenizer(tokenizer, model.config)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = {
+
+def write_description(config: ModelConfig, directory: Path, tokenizer: Tokenizer) -> None:
+    """Put everything about a model but its tensors into a directory that is being written."""
+    check_tokenizer(tokenizer, config)
+    about = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": model.config.to_dict(),
+        "model": config.to_dict(),
         "tokenizer": {
             "kind": tokenizer.kind,
             "files": tokenizer.save(directory),
             "fingerprint": tokenizer.fingerprint,
         },
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    (directory / "config.json").write_text(json.dumps(about, indent=1))
+
+
+def read_description(directory: Path) -> tuple[ModelConfig, Tokenizer]:
+    """What `write_description` wrote. Whoever calls this has verified the directory."""
+    config = _own_config(directory)
+    if config is None:
+        raise ValueError(f"{directory} holds no model of ours")
+    return ModelConfig.from_dict(config["model"]), _own_tokenizer(
+        directory, config["tokenizer"], None
+    )
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    stem: str,
+    *,
+    shard: int = 0,
+    shards: int = 1,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Write tensors as STEM.safetensors, or as one of several shards of it; the file's name.
+
+    Shards are counted from 0; after all of them somebody calls `write_index`. Metadata goes into
+    the file's header.
+    """
+    from safetensors.torch import save_file
+
+    part = f"-{shard + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+    name = f"{stem}{part}.safetensors"
+    ours = {n: x.detach().cpu().contiguous() for n, x in tensors.items()}
+    save_file(ours, directory / name, metadata=dict(metadata or {"format": "pt"}))
+    return name
+
+
+def write_index(directory: Path, stem: str, shards: Iterable[str]) -> str:
+    """Write which shard holds which tensor, as transformers does; the file's name."""
+    held = {shard: formats.read_safetensors(directory / shard) for shard in sorted(shards)}
+    index = {
+        "metadata": {"total_size": sum(x.nbytes for part in held.values() for x in part.values())},
+        "weight_map": {name: shard for shard, tensors in held.items() for name in tensors},
+    }
+    name = f"{stem}.safetensors.index.json"
+    (directory / name).write_text(json.dumps(index, indent=1))
+    return name
+
+
+def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of STEM.safetensors or of its shards; they stay mapped, nothing is copied.
+
+    Whoever calls this has verified the directory. ValueError if they are not there.
+    """
+    index = directory / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return formats.read_safetensors(directory / f"{stem}.safetensors")
+    return hf.read_shards(index, formats.read_safetensors)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -182,22 +147,18 @@ def load(
     file, but widens float16, in which RWKV-4 overflows, to float32.
     ValueError says in one line what is wrong.
     """
-    from receptance import formats
-
     check_device(device)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").exists() and step_directories(path):
-        path, skipped = newest_checkpoint(path)
-        for reason in skipped:
-            warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=2)
-    # First: a damaged config must not make it look like another format.
-    if (path / MANIFEST).is_file() or _own_config(path) is not None:
-        verify(path)
+    path = _checked(existing(Path(source).expanduser()))
+    if (path / "adapter.safetensors").is_file():
+        raise ValueError(
+            f"{path} holds an adapter; name the model that it was trained on, and this one with "
+            "--adapter"
+        )
     if (config := _own_config(path)) is not None:
         sizes = ModelConfig.from_dict(config["model"])
-        tensors = formats.read_safetensors(path / "model.safetensors")
+        tensors = read_tensors(path, "model")
         tokenizer = _own_tokenizer(path, config["tokenizer"], tokenizer)
     else:
         weights = formats.read(path if path.exists() else str(source), revision=revision)
@@ -207,6 +168,18 @@ def load(
     if dtype is None and tensors["emb.weight"].dtype == torch.float16:
         dtype = torch.float32
     return Model.from_tensors(sizes, tensors, device=device, dtype=dtype), tokenizer
+
+
+def _checked(path: Path) -> Path:
+    """Path, or the newest whole checkpoint of the run there; ValueError if path is damaged."""
+    if path.is_dir() and not (path / "config.json").exists() and step_directories(path):
+        path, skipped = newest_checkpoint(path)
+        for reason in skipped:
+            warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+    # First: a damaged config must not make it look like another format.
+    elif (path / MANIFEST).is_file() or is_step(path) or _own_config(path) is not None:
+        verify(path)
+    return path
 
 
 def _own_config(directory: Path) -> dict[str, Any] | None:
@@ -259,22 +232,3 @@ def _found_tokenizer(path: Path | None, config: ModelConfig, source: str | Path)
         f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
         "there or pass it with --tokenizer"
     )
-
-
-def step_directories(run: Path) -> list[Path]:
-    """The checkpoints of a training run, oldest first."""
-    found = (p for p in run.iterdir() if p.is_dir() and _STEP.fullmatch(p.name))
-    return sorted(found, key=lambda p: int(p.name[len("step-") :]))
-
-
-def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint of a run, and why newer ones were passed over."""
-    skipped = []
-    for directory in reversed(step_directories(Path(run))):
-        try:
-            verify(directory)
-        except ValueError as error:
-            skipped.append(str(error))
-        else:
-            return directory, skipped
-    raise ValueError(f"no whole checkpoint in {run}: {'; '.join(skipped) or 'it has none'}")

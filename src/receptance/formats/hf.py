@@ -127,14 +127,15 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     for name, reader in _FILES:
         path = directory / name
         if path.is_file():
-            return _read_shards(path, reader) if path.suffix == ".json" else reader(path)
+            return read_shards(path, reader) if path.suffix == ".json" else reader(path)
     wanted = ", ".join(name for name, _ in _FILES)
     raise ValueError(
         f"{directory}: there are no weights beside config.json; wanted one of {wanted}"
     )
 
 
-def _read_shards(index: Path, reader: Reader) -> dict[str, Tensor]:
+def read_shards(index: Path, reader: Reader) -> dict[str, Tensor]:
+    """The tensors of the files that an index names; ValueError if they do not agree with it."""
     files = _weight_map(index)
     shards = {file: reader(index.parent / file) for file in sorted(set(files.values()))}
     if absent := [name for name, file in files.items() if name not in shards[file]]:
