@@ -1,0 +1,157 @@
+"""receptance data: make corpora of tokens, look into them, put them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from receptance.data import PrepareOptions, TokenFiles, merge, prepare
+from receptance.data.assemble import document_ends
+from receptance.data.ondisk import blocks
+from receptance.progress import say
+from receptance.tokenizer import load_tokenizer
+
+# Of a longer corpus the lengths of the first documents are shown.
+_COUNTED_TOKENS = 1 << 28
+_SHOWN_TOKENS = 200
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Tokenize text, JSON lines, parquet and data sets into a corpus folder for training.
+
+    Ctrl-C, or anything worse, loses at most the seconds of work that were not yet written: the
+    same command goes on.
+    """
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
+    """Text files, .jsonl, .parquet, all these with .gz except the last; folders and globs of them;
+    hf:NAME[:CONFIG][:SPLIT] for data sets."""
+    out: Path
+    """The corpus folder."""
+    tokenizer: str
+    """bytes, bpe:SIZE (trained on the text), or a tokenizer file."""
+    options: Annotated[PrepareOptions, tyro.conf.arg(name="")] = field(
+        default_factory=PrepareOptions
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what is in a corpus: counts, the first document, how long documents are."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A corpus folder, a .npy file, or a .bin/.idx pair."""
+    tokenizer: str | None = None
+    """bytes or a tokenizer file, to decode files that come without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make one corpus folder of token files: .npy, .bin/.idx pairs, corpora, folders of these."""
+
+    shards: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARD ...")]
+    """In this order; the files of a folder by name."""
+    out: Path
+    """The new corpus folder."""
+    tokenizer: str
+    """The tokenizer the tokens were made with: bytes, or a file."""
+    validation: float = 0.01
+    """Share of the tokens that is kept for validation; corpora among the shards keep theirs."""
+    format: Literal["npy", "binidx"] = "npy"
+    """npy, or binidx for RWKV-LM and Megatron."""
+    seed: int = 0
+    """Decides which documents are kept for validation."""
+
+
+Command = (
+    Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make corpora of tokens, look into them, put them together."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Command]]
+
+
+def main(argv: list[str]) -> None:
+    """Parse, do it, report."""
+    command = tyro.cli(Options, args=argv, prog="receptance data").command
+    console = Console()
+    if isinstance(command, Inspect):
+        _inspect(command, console)
+        return
+    corpus = _prepared(command, console) if isinstance(command, Prepare) else _merged(command)
+    counts = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
+    say(console, f"{command.out}: {counts}")
+
+
+def _prepared(command: Prepare, console: Console) -> TokenFiles:
+    if not command.sources:
+        raise ValueError("no sources; name a text file, a folder, a glob or a data set")
+    return prepare(command.sources, command.out, command.tokenizer, command.options, console)
+
+
+def _merged(command: Merge) -> TokenFiles:
+    if not command.shards:
+        raise ValueError("no shards; name token files, or folders of them")
+    return merge(
+        [shard.expanduser() for shard in command.shards],
+        command.out.expanduser(),
+        load_tokenizer(command.tokenizer),
+        validation=command.validation,
+        seed=command.seed,
+        layout=command.format,
+    )
+
+
+def _inspect(command: Inspect, console: Console) -> None:
+    corpus = TokenFiles.open(command.path)
+    tokenizer = load_tokenizer(command.tokenizer) if command.tokenizer else corpus.tokenizer
+    about = "unknown" if tokenizer is None else f"{tokenizer.kind}, {tokenizer.vocab_size:,} ids"
+    say(console, f"tokenizer    {about}; end of text {corpus.end_of_text}")
+    say(console, f"numbers      {corpus.train.dtype}, fingerprint {corpus.fingerprint[:16]}")
+    for name in ("train", "validation"):
+        _describe(name, getattr(corpus, name), getattr(corpus, f"{name}_mask"), corpus, console)
+    if not len(corpus.train):
+        return
+    end = int(document_ends(corpus.train[:_COUNTED_TOKENS], corpus.end_of_text)[0])
+    first = corpus.train[: min(end, _SHOWN_TOKENS)].tolist()
+    text = repr(tokenizer.decode(first)) if tokenizer else " ".join(map(str, first))
+    say(console, f"begins with  {text}")
+
+
+def _describe(
+    name: str, tokens: np.ndarray, mask: np.ndarray | None, corpus: TokenFiles, console: Console
+) -> None:
+    """Two lines: how many tokens and documents; how long the documents are."""
+    documents = sum(np.count_nonzero(block == corpus.end_of_text) for block in blocks(tokens))
+    line = f"{name:11}  {len(tokens):,} tokens in {documents:,} documents"
+    if mask is not None:
+        learned = sum(int(np.count_nonzero(block)) for block in blocks(mask))
+        line += f", {learned:,} of them to be learned"
+    say(console, line)
+    ends = document_ends(tokens[:_COUNTED_TOKENS], corpus.end_of_text)
+    if len(ends):
+        say(console, f"             {length_histogram(np.diff(ends, prepend=0))}")
+
+
+def length_histogram(lengths: np.ndarray) -> str:
+    """Bars for the documents of 1, 2-3, 4-7, ... tokens, between the shortest and the longest."""
+    counts = np.bincount(np.log2(lengths).astype(int))
+    first = int(np.flatnonzero(counts)[0])
+    bars = "".join(
+        _BARS[-(-int(n) * (len(_BARS) - 1) // int(counts.max()))] for n in counts[first:]
+    )
+    median = int(np.median(lengths))
+    return f"{lengths.min():,} {bars} {lengths.max():,} tokens per document, median {median:,}"

@@ -1,0 +1,222 @@
+"""From pieces of sources to tokens: text, and records that hold a text or an example."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from receptance.data import hub, parquet
+from receptance.data.examples import encode_record, is_example
+from receptance.data.ondisk import token_dtype
+from receptance.data.parts import Part, PartReport, part_writer, vouch
+from receptance.data.sources import Piece, Range, chunks, open_unchanged, read_range
+from receptance.templates import find_template
+from receptance.tokenizer import Tokenizer
+
+Progress = Callable[[int], None]
+"""Told how many more bytes of input are done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How records become documents."""
+
+    text_field: str = "text"
+    """The field of a record that holds its text."""
+    template: str | None = None
+    """How prompts and responses, or messages, are laid out: world, raven, ..."""
+    skip_bad: bool = False
+    """Leave out records that cannot be read, and count them, instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        if self.template is not None:
+            find_template(self.template)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A record as it was found: a line or a mapping, and where."""
+
+    content: bytes | Mapping[str, Any]
+    where: Callable[[], str]
+    size: int = 0
+
+
+def tokenize_piece(
+    piece: Piece,
+    tokenizer: Tokenizer,
+    options: ReadOptions,
+    folder: Path,
+    progress: Progress = lambda done: None,
+) -> PartReport:
+    """Write a piece's tokens as a part; ValueError names the file, and the line, that is bad."""
+    with part_writer(folder, piece.index, token_dtype(tokenizer.vocab_size)) as part:
+        work = _PieceWork(part, tokenizer, options, progress)
+        for span in piece.ranges:
+            if span.source.kind == "text":
+                work.text(span)
+            else:
+                work.records(_rows(span, options.text_field))
+        work.records(_stream_rows(piece))
+    report = PartReport(
+        index=piece.index,
+        part=piece.part,
+        tokens=part.tokens,
+        text_bytes=part.text_bytes,
+        masked=part.masked,
+        stream=piece.stream,
+        rows=len(piece.rows),
+        skipped=work.skipped,
+        first_skipped=work.first_skipped,
+    )
+    vouch(folder, report)
+    return report
+
+
+class _PieceWork:
+    def __init__(
+        self, part: Part, tokenizer: Tokenizer, options: ReadOptions, progress: Progress
+    ) -> None:
+        self.part, self.tokenizer, self.options = part, tokenizer, options
+        self.progress = progress
+        self.skipped, self.first_skipped = 0, ""
+
+    def text(self, span: Range) -> None:
+        """A text, or some of it, as a document, or some of it."""
+        empty = True
+        for chunk in chunks(read_range(span)):
+            try:
+                self.part.add(self.tokenizer.encode(chunk))
+            except ValueError as error:
+                raise ValueError(f"{span.source.path}: {error}") from None
+            self.part.text_bytes += len(chunk)
+            self.progress(len(chunk))
+            empty = False
+        if span.ends_document and not empty:
+            self.part.add([self.tokenizer.end_of_text])
+
+    def records(self, rows: Iterable[_Row]) -> None:
+        """Each record as a document; those without any text are left out."""
+        for row in rows:
+            try:
+                self._record(_parsed(row.content))
+            except ValueError as error:
+                if not self.options.skip_bad:
+                    raise ValueError(
+                        f"{row.where()}: {error}; repair it, or leave such records out with "
+                        "--skip-bad"
+                    ) from None
+                self.first_skipped = self.first_skipped or f"{row.where()}: {error}"
+                self.skipped += 1
+            self.progress(row.size)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        field, end = self.options.text_field, self.tokenizer.end_of_text
+        if field in record:
+            text = _text(record, field)
+            ids = [id for chunk in chunks([text]) for id in self.tokenizer.encode(chunk)]
+            if ids:
+                self.part.add([*ids, end])
+        elif is_example(record):
+            if self.options.template is None:
+                raise ValueError("it holds an example; say how it is laid out with --template NAME")
+            ids, mask = encode_record(record, self.tokenizer, self.options.template)
+            self.part.add([*ids, end], [*mask, 1])
+            text = self.tokenizer.decode_bytes(ids)
+        else:
+            known = ", ".join(map(str, record)) or "none at all"
+            raise ValueError(f"no field {field!r}; there are {known}; name one with --text-field")
+        self.part.text_bytes += len(text)
+
+
+def _text(record: Mapping[str, Any], field: str) -> bytes:
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {field!r} is {type(text).__name__}, not a text")
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def _parsed(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(content, bytes):
+        return content
+    try:
+        record = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, not an object with fields")
+    return record
+
+
+def _rows(span: Range, field: str) -> Iterator[_Row]:
+    """The records of a range, and where each was found."""
+    source = span.source
+    if source.kind == "lines":
+        yield from _lines(span)
+        return
+    read = hub.read_rows if source.kind == "rows" else parquet.read_rows
+    if source.kind == "parquet":
+        open_unchanged(source).close()
+    for number, row in read(source.path, span.begin, span.end, field):
+        yield _Row(row, functools.partial(_name_row, source.path, number + 1))
+
+
+def _stream_rows(piece: Piece) -> Iterator[_Row]:
+    for number, row in enumerate(piece.rows, start=piece.first_row + 1):
+        yield _Row(row, functools.partial(_name_row, piece.stream, number))
+
+
+def _name_row(name: str, number: int) -> str:
+    return f"{name}, row {number}"
+
+
+def _lines(span: Range) -> Iterator[_Row]:
+    number, rest = 0, b""
+    for block in itertools.chain(read_range(span), [b"\n"]):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield _Row(line, functools.partial(_name_line, span, number), len(line) + 1)
+
+
+def _name_line(span: Range, number: int) -> str:
+    """The lines before the range are counted only now."""
+    before = read_range(Range(span.source, 0, span.begin, 0)) if span.begin else ()
+    number += sum(block.count(b"\n") for block in before)
+    return f"{span.source.path}, line {number}"
+
+
+def texts(piece: Piece, options: ReadOptions) -> Iterator[str]:
+    """The text of a piece, to train a tokenizer on: bad records and all layout are left out."""
+    for span in piece.ranges:
+        if span.source.kind == "text":
+            yield from (chunk.decode("utf-8", "replace") for chunk in chunks(read_range(span)))
+        else:
+            yield from _strings(_rows(span, options.text_field), options.text_field)
+    yield from _strings(_stream_rows(piece), options.text_field)
+
+
+def _strings(rows: Iterable[_Row], field: str) -> Iterator[str]:
+    for row in rows:
+        try:
+            record = _parsed(row.content)
+        except ValueError:
+            continue
+        yield from _inside(record.get(field, record))
+
+
+def _inside(value: Any) -> Iterator[str]:
+    """All strings in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value.encode("utf-8", "replace").decode()  # lone surrogates are no text elsewhere
+    elif isinstance(value, list | Mapping):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _inside(inner)

@@ -1,0 +1,80 @@
+"""Files that appear whole or not at all, and arrays in them: .npy, written in pieces, mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+Append = Callable[[np.ndarray], None]
+"""Adds to the end of an array that is being written."""
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at path, on disk as a whole, when the block ends without an error."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16, or uint32 when the ids need it."""
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+@contextmanager
+def npy_writer(path: Path, dtype: np.dtype) -> Iterator[Append]:
+    """Write a one-dimensional .npy of a length that is known only at the end."""
+    total = 0
+    with written(path) as file:
+
+        def append(array: np.ndarray) -> None:
+            nonlocal total
+            file.write(array.astype(dtype, copy=False).tobytes())
+            total += len(array)
+
+        _write_header(file, dtype, 0)
+        begin = file.tell()
+        yield append
+        file.seek(0)
+        _write_header(file, dtype, total)
+        assert file.tell() == begin, "numpy pads headers so that the length can grow in place"
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, about | {"shape": (length,)})
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """Map a .npy of integers with one dimension; ValueError names the file that is none."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole .npy file: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "ui":
+        shape = getattr(array, "shape", "no shape")
+        raise ValueError(
+            f"{path} holds {getattr(array, 'dtype', 'no array')} of shape {shape}; "
+            "tokens are integers in one dimension"
+        )
+    return array
+
+
+def blocks(array: np.ndarray, size: int = 1 << 22) -> Iterator[np.ndarray]:
+    """The array in order, in views of at most size items, so that a mapped file stays on disk."""
+    return (array[begin : begin + size] for begin in range(0, len(array), size))

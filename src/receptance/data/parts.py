@@ -1,0 +1,107 @@
+"""Tokens of one piece of work, on disk: written once, whole or absent, so that work can go on.
+
+A part is NUMBER.tokens (the ids, raw), NUMBER.mask (a byte per token, when there are examples) and
+NUMBER.json, which is written last and vouches for the others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from receptance.data.ondisk import written
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What became of a piece of work."""
+
+    index: int
+    part: str
+    """train, validation or drawn; see sources.Piece."""
+    tokens: int
+    text_bytes: int
+    masked: bool
+    """Whether not every token is to be learned."""
+    stream: str = ""
+    """The stream it is from, if it is from one."""
+    rows: int = 0
+    """Records taken from the stream."""
+    skipped: int = 0
+    """Records that could not be used."""
+    first_skipped: str = ""
+
+
+class Part:
+    """A part that is being written, by one process."""
+
+    def __init__(
+        self, tokens: BinaryIO, open_mask: Callable[[], BinaryIO], dtype: np.dtype
+    ) -> None:
+        self._tokens, self._open_mask, self._dtype = tokens, open_mask, dtype
+        self._mask: BinaryIO | None = None
+        self.tokens = self.text_bytes = 0
+
+    @property
+    def masked(self) -> bool:
+        """Whether any mask was given."""
+        return self._mask is not None
+
+    def add(self, ids: Sequence[int], mask: Sequence[int] | None = None) -> None:
+        """Append ids, and for each whether it is to be learned; None: all are."""
+        if mask is not None and self._mask is None:
+            self._mask = self._open_mask()
+            self._mask.write(b"\1" * self.tokens)
+        self._tokens.write(np.array(ids, self._dtype).tobytes())
+        if self._mask is not None:
+            self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
+        self.tokens += len(ids)
+
+
+@contextmanager
+def part_writer(folder: Path, index: int, dtype: np.dtype) -> Iterator[Part]:
+    """Write a part's numbers; it counts only after `vouch`."""
+    with ExitStack() as stack:
+        tokens = stack.enter_context(written(_file(folder, index, "tokens")))
+        mask = written(_file(folder, index, "mask"))
+        yield Part(tokens, lambda: stack.enter_context(mask), dtype)
+
+
+def vouch(folder: Path, report: PartReport) -> None:
+    """Say that a part is whole."""
+    with written(_file(folder, report.index, "json")) as file:
+        file.write(json.dumps(asdict(report)).encode())
+
+
+def finished_part(folder: Path, index: int, dtype: np.dtype) -> PartReport | None:
+    """The report of a part that is whole on disk, else None."""
+    try:
+        report = PartReport(**json.loads(_file(folder, index, "json").read_bytes()))
+        sizes = {"tokens": report.tokens * dtype.itemsize}
+        sizes |= {"mask": report.tokens} if report.masked else {}
+        whole = all(_file(folder, index, n).stat().st_size == size for n, size in sizes.items())
+    except (OSError, ValueError, TypeError):
+        return None
+    return report if whole else None
+
+
+def map_part(
+    folder: Path, report: PartReport, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens of a part, and the mask if it has one; mapped."""
+    tokens = _map(_file(folder, report.index, "tokens"), dtype)
+    return tokens, _map(_file(folder, report.index, "mask"), np.uint8) if report.masked else None
+
+
+def _map(file: Path, dtype: np.typing.DTypeLike) -> np.ndarray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+
+
+def _file(folder: Path, index: int, name: str) -> Path:
+    return folder / f"{index:08d}.{name}"

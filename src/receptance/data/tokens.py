@@ -1,0 +1,214 @@
+"""A tokenized corpus: what training reads.
+
+Documents follow each other in one flat array, one end-of-text token after each. A corpus folder
+holds
+
+    train.npy, validation.npy            the ids; uint16, or uint32 for a vocabulary above 65,536
+    train_mask.npy, validation_mask.npy  if some are not to be learned: a byte per token, 1 = learn
+    tokenizer.json or rwkv_vocab.txt     the tokenizer, unless it is plain bytes
+    data.json                            what it is, and the fingerprint; written last
+
+With the layout "binidx" the ids are in train.bin and train.idx, validation.bin and validation.idx.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from receptance.data.binidx import read_binidx, stem_of
+from receptance.data.files import check_share
+from receptance.data.ondisk import blocks, map_npy, written
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "receptance tokens"
+FORMAT_VERSION = 1
+LAYOUTS = ("npy", "binidx")
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+
+
+def fingerprint(arrays: Sequence[np.ndarray], tokenizer: Tokenizer | None) -> str:
+    """sha256, in hexadecimal, of what tells one corpus from another, at any size in a moment.
+
+    Of each array type, length, and all of it or 1024 evenly spaced samples of 4 KiB; and of the
+    tokenizer's fingerprint.
+    """
+    digest = hashlib.sha256((tokenizer.fingerprint if tokenizer else "").encode())
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {len(array)} ".encode())
+        size = _SAMPLE_BYTES // array.dtype.itemsize
+        starts: Sequence[int] | np.ndarray = range(0, len(array), size)
+        if len(starts) > _SAMPLES:
+            starts = np.linspace(0, len(array) - size, _SAMPLES).astype(np.int64)
+        for start in starts:
+            digest.update(array[start : start + size].tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFiles:
+    """A tokenized corpus; arrays of files are mapped, so its size does not matter."""
+
+    train: np.ndarray
+    """[N] integers."""
+    validation: np.ndarray
+    """[M] integers."""
+    train_mask: np.ndarray | None
+    """[N] uint8, 1 where the token is to be learned; None: every one is."""
+    validation_mask: np.ndarray | None
+    """[M] uint8, or None."""
+    end_of_text: int
+    """The id after each document."""
+    fingerprint: str
+    """The same for the same corpus only."""
+    tokenizer: Tokenizer | None
+    """None when the files do not say."""
+    path: Path
+    """Where `open` finds it."""
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, validation: float = 0.01, end_of_text: int = 0
+    ) -> TokenFiles:
+        """Map a corpus folder, a bare .npy, or a .bin/.idx pair (named x, x.bin or x.idx).
+
+        Of the last two, the end is taken for validation, at the border of a document if there is
+        an .idx, and end_of_text is believed; a folder knows both itself. ValueError names what is
+        missing, damaged, or not as it was when it was written.
+        """
+        path = Path(os.path.expanduser(path))
+        if path.is_dir() or not (path.exists() or stem_of(path)):
+            return _open_folder(path)
+        check_share(validation)
+        ends = None
+        if path.suffix == ".npy":
+            tokens = map_npy(path)
+        else:
+            pair = read_binidx(path)
+            tokens, ends = pair.tokens, pair.ends
+        return _divided(path, tokens, ends, validation, end_of_text)
+
+    @functools.cached_property
+    def validation_bytes(self) -> int:
+        """Bytes of text behind the validation tokens, for bits per byte; needs the tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("the tokenizer of this corpus is not known, nor are its bytes of text")
+        size = self.tokenizer.vocab_size
+        lengths = np.array([len(self.tokenizer.decode_bytes([id])) for id in range(size)])
+        lengths[self.end_of_text] = 0
+        return sum(int(lengths[block].sum()) for block in blocks(self.validation))
+
+
+def is_corpus(path: str | Path) -> bool:
+    """Whether `TokenFiles.open` is meant for a path: tokens already, not text."""
+    path = Path(os.path.expanduser(path))
+    if path.is_dir():
+        arrays = any((path / name).is_file() for name in ("train.npy", "train.idx"))
+        return arrays and (path / "data.json").is_file()
+    return path.suffix in (".npy", ".bin", ".idx") or stem_of(path) is not None
+
+
+def close_folder(
+    folder: Path, tokenizer: Tokenizer | None, end_of_text: int, about: Mapping[str, Any]
+) -> TokenFiles:
+    """Make a corpus folder of one whose arrays are written; about is kept in data.json."""
+    about = {"layout": "npy", "masked": False, **about}
+    corpus = _mapped(folder, about["layout"], about["masked"], end_of_text, tokenizer)
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dtype": corpus.train.dtype.str,
+        "tokens": {"train": len(corpus.train), "validation": len(corpus.validation)},
+        **about,
+        "end_of_text": end_of_text,
+        "tokenizer": None if tokenizer is None else store_tokenizer(folder, tokenizer),
+        "fingerprint": corpus.fingerprint,
+    }
+    with written(folder / "data.json") as file:
+        file.write(json.dumps(about, indent=1).encode())
+    return corpus
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of a corpus folder's data.json; ValueError if it is none of ours."""
+    try:
+        about = json.loads((folder / "data.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no readable token files in {folder}: {error}") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"no readable token files in {folder}: data.json is of another kind")
+    if about.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"no readable token files in {folder}: format version {about.get('format_version')}; "
+            f"this release reads {FORMAT_VERSION}, so update receptance"
+        )
+    return about
+
+
+def _open_folder(folder: Path) -> TokenFiles:
+    about = read_about(folder)
+    try:
+        named = about["tokenizer"]
+        tokenizer = None if named is None else stored_tokenizer(folder, named)
+        layout, masked, end = about["layout"], about["masked"], about["end_of_text"]
+        corpus = _mapped(folder, layout, masked, end, tokenizer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no readable token files in {folder}: {error}") from None
+    if corpus.fingerprint != about.get("fingerprint"):
+        raise ValueError(
+            f"no readable token files in {folder}: a file is not the one that was written there; "
+            "prepare the corpus again"
+        )
+    return corpus
+
+
+def store_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write a tokenizer's files; what `stored_tokenizer` needs to know about them."""
+    files = tokenizer.save(folder)
+    return {"kind": tokenizer.kind, "files": files, "fingerprint": tokenizer.fingerprint}
+
+
+def stored_tokenizer(folder: Path, about: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `store_tokenizer` wrote; ValueError if it is another one by now."""
+    bytes_alone = about["kind"] == "bytes"
+    tokenizer = ByteTokenizer() if bytes_alone else load_tokenizer(folder / about["files"][0])
+    if tokenizer.fingerprint != about["fingerprint"]:
+        raise ValueError(f"{folder / about['files'][0]} is not the tokenizer that was written")
+    return tokenizer
+
+
+def _mapped(
+    folder: Path, layout: str, masked: bool, end_of_text: int, tokenizer: Tokenizer | None
+) -> TokenFiles:
+    parts = ("train", "validation")
+    if layout == "binidx":
+        tokens = [read_binidx(folder / part).tokens for part in parts]
+    else:
+        tokens = [map_npy(folder / f"{part}.npy") for part in parts]
+    masks = [map_npy(folder / f"{part}_mask.npy") for part in parts] if masked else [None, None]
+    for part, mask, ids in zip(parts, masks, tokens, strict=True):
+        if mask is not None and (mask.dtype != np.uint8 or len(mask) != len(ids)):
+            raise ValueError(f"{part}_mask.npy has {len(mask)} {mask.dtype} for {len(ids)} tokens")
+    found = fingerprint([*tokens, *(mask for mask in masks if mask is not None)], tokenizer)
+    (train, validation), (learn, check) = tokens, masks
+    return TokenFiles(train, validation, learn, check, end_of_text, found, tokenizer, folder)
+
+
+def _divided(
+    path: Path, tokens: np.ndarray, ends: np.ndarray | None, validation: float, end_of_text: int
+) -> TokenFiles:
+    """A stream whose last share, about, is for validation."""
+    cut = round(len(tokens) * (1 - validation))
+    if ends is not None and len(ends):
+        inner = ends[(ends > 0) & (ends < len(tokens))]
+        cut = int(inner[np.abs(inner - cut).argmin()]) if len(inner) else cut
+    print_ = fingerprint([tokens], None)
+    return TokenFiles(tokens[:cut], tokens[cut:], None, None, end_of_text, print_, None, path)

@@ -1,0 +1,207 @@
+"""Records to documents, whatever they come in, and every bad one named."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from corpora import LINES, Stop, documents, prepare_module, run, write_lines
+from tiny import TEXT
+
+from receptance.data import ReadOptions, TokenFiles
+from receptance.data.encode import tokenize_piece
+from receptance.data.sources import cut_pieces, find_sources
+from receptance.tokenizer import ByteTokenizer
+
+
+def test_each_record_is_a_document(tmp_path):
+    corpus = run(write_lines(tmp_path / "a.jsonl", LINES), out=tmp_path / "out")
+    train, validation = documents(corpus.train), documents(corpus.validation)
+    assert sorted(train + validation) == sorted(r["text"] for r in LINES)
+    assert train == [r["text"] for r in LINES if r["text"] not in validation]  # in order
+    assert 3 <= len(validation) <= 5
+    assert corpus.validation_bytes == len("".join(validation).encode())
+
+
+def test_few_long_records_are_cut(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": TEXT}, {"text": ""}, {"text": "b"}])
+    corpus = run(tmp_path / "a.jsonl", out=tmp_path / "out")
+    (front,), (short, end) = documents(corpus.train), documents(corpus.validation)
+    assert front + end == TEXT or front + short == TEXT
+    assert "b" in (short, end)
+    assert 0.09 < len(corpus.validation) / (len(corpus.train) + len(corpus.validation)) < 0.11
+
+
+BAD = [
+    (b"{", "not JSON"),
+    (b"[1]", "a list, not an object"),
+    (b"{}", "no field 'text'; there are none"),
+    (b'{"Text": "a"}', "no field 'text'; there are Text; name one with --text-field"),
+    (b'{"text": 5}', "field 'text' is int, not a text"),
+    (b'{"text": null}', "NoneType"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"prompt": "a", "response": "b"}', "--template"),
+    (b"[" * 100_000, "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[words for _, words in BAD])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_is_named_or_left_out(line, words, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("receptance.data.sources.PIECE_BYTES", 100)
+    good = b"".join(b'{"text": "line %d"}\n' % n for n in range(30))
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    content = good + b"\n" + line + b"\n" + good
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError) as caught:
+        run(path, out=tmp_path / "out")
+    assert f"{path}, line 32: " in str(caught.value)
+    assert words in str(caught.value) and "--skip-bad" in str(caught.value)
+    corpus = run(path, out=tmp_path / "out", skip_bad=True)  # goes on with what was done
+    assert len(documents(corpus.train)) + len(documents(corpus.validation)) == 60
+    assert json.loads((tmp_path / "out/data.json").read_text())["skipped"] == 1
+
+
+def test_nothing_but_bad_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n{\n")
+    with pytest.raises(ValueError, match="no document was left"):
+        run(tmp_path / "a.jsonl", out=tmp_path / "out", skip_bad=True)
+    assert not (tmp_path / "out/data.json").exists()
+
+
+def test_another_field(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"content": n, "text": 0} for n in "abcdefghijkl"])
+    corpus = run(tmp_path / "a.jsonl", out=tmp_path / "out", text_field="content")
+    assert sorted(documents(corpus.train) + documents(corpus.validation)) == list("abcdefghijkl")
+
+
+def test_half_a_character_pair_is_text_as_elsewhere(tmp_path):
+    """JSON can hold what UTF-8 cannot; tokenizers have an answer to it."""
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "\\ud800" * 100 + '"}\n')
+    corpus = run(tmp_path / "a.jsonl", out=tmp_path / "out")
+    assert bytes(corpus.train[:3].tolist()) == "\ud800".encode("utf-8", "surrogatepass")
+    run(tmp_path / "a.jsonl", out=tmp_path / "bpe", tokenizer="bpe:258")
+
+
+def test_examples_get_masks(tmp_path):
+    records = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(20)]
+    path = write_lines(tmp_path / "a.jsonl", [*records, *LINES])
+    corpus = run(path, out=tmp_path / "out", template="world")
+    opened = TokenFiles.open(tmp_path / "out")
+    for part in ("train", "validation"):
+        tokens, mask = getattr(corpus, part), getattr(corpus, f"{part}_mask")
+        assert mask.dtype == np.uint8 and len(mask) == len(tokens)
+        assert np.array_equal(getattr(opened, f"{part}_mask"), mask)
+        assert (mask[tokens == 0] == 1).all(), "where a document ends is learned"
+        learned = bytes(np.where(mask, tokens, 32).astype(np.uint8)).decode()
+        for n, text in enumerate(documents(tokens)):
+            if "What is" in text:
+                number = text.split("What is ")[1].split("?")[0]
+                answer = learned.split("\0")[n]
+                assert f"It is {number}." in answer and "What" not in answer
+
+
+# ---- parquet and data sets ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_pylist([{**r, "other": n} for n, r in enumerate(LINES)])
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=9)
+    corpus = run(tmp_path, out=tmp_path / "out")
+    lines = run(write_lines(tmp_path / "a.jsonl", LINES), out=tmp_path / "lines")
+    assert np.array_equal(corpus.train, lines.train)
+    table = pa.Table.from_pylist([*LINES, {"text": None}])
+    parquet.write_table(table, tmp_path / "b.parquet", row_group_size=9)
+    with pytest.raises(ValueError, match=r"b\.parquet, row 51: field 'text' is NoneType"):
+        run(tmp_path / "b.parquet", out=tmp_path / "bad")
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(ValueError, match=r"cannot read .*c\.parquet"):
+        run(tmp_path / "c.parquet", out=tmp_path / "bad")
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets")
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_saved_data_sets(datasets, tmp_path):
+    rows = datasets.Dataset.from_list(LINES)
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict({"dev": rows}).save_to_disk(tmp_path / "dict")
+    lines = run(write_lines(tmp_path / "a.jsonl", LINES), out=tmp_path / "lines")
+    for n, name in enumerate(("rows", "rows:train", "dict:dev")):
+        corpus = run(f"hf:{tmp_path}/{name}", out=tmp_path / f"out{n}")
+        assert np.array_equal(corpus.train, lines.train)
+    with pytest.raises(ValueError, match="no split 'train'; there are dev"):
+        run(f"hf:{tmp_path}/dict", out=tmp_path / "bad")
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_streamed_data_sets(datasets, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set/train.jsonl", LINES)
+    lines = run(tmp_path / "set/train.jsonl", out=tmp_path / "lines")
+    real = prepare_module.tokenize_piece
+
+    def stopping(piece, *rest):
+        if piece.index == 3:
+            raise Stop
+        return real(piece, *rest)
+
+    monkeypatch.setattr(prepare_module, "tokenize_piece", stopping)
+    with pytest.raises(Stop):
+        run(f"hf:{tmp_path}/set", out=tmp_path / "out")
+    monkeypatch.setattr(prepare_module, "tokenize_piece", real)
+    monkeypatch.setattr("receptance.data.hub.read_stream", _counting(skipped := []))
+    corpus = run(f"hf:{tmp_path}/set", out=tmp_path / "out")
+    assert np.array_equal(corpus.train, lines.train)
+    assert skipped == [21], "the rows of three pieces were not tokenized again"
+    with pytest.raises(ValueError, match="cannot open hf:"):
+        run(f"hf:{tmp_path}/set:nosplit", out=tmp_path / "bad")
+
+
+def _counting(skipped: list[int]):
+    from receptance.data.hub import read_stream
+
+    def read(name: str, skip: int, field: str):
+        skipped.append(skip)
+        return read_stream(name, skip, field)
+
+    return read
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:a:b:c:d"])
+def test_names_that_are_no_data_set(name, tmp_path):
+    with pytest.raises(ValueError, match="a data set is written"):
+        run(name, out=tmp_path / "out")
+
+
+def test_progress_counts_bytes(tmp_path):
+    content = (TEXT + TEXT).encode()
+    (tmp_path / "a.txt").write_bytes(content)
+    write_lines(tmp_path / "b.jsonl", LINES)
+    pieces = cut_pieces(find_sources([str(tmp_path)]), 0.1, 0)
+    done: list[int] = []
+    for piece in pieces:
+        tokenize_piece(piece, ByteTokenizer(), ReadOptions(), tmp_path, done.append)
+    assert sum(done) == len(content) + (tmp_path / "b.jsonl").stat().st_size
+
+
+def test_a_data_set_that_is_named_twice_is_taken_once(datasets, tmp_path):
+    datasets.Dataset.from_list(LINES).save_to_disk(tmp_path / "rows")
+    corpus = run(*[f"hf:{tmp_path}/rows"] * 2, out=tmp_path / "out")
+    assert len(documents(corpus.train)) + len(documents(corpus.validation)) == len(LINES)
+
+
+def test_text_in_parquet_that_is_not_utf_8(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    borders = pa.py_buffer(np.array([0, 3], np.int32))
+    text = pa.StringArray.from_buffers(1, borders, pa.py_buffer(b"ab\xff"))
+    parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet after row 0"):
+        run(tmp_path / "a.parquet", out=tmp_path / "out")

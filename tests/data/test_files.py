@@ -1,0 +1,173 @@
+"""Finding text, and choosing what is kept for validation."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from receptance.data.files import choose, find_files
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """Files of every kind; the working directory is its root."""
+    for name, content in {
+        "b.txt": b"b",
+        "a.py": b"a",
+        "sub/deep/c.txt": b"c",
+        "sub/skip/d.txt": b"d",
+        "sub/übung 1.txt": "ü".encode(),
+        "sub/[x].txt": b"x",
+        ".hidden.txt": b"h",
+        ".git/config.txt": b"g",
+        "image.png": b"\x89PNG\0\0",
+        "latin.txt": b"caf\xe9",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(*sources: str, exclude: tuple[str, ...] = ()) -> list[str]:
+    return [path.name for path in find_files(sources, exclude)]
+
+
+class TestFindFiles:
+    ALL = ("a.py", "b.txt", "latin.txt", "[x].txt", "c.txt", "d.txt", "übung 1.txt")
+
+    @pytest.mark.usefixtures("tree")
+    def test_a_folder_gives_its_text_files_in_order(self):
+        found = find_files(["."])
+        assert found == sorted(found)
+        assert sorted(names(".")) == sorted(self.ALL)
+
+    def test_absolute_paths_are_no_different(self, tree):
+        assert sorted(names(str(tree))) == sorted(self.ALL)
+
+    @pytest.mark.usefixtures("tree")
+    def test_globs(self):
+        assert names("*.txt") == ["b.txt", "latin.txt"]
+        assert names("sub/*/c.txt") == ["c.txt"]
+        assert sorted(names("**/*.txt")) == sorted(set(self.ALL) - {"a.py"})
+
+    @pytest.mark.usefixtures("tree")
+    def test_a_file_with_wildcards_in_its_name(self):
+        assert names("sub/[x].txt") == ["[x].txt"]
+
+    @pytest.mark.usefixtures("tree")
+    def test_named_files_are_taken_whatever_they_are(self):
+        named = ["image.png", ".hidden.txt", "sub/übung 1.txt"]
+        assert names(*named, exclude=("*",)) == ["image.png", ".hidden.txt", "übung 1.txt"]
+
+    @pytest.mark.usefixtures("tree")
+    def test_excluded_components(self):
+        assert "d.txt" not in names(".", exclude=("skip",))
+        assert names("**/*.txt", exclude=("sub", "l*")) == ["b.txt"]
+
+    def test_components_above_the_source_do_not_count(self, tree):
+        inside = tree / ".cache" / "skip"
+        inside.mkdir(parents=True)
+        (inside / "e.txt").write_text("e")
+        for source in (inside, inside / "*.txt"):
+            assert names(str(source), exclude=("skip",)) == ["e.txt"]
+
+    def test_each_file_comes_once(self, tree):
+        os.symlink("b.txt", tree / "link.txt")
+        assert names("b.txt", "./b.txt", str(tree / "b.txt"), "*.txt") == ["b.txt", "latin.txt"]
+
+    def test_the_home_directory(self, tree, monkeypatch):
+        monkeypatch.setenv("HOME", str(tree))
+        assert names("~/b.txt", "~/a.*") == ["b.txt", "a.py"]
+
+    @pytest.mark.usefixtures("tree")
+    @pytest.mark.parametrize("source", ["nothing.txt", "*.md", "bare", "no/*.txt", "image*", ".h*"])
+    def test_a_source_without_text_is_named(self, source):
+        Path("bare").mkdir()
+        with pytest.raises(ValueError, match=r"^no ") as caught:
+            find_files(["b.txt", source])
+        assert source in str(caught.value)
+
+    def test_a_name_with_a_tilde_that_is_nobodys_home(self, tree):
+        (tree / "~$draft.txt").write_text("~")
+        assert names("~$draft.txt") == ["~$draft.txt"]
+
+    def test_output_is_no_source_unless_it_is_named(self, tree):
+        (tree / "link").symlink_to(tree / "sub", target_is_directory=True)
+        for output in (tree / "sub", Path("sub"), Path("link")):
+            found = find_files(["sub/skip/d.txt", ".", "**/*.txt"], output=output)
+            assert [str(p) for p in found] == ["sub/skip/d.txt", "a.py", "b.txt", "latin.txt"]
+        assert "d.txt" in [p.name for p in find_files(["sub"], output=tree / "sub")]
+        with pytest.raises(ValueError, match=r"no such .*s\*/skip"):
+            find_files(["s*/skip/*"], output=tree / "sub")
+
+
+sizes = st.lists(st.integers(1, 400), min_size=1, max_size=12).map(np.array)
+shares = st.floats(0.01, 0.6)
+
+
+class TestChoose:
+    @given(sizes, shares, st.integers(0, 9))
+    def test_whole_documents_stay_within_the_share(self, sizes, share, seed):
+        chosen, cut = choose(sizes, share, seed)
+        assert len(set(chosen.tolist())) == len(chosen)
+        assert sizes[chosen].sum() <= share * sizes.sum()
+        if cut is not None:
+            assert cut[0] not in chosen
+            assert sizes[cut[0]] == np.delete(sizes, chosen).max()
+
+    @given(sizes, shares, st.integers(0, 9))
+    def test_there_is_always_something_to_train_on(self, sizes, share, seed):
+        chosen, cut = choose(sizes, share, seed)
+        assert len(chosen) < len(sizes)
+        assert cut is None or 1 <= cut[1] <= sizes[cut[0]]
+
+    @given(sizes, shares, st.integers(0, 9))
+    def test_it_depends_on_nothing_but_its_arguments(self, sizes, share, seed):
+        torch.manual_seed(len(sizes))
+        before, given_sizes = torch.get_rng_state(), sizes.copy()
+        (one, cut), (other, cut_too) = choose(sizes, share, seed), choose(sizes, share, seed)
+        assert np.array_equal(one, other) and cut == cut_too
+        assert np.array_equal(sizes, given_sizes)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_the_seed_decides(self):
+        one, other = (choose(np.full(50, 10), 0.2, seed)[0].tolist() for seed in (0, 1))
+        assert sorted(one) != sorted(other)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_share_holds_for_many_documents(self, seed):
+        sizes = np.arange(10, 210)
+        chosen, cut = choose(sizes, 0.1, seed)
+        assert cut is None
+        assert 0.09 < sizes[chosen].sum() / sizes.sum() <= 0.1
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_large_document_beside_a_small_one_is_not_given_away(self, seed):
+        chosen, cut = choose(np.array([10_000, 8]), 0.1, seed)
+        assert chosen.tolist() == [1]
+        assert cut == (0, round(10_000 - (0.1 * 10_008 - 8)))
+
+    @pytest.mark.parametrize("share", [0, 1, -1, float("nan")])
+    def test_a_share_outside_0_and_1_is_refused(self, share):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            choose(np.array([4]), share, seed=0)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40), st.floats(0.01, 0.9), st.integers(0, 3)
+)
+def test_the_choice_is_that_of_one_document_after_another(sizes, share, seed):
+    chosen, cut = choose(np.array(sizes), share, seed)
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted, size, slowly = share * sum(sizes), 0, []
+    for i in order:
+        if size + sizes[i] <= wanted:
+            slowly.append(i)
+            size += sizes[i]
+    assert chosen.tolist() == slowly
+    assert (cut is not None) == (size < wanted / 2)
