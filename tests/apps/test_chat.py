@@ -1,18 +1,21 @@
 """receptance chat: the conversation is the state, and nothing else."""
 
 from collections.abc import Iterator
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from command import Result, call
-from tiny import make_model
+from tiny import make_model, small_bpe
 
 from receptance import save
 from receptance.apps.chat import Chat, Options
+from receptance.data.examples import encode_record
 from receptance.generation import prefill
 from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
+from receptance.templates import TEMPLATES
 from receptance.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -64,6 +67,29 @@ class TestChat:
         raven = Chat(model, BYTES, Options(model="", user="Bob", assistant="Alice", max_tokens=3))
         reply = say(raven, "hi")
         assert same_memory(model, raven.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
+
+    @pytest.mark.parametrize("template", TEMPLATES)
+    def test_a_conversation_has_the_tokens_that_training_reads(self, template, monkeypatch):
+        model, bpe = make_model(300), small_bpe()
+        chat = Chat(model, bpe, Options(model="", template=template))
+        said = []
+        for question, answer in (("hi there", "12 little foxes"), ("12\n\nfoxes", "lazy\ndogs")):
+            written = iter(bpe.encode(TEMPLATES[template].answer(answer)))
+            monkeypatch.setattr(
+                "receptance.sampling.choose", lambda *_, w=written: torch.tensor([next(w)])
+            )
+            assert say(chat, question).strip() == answer
+            said += [("user", question), ("assistant", answer)]
+        record = {"messages": [{"role": role, "content": text} for role, text in said]}
+        ids, _ = encode_record(record, bpe, template)
+        _, wanted = prefill(model, [ids])
+        assert chat.state is not None
+        assert chat.state.tokens.tolist() == [len(ids)]
+        for name, tensor in wanted.tensors.items():
+            torch.testing.assert_close(chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+
+    def test_every_template_can_be_chosen(self):
+        assert set(get_args(get_type_hints(Options)["template"])) == set(TEMPLATES)
 
     def test_retry_answers_differently_from_the_same_history(self, chat, model):
         first = say(chat, "hi")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import tyro
 
+from receptance.adapters import Adapter, load_adapter
 from receptance.checkpoint import load
 from receptance.generation import Generation, prefill
 from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
+from receptance.templates import TEMPLATES, TURN_END, Template
 from receptance.tokenizer import Tokenizer
 
 HELP = """/reset       forget the conversation
@@ -25,9 +27,6 @@ HELP = """/reset       forget the conversation
 /help        this list
 /quit        leave (so does Ctrl-D)"""
 
-# A turn ends where the official chat formats end it.
-_TURN_END = "\n\n"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -35,10 +34,14 @@ class Options:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
-    user: str = "User"
-    """Name of your side; Raven models were trained with Bob."""
-    assistant: str = "Assistant"
-    """Name of the model's side; Raven models were trained with Alice."""
+    template: Literal["world", "raven", "instruction", "qa"] = "world"
+    """The format of turns: the one that the model was trained with."""
+    user: str | None = None
+    """Name of your side, instead of the template's."""
+    assistant: str | None = None
+    """Name of the model's side, instead of the template's."""
+    adapter: Path | None = None
+    """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
     max_tokens: int = 500
     """Longest answer."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
@@ -57,28 +60,36 @@ class Options:
 class Chat:
     """A conversation, kept as `state`: earlier turns are never read again."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, options: Options) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        options: Options,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """The adapter, if there is one, is attached to the model."""
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.state: State | None = None
+        self.template = _template(options)
+        self.adapter = adapter
+        self.state: State | None = None  # nothing has been said
         self.draws = 0
         self._last: tuple[State | None, str] | None = None
 
     def answer(self, message: str) -> Iterator[str]:
         """Pieces of the answer to a message; the state moves on when the last has been taken."""
+        prompt = self.tokenizer.encode(self.template.prompt(message))
         before = self.state
         self._last = (before, message)
-        # A blank line ends a turn, so there is none inside of one.
-        message = "\n".join(line for line in message.splitlines() if line.strip())
-        prompt = f"{self.options.user}: {message}{_TURN_END}{self.options.assistant}:"
+        start = self.adapter.initial_state() if self.adapter and before is None else before
         generation = Generation(
             self.model,
             self.tokenizer,
             [prompt],
             sampling=self.options.sampling,
             max_tokens=self.options.max_tokens,
-            stop=(_TURN_END,),
+            stop=(TURN_END,),
             seed=self.options.seed + self.draws,
-            state=before,
+            state=start,
         )
         self.draws += 1
         reply = ""
@@ -88,8 +99,8 @@ class Chat:
                 yield token.text
         finally:  # also when interrupted: the history then holds what was shown
             # Whatever the model wrote behind the stop is not part of the conversation.
-            turn = prompt + reply.rstrip() + _TURN_END
-            _, self.state = prefill(self.model, [self.tokenizer.encode(turn)], before)
+            turn = prompt + self.tokenizer.encode(reply.rstrip() + TURN_END)
+            _, self.state = prefill(self.model, [turn], start)
 
     def retry(self) -> Iterator[str]:
         """Another answer to the last message."""
@@ -106,12 +117,25 @@ class Chat:
         """Store the conversation's state."""
         if self.state is None:
             raise ValueError("nothing has been said yet")
-        self.state.save(Path(path).expanduser(), self.model.fingerprint())
+        self.state.save(Path(path).expanduser(), self._fingerprint())
 
     def load(self, path: str) -> None:
         """Continue from a stored state."""
-        state = State.load(Path(path).expanduser(), self.model.fingerprint())
+        state = State.load(Path(path).expanduser(), self._fingerprint())
         self.state, self._last = state.to(self.options.device), None
+
+    def _fingerprint(self) -> str:
+        own = self.model.fingerprint()
+        return self.adapter.fingerprint(own) if self.adapter else own
+
+
+def _template(options: Options) -> Template:
+    template = TEMPLATES[options.template]
+    return replace(
+        template,
+        user=template.user if options.user is None else options.user,
+        assistant=template.assistant if options.assistant is None else options.assistant,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -121,9 +145,10 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load(
         options.model, tokenizer=options.tokenizer, device=options.device, dtype=dtype
     )
-    chat = Chat(model, tokenizer, options)
+    adapter = load_adapter(options.adapter, model).attach(model) if options.adapter else None
+    chat = Chat(model, tokenizer, options, adapter)
     print(f"{options.model}: type a message, or /help.")
-    while (line := _ask(f"\n{options.user}: ")) is not None:
+    while (line := _ask(f"\n{chat.template.user}: ")) is not None:
         try:
             if not _turn(chat, line.strip()):
                 break
@@ -170,7 +195,7 @@ def _turn(chat: Chat, line: str) -> bool:
 
 
 def _show(chat: Chat, pieces: Iterator[str]) -> None:
-    sys.stdout.write(f"\n{chat.options.assistant}:")
+    sys.stdout.write(f"\n{chat.template.assistant}:")
     try:
         for piece in pieces:
             sys.stdout.write(piece)

@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from receptance.adapters import Adapter, load_adapter
 from receptance.checkpoint import load
 from receptance.generation import Generation
+from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
 
@@ -40,6 +42,8 @@ class Options:
     """Where to run: cpu, cuda, ..."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of the weights; as in the file if not given."""
+    adapter: Path | None = None
+    """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
     load_state: Path | None = None
     """Continue from a state file that --save-state wrote (for one prompt)."""
     save_state: Path | None = None
@@ -57,9 +61,10 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load(
         options.model, tokenizer=options.tokenizer, device=options.device, dtype=dtype
     )
-    state = None
+    adapter = load_adapter(options.adapter, model).attach(model) if options.adapter else None
+    state = adapter.initial_state(len(options.prompts)) if adapter else None
     if options.load_state:
-        state = State.load(options.load_state, model.fingerprint()).to(options.device)
+        state = State.load(options.load_state, _fingerprint(model, adapter)).to(options.device)
     generation = Generation(
         model,
         tokenizer,
@@ -76,7 +81,13 @@ def main(argv: list[str]) -> None:
             _, after = model.features(
                 torch.tensor([generation.unread[0]], device=options.device), after
             )
-        after.save(options.save_state, model.fingerprint())
+        after.save(options.save_state, _fingerprint(model, adapter))
+
+
+def _fingerprint(model: Model, adapter: Adapter | None) -> str:
+    """Whose the states are."""
+    own = model.fingerprint()
+    return adapter.fingerprint(own) if adapter else own
 
 
 def _print(generation: Generation, prompts: tuple[str, ...]) -> None:

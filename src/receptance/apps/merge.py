@@ -1,0 +1,91 @@
+"""receptance merge: an adapter's changes into a model's weights, as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from receptance.adapters import load_adapter
+from receptance.checkpoint import load, save
+from receptance.model import Model
+
+# Largest difference of a logit, relative to the largest logit, that float32's rounding excuses.
+_FLOAT32_ERROR = 1e-4
+# Of what the adapter does, the share that rounding to bfloat16 may take away.
+_BFLOAT16_LOSS = 0.1
+_PROBE = (2, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a model with an adapter's changes in its weights, and check it."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """The model that the adapter was trained on, as for generate."""
+    adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    """The adapter's file, or a directory with adapter.safetensors."""
+    out: Path
+    """The checkpoint directory to write; it must not exist."""
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the merged weights; that of the model if not given."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse, merge, write, read back, compare."""
+    options = tyro.cli(Options, args=argv, prog="receptance merge")
+    out = options.out.expanduser()
+    if out.exists():
+        raise ValueError(f"{out} exists; give another name with --out")
+    model, tokenizer = load(options.model, tokenizer=options.tokenizer)
+    adapter = load_adapter(options.adapter, model)
+    merged = adapter.merge(model, getattr(torch, options.dtype) if options.dtype else None)
+    save(merged, out, tokenizer)
+    del merged  # the copy on disk is the one to check
+    plain = _logits(model)
+    with adapter.attach(model):
+        wanted = _logits(model)
+    del model
+    result, _ = load(out)
+    try:
+        _check(wanted, _logits(result), plain, result.emb.weight.dtype)
+    except ValueError:
+        shutil.rmtree(out)
+        raise
+    print(f"merged into {out}")
+
+
+@torch.no_grad()
+def _logits(model: Model) -> Tensor:
+    """Computed in float32 on the same tokens every time: [B,T,V]."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, _PROBE, generator=generator)
+    return model(tokens, dtype=torch.float32)[0]
+
+
+def _check(wanted: Tensor, got: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
+    """Say how far the merged model is off; ValueError if that is too much."""
+    difference, effect = _relative(got, wanted), _relative(plain, wanted)
+    print(
+        f"logits of the merged model against model and adapter: {difference:.1e} of the largest "
+        f"(the adapter changes them by {effect:.1e})"
+    )
+    narrow = dtype != torch.float32
+    limit = max(_FLOAT32_ERROR, _BFLOAT16_LOSS * effect) if narrow else _FLOAT32_ERROR
+    if not difference <= limit:
+        advice = "bfloat16 is too coarse for these changes; merge with --dtype float32"
+        raise ValueError(
+            f"the merged logits differ by {difference:.1e}, more than {limit:.1e}; nothing was "
+            f"kept. {advice if narrow else 'Check the adapter for values that are not finite'}"
+        )
+
+
+def _relative(x: Tensor, reference: Tensor) -> float:
+    return float((x - reference).abs().max() / reference.abs().max())
