@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 import shlex
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,10 +102,12 @@ def check_make(arguments: list[str]) -> None:
 
 
 def options(kind: type) -> Iterator[str]:
-    """The flags that tyro makes of a dataclass, nested ones included."""
+    """The flags that tyro makes of a dataclass, nested ones and subcommands included."""
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default_factory):
-            yield from options(field.default_factory)
+        for inner in (field.default_factory, *typing.get_args(hints[field.name])):
+            if dataclasses.is_dataclass(inner):
+                yield from options(inner)
         yield "--" + field.name.replace("_", "-")
 
 

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_model
 
 from receptance.model import Model
-from receptance.scoring import bits_per_byte, negative_log_likelihood, unigram_entropy
+from receptance.scoring import (
+    bits_per_byte,
+    negative_log_likelihood,
+    text_rows,
+    unigram_entropy,
+)
 
 
 def text(length: int) -> torch.Tensor:
@@ -39,6 +46,17 @@ def test_a_long_text_is_the_sum_of_its_pieces(length, rows):
     assert len(pieces) == rows
     wanted = sum(plain(model, piece, 7) for piece in pieces)
     assert negative_log_likelihood(model, tokens, start=7) == pytest.approx(wanted, rel=1e-5)
+
+
+@given(st.integers(0, 5000))
+def test_rows_hold_every_token_once(length):
+    """As targets, each predicted from the one before it or from the start of its row."""
+    tokens = text(length)
+    rows = text_rows(tokens, start=300)
+    assert rows.mask is not None and rows.inputs.shape == rows.targets.shape == rows.mask.shape
+    assert torch.equal(rows.targets[rows.mask], tokens)
+    assert (rows.inputs[:, :1] == 300).all()
+    assert torch.equal(rows.inputs[:, 1:], rows.targets[:, :-1])
 
 
 def test_numpy_tokens_of_any_width_will_do():

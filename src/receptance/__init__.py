@@ -6,7 +6,16 @@ from receptance.generation import Generation, generate
 from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
+from receptance.version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["Generation", "Model", "ModelConfig", "Sampling", "State", "generate", "load", "save"]
+__all__ = [
+    "Generation",
+    "Model",
+    "ModelConfig",
+    "Sampling",
+    "State",
+    "__version__",
+    "generate",
+    "load",
+    "save",
+]

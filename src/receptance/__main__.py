@@ -9,9 +9,11 @@ import sys
 import warnings
 
 APPS = {
+    "data": "make corpora of tokens, look into them, put them together",
     "train": "train a model on text, or resume a run",
     "generate": "continue a prompt, or several as one batch",
     "chat": "talk with a model in the terminal",
+    "merge": "write a model with an adapter's changes in its weights",
     "doctor": "say what this machine and installation can do",
 }
 

@@ -3,48 +3,149 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = list[tuple[float, float]]
+Buffer = bytes | mmap.mmap
+
+_VALIDATION = "validation_bits_per_byte"
+# A file is read whole up to this many bytes. Of a longer one, steps come from so many places in
+# it, some lines each, and validations from wherever they are, up to a number.
+_READ_WHOLE = 1 << 20
+_PLACES = 600
+_BYTES_PER_PLACE = 1024
+_MOST_VALIDATIONS = 5000
+# More points than this make a thick line of their marks.
+_MARKED = 100
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """Training loss and validation bits per byte over tokens, from metrics.jsonl to a PNG.
+    """Loss, validation, learning rate and gradient norm over tokens: metrics.jsonl to a PNG.
 
-    ValueError if matplotlib is not installed.
+    Reads a bounded part of a long file, and appears at once as a whole. ValueError if there is no
+    training step to draw yet, or if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("no plot without matplotlib: pip install 'receptance[plot]'") from None
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-    validations = [
-        (r["tokens"], r["validation_bits_per_byte"])
-        for r in records
-        if "validation_bits_per_byte" in r
-    ]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    left = figure.subplots()
-    left.plot(*zip(*losses, strict=True), color="tab:blue", alpha=0.35, linewidth=0.8)
-    left.plot(*zip(*_smooth(losses), strict=True), color="tab:blue", label="training loss")
-    left.set_xlabel("tokens read")
-    left.set_ylabel("nats per token", color="tab:blue")
-    if validations:
-        right = left.twinx()
-        right.plot(*zip(*validations, strict=True), "o-", color="tab:orange")
-        right.set_ylabel("validation bits per byte", color="tab:orange")
-    left.set_title(picture.parent.name)
-    left.grid(alpha=0.3)
+    records = _records(metrics)
+    losses = _points(records, "loss")
+    if not losses:
+        raise ValueError(f"no training step in {metrics} yet")
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    _curve(upper, losses, "training loss, nats per token", "tab:blue")
+    _dots(upper.twinx(), _points(records, _VALIDATION), "validation, bits per byte")
+    _curve(lower, _positive(_points(records, "gradient_norm")), "gradient norm", "tab:gray")
+    lower.set_yscale("log")
+    _line(lower.twinx(), _points(records, "learning_rate"), "learning rate", "tab:green")
+    lower.set_xlabel("tokens read")
+    upper.set_title(picture.resolve().parent.name)
+    upper.grid(alpha=0.3)
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     os.replace(partial, picture)
 
 
-def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+def _curve(axes: Axes, points: Points, label: str, color: str) -> None:
+    """All of the points faintly, and their mean."""
+    axes.plot(*_columns(points), color=color, alpha=0.35, linewidth=0.8)
+    _line(axes, _smooth(points), label, color)
+
+
+def _line(axes: Axes, points: Points, label: str, color: str) -> None:
+    axes.plot(*_columns(points), color=color)
+    axes.set_ylabel(label, color=color)
+
+
+def _dots(axes: Axes, points: Points, label: str, color: str = "tab:orange") -> None:
+    axes.plot(*_columns(points), "o-" if len(points) <= _MARKED else "-", color=color, markersize=3)
+    axes.set_ylabel(label if points else "", color=color)
+    if not points:
+        axes.set_yticks([])
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [at for at, _ in points], [value for _, value in points]
+
+
+def _points(records: Iterable[Mapping[str, Any]], name: str) -> Points:
+    """(tokens, value) of the records that have both as numbers, in the order of tokens.
+
+    A step that was done again, after a rollback say, counts as it was the last time.
+    """
+    found = ((record.get("tokens"), record.get(name)) for record in records)
+    latest = {float(at): float(y) for at, y in found if _is_number(at) and _is_number(y)}
+    return sorted(latest.items())
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _positive(points: Points) -> Points:
+    return [(at, value) for at, value in points if value > 0]
+
+
+def _smooth(points: Points) -> Points:
     """An exponential mean with a memory of a fiftieth of the run."""
     keep = 1 - 1 / max(1, len(points) // 50)
-    mean, out = points[0][1], []
+    mean, out = points[0][1] if points else 0.0, []
     for at, value in points:
         mean = keep * mean + (1 - keep) * value
         out.append((at, mean))
     return out
+
+
+def _records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a file, or a fair selection of many; what is no record is passed over."""
+    if metrics.stat().st_size <= _READ_WHOLE:
+        return list(_parsed(metrics.read_bytes()))
+    with (
+        metrics.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return [*_sampled(content), *_validations(content)]
+
+
+def _sampled(content: Buffer) -> Iterator[dict[str, Any]]:
+    """Training steps from places all over the file, its first and last line among them."""
+    last = len(content) - _BYTES_PER_PLACE
+    for place in range(_PLACES):
+        at = last * place // (_PLACES - 1)
+        begin = content.rfind(b"\n", 0, at) + 1
+        for record in _parsed(content[begin : at + _BYTES_PER_PLACE]):
+            if _VALIDATION not in record:
+                yield record
+
+
+def _validations(content: Buffer) -> Iterator[dict[str, Any]]:
+    """The records of validations, all but those that lie closer than a picture can show."""
+    needle, stride = b'"' + _VALIDATION.encode() + b'"', len(content) // _MOST_VALIDATIONS
+    at = content.find(needle)
+    while at >= 0:
+        begin, end = content.rfind(b"\n", 0, at) + 1, content.find(b"\n", at) + 1
+        if not end:
+            return
+        yield from _parsed(content[begin:end])
+        at = content.find(needle, max(end, begin + stride))
+
+
+def _parsed(lines: bytes) -> Iterator[dict[str, Any]]:
+    """The whole lines that hold an object; the last one may be half written."""
+    for line in lines.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record

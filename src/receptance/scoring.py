@@ -9,11 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from receptance.data.batches import Batch
 from receptance.model import Model
 
 # Rows are pieces of one long text, read side by side with their states carried along.
 _ROWS = 16
 _CHUNK = 256
+
+
+def text_rows(tokens: np.ndarray | Tensor, *, start: int = 0) -> Batch:
+    """A long text [N] as a few long rows, each from nothing but the token `start`: Batch of [R,T].
+
+    Padding is masked.
+    """
+    stream = torch.as_tensor(np.asarray(tokens).astype(np.int64))
+    rows = max(1, min(_ROWS, len(stream) // (4 * _CHUNK)))
+    length = -(-len(stream) // rows)
+    counted = torch.ones(len(stream), dtype=torch.bool)
+    padding = (0, rows * length - len(stream))
+    targets = F.pad(stream, padding).view(rows, length)
+    inputs = F.pad(targets, (1, 0), value=start)[:, :-1]
+    return Batch(inputs, targets, F.pad(counted, padding).view(rows, length))
 
 
 @torch.no_grad()
@@ -25,22 +41,15 @@ def negative_log_likelihood(
     The text is cut into a few long pieces that are read side by side; each begins from nothing
     but the token `start`, so the figure is at most a little worse than that of one piece.
     """
-    stream = torch.as_tensor(np.asarray(tokens).astype(np.int64))
-    rows = max(1, min(_ROWS, len(stream) // (4 * _CHUNK)))
-    length = -(-len(stream) // rows)
-    targets = F.pad(stream, (0, rows * length - len(stream)), value=-1).view(rows, length)
-    inputs = F.pad(targets[:, :-1].clamp_min(0), (1, 0), value=start)
-    state, total = None, 0.0
+    whole, state, total = text_rows(tokens, start=start), None, 0.0
     training, device = model.training, model.emb.weight.device
     model.eval()
     try:
-        for at in range(0, length, _CHUNK):
-            piece, wanted = (x[:, at : at + _CHUNK].to(device) for x in (inputs, targets))
-            logits, state = model(piece, state, dtype=dtype)
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum"
-            )
-            total += float(losses)
+        for at in range(0, whole.inputs.shape[1], _CHUNK):
+            piece = whole.part(time=slice(at, at + _CHUNK)).to(device)
+            logits, state = model(piece.inputs, state, dtype=dtype)
+            logits, targets = logits[piece.mask].float(), piece.targets[piece.mask]
+            total += float(F.cross_entropy(logits, targets, reduction="sum"))
     finally:
         model.train(training)
     return total

@@ -87,8 +87,8 @@ def test_norms_start_as_the_identity_and_the_embedding_tiny():
     assert 0.99e-4 < embedding.abs().max() <= 1e-4
     assert float(embedding.mean()) == pytest.approx(0, abs=3e-6)
     assert float(embedding.std()) == pytest.approx(1e-4 / math.sqrt(3), rel=0.05)
-    model.initialise(0, embedding_bound=6e-4)
-    assert 5.9e-4 < model.emb.weight.abs().max() <= 6e-4
+    wider = Model(model.config, embedding_bound=6e-4)
+    assert 5.9e-4 < wider.emb.weight.abs().max() <= 6e-4
 
 
 @pytest.mark.parametrize(("layers", "width", "vocab_size"), [(1, 8, 9), (3, 1, 9), (1, 1, 1)])

@@ -17,6 +17,9 @@ from receptance.ops import available_backends, native
 # Optional packages, what each is for, and the extra that brings it.
 _OPTIONAL = {
     "matplotlib": ("loss plots", "pip install 'receptance[plot]'"),
+    "datasets": ("hub datasets, parquet", "pip install 'receptance[data]'"),
+    "tensorboard": ("figures of a run", "pip install 'receptance[logs]'"),
+    "wandb": ("figures of a run", "pip install 'receptance[logs]'"),
     "triton": ("GPU kernels", "comes with a CUDA build of torch"),
     "transformers": ("comparisons", "pip install transformers"),
 }

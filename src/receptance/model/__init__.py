@@ -1,5 +1,5 @@
 """The model, one module per RWKV version."""
 
-from receptance.model.rwkv import Model
+from receptance.model.rwkv import Model, starting_values
 
-__all__ = ["Model"]
+__all__ = ["Model", "starting_values"]

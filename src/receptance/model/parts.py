@@ -6,6 +6,9 @@ bfloat16); every layer casts what it needs to the dtype of its input.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ class Linear(nn.Module):
         slow = x.dtype == torch.bfloat16 and x.is_cpu and not _CPU_MULTIPLIES_BFLOAT16
         few_rows = weight.dtype == x.dtype and x.numel() <= _FEW_ROWS * x.shape[-1]
         if slow and not few_rows:
-            return F.linear(x.float(), weight.float()).to(x.dtype)
+            return _WideProduct.apply(x, weight)  # type: ignore[no-any-return]
         return F.linear(x, weight.to(x.dtype))
 
     def orthogonal_(self, scale: float, generator: torch.Generator) -> None:
@@ -41,6 +44,27 @@ class Linear(nn.Module):
         outputs, inputs = self.weight.shape
         gain = scale * max(1.0, outputs / inputs) ** 0.5
         nn.init.orthogonal_(self.weight, gain=gain, generator=generator)
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T computed in float32, [..., in] and [out,in] -> [..., out] in x's narrower dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight.float()).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).float()
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_x, grad_weight
 
 
 class LayerNorm(nn.Module):
@@ -58,23 +82,57 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
-def token_shift(
-    x: Tensor, last: Tensor, resets: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Each position's predecessor, and the row's last one: [B,T,C], [B,C] -> [B,T,C], [B,C].
+class Reading(NamedTuple):
+    """How every layer reads a batch."""
 
-    A position with resets [B,T] has no predecessor: it sees zero (equations 11 to 15, x_0 = 0).
+    resets: Tensor | None  # [B,T] bool: positions at which a row begins afresh
+    lengths: Tensor | None  # [B]: how many positions of a row are real
+    backend: str | None  # of WKV
+    spare: bool  # cheap products of elements are made again for the gradient, not kept
+
+
+def token_shift(x: Tensor, last: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+    """Predecessors, x itself, and each row's last one: [B,T,C], [B,C] -> [B,T,C] twice, [B,C].
+
+    A reset position has no predecessor: it sees zero (equations 11 to 15, x_0 = 0). x comes back
+    as a view of what the predecessors are a view of, so that one of them is kept, not two.
     """
     extended = torch.cat([last.to(x.dtype)[:, None], x], dim=1)
-    previous = extended[:, :-1]
-    if resets is not None:
-        previous = previous.masked_fill(resets[..., None], 0)
-    if lengths is None:
-        return previous, extended[:, -1]
+    previous, x = extended[:, :-1], extended[:, 1:]
+    if reading.resets is not None:
+        previous = previous.masked_fill(reading.resets[..., None], 0)
+    if reading.lengths is None:
+        # A copy, because FSDP warns of views in what a block returns.
+        return previous, x, extended[:, -1].clone()
     rows = torch.arange(x.shape[0], device=x.device)
-    return previous, extended[rows, lengths]
+    return previous, x, extended[rows, reading.lengths]
 
 
 def mix(previous: Tensor, x: Tensor, share: Tensor) -> Tensor:
     """share of x and 1 - share of its predecessor: [B,T,C], [B,T,C], [1,1,C] -> [B,T,C]."""
     return torch.lerp(previous, x, share.to(x.dtype))
+
+
+def apply(layer: Linear, reading: Reading, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """layer(make(*inputs)), where the gradient makes the layer's input again instead of keeping it.
+
+    Half of what training would remember of a block are such inputs: sums and products of elements
+    of tensors that are remembered anyway.
+    """
+    made = make(*inputs)
+    if not (reading.spare and made.requires_grad) or torch.compiler.is_compiling():
+        return cast(Tensor, layer(made))
+    place, size = made.data_ptr(), made.numel()
+
+    def pack(saved: Tensor) -> Tensor | tuple[int, ...]:
+        is_made = saved.data_ptr() == place and saved.numel() == size
+        return tuple(saved.shape) if is_made else saved
+
+    def unpack(packed: Tensor | tuple[int, ...]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return make(*inputs).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return cast(Tensor, layer(made))

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from receptance.config import ModelConfig
 from receptance.model import v4
-from receptance.model.parts import LayerNorm, Linear
+from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ _FINGERPRINT_SAMPLES = 4096
 
 
 class Block(nn.Module):
-    """x + time mixing, then x + channel mixing, each after its own layer norm."""
+    """x + time mixing, then x + channel mixing, each after its own layer norm.
+
+    The first block has one more, on the embedding.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         version = VERSIONS[config.version]
+        self.layer = layer
         if layer == 0:
             self.ln0 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.ln1 = LayerNorm(config.width, config.layer_norm_epsilon)
@@ -50,25 +55,50 @@ class Block(nn.Module):
         self,
         x: Tensor,
         state: v4.LayerState,
-        resets: Tensor | None,
-        lengths: Tensor | None,
-        backend: str | None,
+        reading: Reading,
         dropout: float,
     ) -> tuple[Tensor, v4.LayerState]:
         """[B,T,C] -> [B,T,C], and the layer's state after it."""
-        mixed, state = self.att(self.ln1(x), state, resets, lengths, backend)
+        if self.layer == 0:
+            x = self.ln0(x)
+        mixed, state = self.att(self.ln1(x), state, reading)
         x = F.dropout(x + mixed, dropout, self.training)
-        mixed, state = self.ffn(self.ln2(x), state, resets, lengths)
+        mixed, state = self.ffn(self.ln2(x), state, reading)
         return F.dropout(x + mixed, dropout, self.training), state
+
+
+def starting_values(
+    config: ModelConfig, *, seed: int = 0, embedding_bound: float = 1e-4
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name and starting value (RWKV-v4neo), on the CPU, one block at a time.
+
+    embedding_bound is the first learning rate of the official code. A tiny embedding changes its
+    direction in few steps, and ln0 amplifies it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.empty(config.vocab_size, config.width)
+    yield "emb.weight", embedding.uniform_(-embedding_bound, embedding_bound, generator=generator)
+    for layer in range(config.num_layers):
+        block = Block(config, layer)
+        block.att.initialise(generator)
+        block.ffn.initialise(generator)
+        for name, value in block.named_parameters(f"blocks.{layer}"):
+            yield name, value.detach()
+    for name, value in LayerNorm(config.width, _FINAL_EPSILON).named_parameters("ln_out"):
+        yield name, value.detach()
+    head = Linear(config.width, config.vocab_size)
+    head.orthogonal_(_HEAD_SCALE, generator)
+    yield "head.weight", head.weight.detach()
 
 
 class Model(nn.Module):
     """An RWKV language model; parameters carry the names of the official files.
 
     A new model has the official starting values, drawn from `seed`; `embedding_bound` is the
-    official first learning rate (see initialise). `dropout` acts in training mode only: after the
-    embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a WKV
-    kernel (see ops.available_backends), None takes the fastest.
+    official first learning rate (see starting_values). `dropout` acts in training mode only: after
+    the embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a
+    WKV kernel (see ops.available_backends), None takes the fastest; with `recompute` a backward
+    pass computes each block again instead of keeping what is inside it.
     """
 
     def __init__(
@@ -85,6 +115,7 @@ class Model(nn.Module):
         self.config = config
         self.dropout = dropout
         self.backend: str | None = None
+        self.recompute = False
         self.emb = nn.Embedding(
             config.vocab_size,
             config.width,
@@ -94,20 +125,10 @@ class Model(nn.Module):
         self.ln_out = LayerNorm(config.width, _FINAL_EPSILON)
         self.head = Linear(config.width, config.vocab_size)
         if self.emb.weight.device.type != "meta":
-            self.initialise(seed, embedding_bound=embedding_bound)
-
-    @torch.no_grad()
-    def initialise(self, seed: int, *, embedding_bound: float = 1e-4) -> None:
-        """Starting values of RWKV-v4neo, where embedding_bound is the first learning rate.
-
-        A tiny embedding changes its direction in few steps, and ln0 amplifies it.
-        """
-        generator = torch.Generator(device=self.emb.weight.device).manual_seed(seed)
-        self.emb.weight.uniform_(-embedding_bound, embedding_bound, generator=generator)
-        for block in self._blocks:
-            block.att.initialise(generator)
-            block.ffn.initialise(generator)
-        self.head.orthogonal_(_HEAD_SCALE, generator)
+            values = starting_values(config, seed=seed, embedding_bound=embedding_bound)
+            with torch.no_grad():
+                for name, value in values:
+                    self.get_parameter(name).copy_(value)
 
     @property
     def _blocks(self) -> list[Block]:
@@ -205,13 +226,18 @@ class Model(nn.Module):
             state = self.empty_state(tokens.shape[0], dtype=dtype)
         version = VERSIONS[self.config.version]
         x = F.dropout(self.emb(tokens).to(dtype), self.dropout, self.training)
-        x = self._blocks[0].ln0(x)
         names = version.LayerState._fields
+        spare = not (self.recompute and torch.is_grad_enabled())
+        reading = Reading(resets, lengths, self.backend, spare)
         before = zip(*(state.tensors[name].unbind(0) for name in names), strict=True)
         after = []
         for block, parts in zip(self._blocks, before, strict=True):
             layer = version.LayerState(*parts)
-            x, layer = block(x, layer, resets, lengths, self.backend, self.dropout)
+            arguments = (x, layer, reading, self.dropout)
+            if spare:
+                x, layer = block(*arguments)
+            else:
+                x, layer = checkpoint(block, *arguments, use_reentrant=False)
             after.append(layer)
         tensors = {n: torch.stack([getattr(layer, n) for layer in after]) for n in names}
         read = tokens.shape[1] if lengths is None else lengths
@@ -269,9 +295,9 @@ class Model(nn.Module):
     def save(self, directory: str | Path, tokenizer: Tokenizer) -> None:
         """Write a directory that `receptance.load` opens (see checkpoint.save)."""
         # The one import upwards: saving belongs to checkpoint, and to the model's interface.
-        from receptance import checkpoint
+        from receptance.checkpoint import save
 
-        checkpoint.save(self, directory, tokenizer)
+        save(self, directory, tokenizer)
 
     def fingerprint(self) -> str:
         """sha256 of the sizes and a sample of every tensor, the same in float32 and bfloat16."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.config import ModelConfig
-from receptance.model.parts import Linear, mix, token_shift
+from receptance.model.parts import Linear, Reading, apply, mix, token_shift
 from receptance.ops import WKVState, wkv4
 
 
@@ -82,26 +82,24 @@ class TimeMix(nn.Module):
         self,
         x: Tensor,
         state: LayerState,
-        resets: Tensor | None,
-        lengths: Tensor | None,
-        backend: str | None,
+        reading: Reading,
     ) -> tuple[Tensor, LayerState]:
         """[B,T,C] -> [B,T,C], and the state after it."""
-        previous, last = token_shift(x, state.time_shift, resets, lengths)
-        receptance = self.receptance(mix(previous, x, self.time_mix_r)).sigmoid()
+        previous, x, last = token_shift(x, state.time_shift, reading)
+        receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
         wkv = WKVState(state.numerator, state.denominator, state.exponent)
         average, wkv = wkv4(
             -self.time_decay.exp(),
             self.time_first,
-            self.key(mix(previous, x, self.time_mix_k)),
-            self.value(mix(previous, x, self.time_mix_v)),
+            apply(self.key, reading, mix, previous, x, self.time_mix_k),
+            apply(self.value, reading, mix, previous, x, self.time_mix_v),
             wkv,
-            resets=resets,
-            lengths=lengths,
-            backend=backend,
+            resets=reading.resets,
+            lengths=reading.lengths,
+            backend=reading.backend,
         )
         state = LayerState(last, state.channel_shift, *wkv)
-        return self.output(receptance * average), state
+        return apply(self.output, reading, torch.mul, receptance, average), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeMix:
         # bfloat16 rounds a decay of 0.999 to 1, and the state would never forget: whatever the
@@ -148,14 +146,14 @@ class ChannelMix(nn.Module):
         self,
         x: Tensor,
         state: LayerState,
-        resets: Tensor | None,
-        lengths: Tensor | None,
+        reading: Reading,
     ) -> tuple[Tensor, LayerState]:
         """[B,T,C] -> [B,T,C], and the state after it."""
-        previous, last = token_shift(x, state.channel_shift, resets, lengths)
-        receptance = self.receptance(mix(previous, x, self.time_mix_r)).sigmoid()
-        hidden = self.key(mix(previous, x, self.time_mix_k)).relu().square()
-        return receptance * self.value(hidden), state._replace(channel_shift=last)
+        previous, x, last = token_shift(x, state.channel_shift, reading)
+        receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
+        hidden = apply(self.key, reading, mix, previous, x, self.time_mix_k).relu_()
+        value = apply(self.value, reading, torch.square, hidden)
+        return receptance * value, state._replace(channel_shift=last)
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:

@@ -1,0 +1,246 @@
+"""What a run will cost, before it is begun: parameters, FLOPs, memory per rank, time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from receptance.config import ModelConfig
+from receptance.training.devices import THIS_MACHINE, Device, find_device
+from receptance.training.options import TrainOptions
+
+# From RWKV-LM's README: 1.5B with context 1024, 106,000 tokens/s on 8 A100 of 312 TFLOP/s each.
+# Its 14B run (114,000 tokens/s on 64 of them, with recomputation) reached 0.476.
+DEFAULT_UTILISATION = 0.36
+
+_SECONDS_PER_DAY = 86_400
+_FLOAT32 = 4
+# Logits that exist at one time, in elements (objective.py).
+_LOGITS_AT_ONCE = 1 << 24
+# FSDP gathers a block while it computes the one before.
+_GATHERED_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in one process, by purpose."""
+
+    parameters: float
+    """float32 masters."""
+    gradients: float
+    """float32."""
+    moments: float
+    """Adam's two averages, float32."""
+    weights: float
+    """Copies of matrices: in the type of activations, and those gathered from other ranks."""
+    activations: float
+    """What the forward pass of one piece (micro_batch rows of chunk tokens) keeps for its backward
+    pass; with recompute the inputs of all blocks and everything of one."""
+    head: float
+    """Some of the logits with their errors, and gradients on their way to the parameters'."""
+
+    @property
+    def total(self) -> float:
+        """All of them, as if they peaked together; CUDA's own (about 1 GB) not included."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run costs on `ranks` of a device."""
+
+    config: ModelConfig
+    options: TrainOptions
+    device: Device
+    ranks: int
+    positions: tuple[int, int]
+    """Rows, and tokens of each, that a rank holds at a time."""
+    utilisation: float
+    """Share of the device's peak that goes into the model (MFU); recomputation lowers it."""
+    memory: Memory
+    """Per rank."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks together."""
+        return self.options.batch * self.options.context
+
+    @property
+    def steps(self) -> int:
+        """Updates, as many as the time limit allows if there is one."""
+        steps = self.options.total_steps
+        if self.options.minutes:
+            limit = 60 * self.options.minutes * self.tokens_per_second / self.tokens_per_step
+            steps = min(steps, math.ceil(limit))
+        return steps
+
+    @property
+    def tokens(self) -> int:
+        """Read in all, those read again in later epochs included."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        """Of the model in all steps, forward and backward, matrix products only."""
+        return float(self.tokens * self.config.training_flops_per_token)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        peak = self.ranks * self.device.flops
+        return peak * self.utilisation / self.config.training_flops_per_token
+
+    @property
+    def days(self) -> float:
+        """Steps only: reports, checkpoints and waiting for data come on top."""
+        return self.tokens / self.tokens_per_second / _SECONDS_PER_DAY
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of a rank is enough."""
+        return self.memory.total <= self.device.memory
+
+
+def estimate(
+    config: ModelConfig,
+    options: TrainOptions,
+    *,
+    ranks: int = 1,
+    context_ranks: int = 1,
+    sharded: bool = False,
+    device_name: str = THIS_MACHINE,
+    utilisation: float = DEFAULT_UTILISATION,
+) -> Estimate:
+    """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
+
+    context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
+    (FSDP). ValueError on a device that is not known, and on ranks or a utilisation that cannot be.
+    """
+    if context_ranks < 1 or ranks % context_ranks:
+        raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
+    groups = ranks // context_ranks
+    if not 1 <= groups <= options.batch:
+        raise ValueError(
+            f"ranks is {ranks}; it must be between 1 and the batch ({options.batch}), times "
+            f"context_ranks ({context_ranks})"
+        )
+    if not 0 < utilisation <= 1:
+        raise ValueError(f"utilisation is {utilisation}; it must be over 0 and at most 1")
+    rows, time = math.ceil(options.batch / groups), math.ceil(options.context / context_ranks)
+    piece = min(options.micro_batch or rows, rows), min(options.chunk or time, time)
+    found = memory(config, options, piece, shares=ranks if sharded else 1)
+    return Estimate(config, options, find_device(device_name), ranks, piece, utilisation, found)
+
+
+def memory(
+    config: ModelConfig, options: TrainOptions, piece: tuple[int, int], *, shares: int = 1
+) -> Memory:
+    """Bytes in a process that has one of `shares` and reads `piece` (rows, tokens) at a time."""
+    each = _FLOAT32 * config.num_parameters / shares
+    positions = math.prod(piece)
+    return Memory(
+        parameters=each,
+        gradients=each,
+        moments=2 * each,
+        weights=_weights(config, options, sharded=shares > 1),
+        activations=_activations(config, options, positions),
+        head=_head(config, options, positions),
+    )
+
+
+def block_activations(config: ModelConfig, element_bytes: int, *, spare: bool = True) -> float:
+    """Bytes that a block keeps of one position for its backward pass.
+
+    Time mixing keeps 6 vectors of C: the inputs of its layer norm and of the token shift, gate,
+    key, value, average; channel mixing 4 and one of its hidden width F. A block that is computed a
+    second time (not spare) keeps what its matrices multiply as well, and the shifted inputs. WKV
+    adds three of C in float32 for every 16 positions.
+    """
+    vectors = 10 * config.width + config.ffn_width
+    if not spare:
+        vectors += 6 * config.width + config.ffn_width
+    return element_bytes * vectors + 3 * _FLOAT32 * config.width / 16
+
+
+def _activations(config: ModelConfig, options: TrainOptions, positions: int) -> float:
+    element, layers = _element_bytes(options), config.num_layers
+    spare = not options.recompute
+    block, kept = block_activations(config, element, spare=spare), element * config.width
+    ends = 2 * element * config.width  # inputs of the first and of the last layer norm
+    blocks = layers * kept + block if options.recompute else layers * block
+    return positions * (blocks + ends)
+
+
+def _weights(config: ModelConfig, options: TrainOptions, *, sharded: bool) -> float:
+    """Layers cast their weights as they use them, and keep that for the backward pass.
+
+    Under FSDP a cast is what travels, and lives as long as its block is in use.
+    """
+    block = 5 * config.width**2 + 2 * config.width * config.ffn_width
+    element = _element_bytes(options)
+    if sharded:
+        ends = 2 * config.vocab_size * config.width
+        return _FLOAT32 * ends + element * min(_GATHERED_BLOCKS, config.num_layers) * block
+    if element == _FLOAT32:
+        return 0
+    return element * block * (1 if options.recompute else config.num_layers)
+
+
+def _head(config: ModelConfig, options: TrainOptions, positions: int) -> float:
+    element, matrix = _element_bytes(options), config.vocab_size * config.width
+    logits = min(_LOGITS_AT_ONCE, positions * config.vocab_size)
+    gradients = 2 * _FLOAT32 * matrix + element * positions * config.width
+    if element == _FLOAT32:
+        return 2 * _FLOAT32 * logits + gradients
+    # Narrow copies of the matrix and of the error, and a wide one of the error turned round.
+    return (3 * _FLOAT32 + element) * logits + element * matrix + gradients
+
+
+def _element_bytes(options: TrainOptions) -> int:
+    return 2 if options.dtype == "bfloat16" else _FLOAT32
+
+
+def table(found: Estimate) -> Table:
+    """The estimate for people, a line per figure."""
+    config, device, (rows, time) = found.config, found.device, found.positions
+    lines = Table(box=None, show_header=False, pad_edge=False)
+    sizes = f"{config.num_layers} layers of {config.width}, vocabulary {config.vocab_size:,}"
+    lines.add_row("parameters", f"{config.num_parameters:,} ({sizes})")
+    per_token = config.training_flops_per_token
+    lines.add_row("FLOPs", f"{found.flops:.3g} ({per_token:.4g} per token, forward and backward)")
+    lines.add_row("steps", f"{found.steps:,} of {found.tokens_per_step:,} tokens")
+    lines.add_row("tokens", f"{found.tokens:,}")
+    of = "" if math.isinf(device.memory) else f" of {_size(device.memory)}"
+    lines.add_row("memory per rank", f"{_size(found.memory.total)}{of}")
+    for name, size in asdict(found.memory).items():
+        note = f"  ({rows} × {time:,} tokens)" if name == "activations" else ""
+        lines.add_row(f"  {name}", f"{_size(size)}{note}")
+    lines.add_row("time", f"{_duration(found.days)} on {found.ranks} × {device.name}")
+    share = f"{found.tokens_per_second:,.0f} tokens/s, {found.utilisation:.0%} of"
+    lines.add_row("", f"at {share} {device.flops / 1e12:,.3g} TFLOP/s each")
+    return lines
+
+
+def show(console: Console, found: Estimate) -> None:
+    """Print the table, and what to do when the memory of a rank is not enough."""
+    console.print(table(found))
+    if not found.fits:
+        console.print(
+            f"this does not fit into the {_size(found.device.memory)} of {found.device.name}: take "
+            "a smaller --micro-batch or --chunk, --recompute, or FSDP over more ranks",
+            style="bold red",
+        )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"
+
+
+def _duration(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.1f} days"
+    hours = 24 * days
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"

@@ -1,0 +1,159 @@
+"""The objective: cross entropy through the head, without ever holding all logits.
+
+Both penalties keep the softmax's normaliser in check: RWKV-LM's L2Wrap pulls the largest logit of
+a position towards zero, PaLM's z-loss (arXiv 2204.02311) the logarithm of the normaliser.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from receptance.data.batches import Batch
+from receptance.model import Model
+from receptance.state import State
+from receptance.training.options import TrainOptions
+
+# Elements of the logits that exist at one time.
+_LOGITS_AT_ONCE = 1 << 24
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Objective and cross entropy of x W^T, some rows of logits at a time, gradients as well.
+
+    x [N,C], weight [V,C], targets [N]. The logits [N,V] never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        total: float,
+        max_logit_penalty: float,
+        z_loss: float,
+    ) -> tuple[Tensor, Tensor]:
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        # Few CPUs multiply bfloat16 fast, and there the float32 masters are the better operand.
+        matrix = weight if x.device.type == "cpu" else weight.to(x.dtype)
+        grad_x = x.new_empty(x.shape, dtype=matrix.dtype) if wants_x else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        exact = torch.promote_types(matrix.dtype, torch.float32)
+        entropy = torch.zeros((), dtype=exact, device=x.device)
+        penalty = torch.zeros_like(entropy)
+        rows = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        for at in range(0, x.shape[0], rows):
+            part, wanted = x[at : at + rows].to(matrix.dtype), targets[at : at + rows, None]
+            logits = (part @ matrix.T).to(exact)
+            scores = torch.log_softmax(logits, dim=-1)
+            entropy -= scores.gather(1, wanted).sum()
+            # Pulls on the largest logit, and in proportion to the probabilities.
+            pull = torch.zeros_like(wanted, dtype=exact)
+            if max_logit_penalty:
+                largest, place = logits.max(dim=-1, keepdim=True)
+                penalty += max_logit_penalty / 2 * largest.square().sum()
+            if z_loss:
+                normaliser = (logits - scores)[:, :1]
+                penalty += z_loss * normaliser.square().sum()
+                pull = 2 * z_loss * normaliser
+            if wants_x or wants_weight:
+                error = scores.exp_()
+                if z_loss:
+                    error *= 1 + pull
+                error.scatter_add_(1, wanted, torch.full_like(error[:, :1], -1))
+                if max_logit_penalty:
+                    error.scatter_add_(1, place, max_logit_penalty * largest)
+                error = error.div_(total).to(matrix.dtype)
+                if grad_x is not None:
+                    torch.mm(error, matrix, out=grad_x[at : at + rows])
+                if grad_weight is not None:
+                    pair = error.T.to(weight.dtype), part.to(weight.dtype)
+                    grad_weight.addmm_(*pair, beta=float(at > 0))  # 0 overwrites
+        if grad_weight is not None and not x.shape[0]:
+            grad_weight.zero_()
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = x.dtype
+        entropy = entropy / total
+        ctx.mark_non_differentiable(entropy)
+        return entropy + penalty / total, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        if not grads[0].is_cpu or float(grads[0]) != 1:  # nearly always 1: spare a pass over [V,C]
+            grad_x, grad_weight = (x if x is None else x * grads[0] for x in (grad_x, grad_weight))
+        grad_x = None if grad_x is None else grad_x.to(ctx.dtype)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def head_loss(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    total: float | None = None,
+    max_logit_penalty: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """What to minimise, and the cross entropy in it, in nats: two scalars.
+
+    features [B,T,C], head [V,C], targets [B,T]; mask [B,T] bool chooses the positions that count.
+    Sums are divided by total, by default the number of those positions: parts of a batch add up
+    when each is given the whole's. Added to the cross entropy are max_logit_penalty / 2 times the
+    square of each position's largest logit (RWKV-LM: 1e-4, in the gradient only), and z_loss
+    times that of its log-normaliser (PaLM: 1e-4).
+    """
+    x, wanted = features.flatten(0, 1), targets.flatten()
+    if mask is not None:
+        chosen = mask.flatten()
+        x, wanted = x[chosen], wanted[chosen]
+    total = max(1, len(wanted)) if total is None else total
+    found: tuple[Tensor, Tensor] = _HeadLoss.apply(
+        x, weight, wanted, total, max_logit_penalty, z_loss
+    )
+    return found
+
+
+class Objective(nn.Module):
+    """A model and its training objective as one module, for torch's DDP and FSDP to wrap."""
+
+    def __init__(self, model: Model, options: TrainOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = getattr(torch, options.dtype)
+        self.penalties = {
+            "max_logit_penalty": options.max_logit_penalty,
+            "z_loss": options.z_loss,
+        }
+
+    def forward(
+        self, batch: Batch, state: dict[str, Tensor] | None, total: float | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Objective and cross entropy of the rows, both over total, and the state behind them.
+
+        A total of None asks for the state alone.
+        state holds the tensors of a State, None for rows that have read nothing.
+        """
+        before = None
+        if state is not None:
+            tokens = torch.zeros(len(batch.inputs), dtype=torch.int64, device=batch.inputs.device)
+            before = State(state, tokens)
+        features, after = self.model.features(
+            batch.inputs, before, resets=batch.resets, dtype=self.dtype
+        )
+        if total is None:
+            nothing = features.new_zeros(())
+            return nothing, nothing, after.tensors
+        value, entropy = head_loss(
+            features,
+            self.model.head.weight,
+            batch.targets,
+            batch.mask,
+            total=total,
+            **self.penalties,
+        )
+        return value, entropy, after.tensors

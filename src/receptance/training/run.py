@@ -1,0 +1,296 @@
+"""A training run in its folder: progress, reports, checkpoints, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from receptance import plots
+from receptance.checkpoint import write_description
+from receptance.directories import LEAST_KEPT, newest_checkpoint
+from receptance.generation import generate
+from receptance.progress import progress_bar, say
+from receptance.scoring import bits_per_byte
+from receptance.training.devices import mfu, peak_flops
+from receptance.training.logs import METRICS, MetricsLog, Value, open_logs
+from receptance.training.saving import Saver, restore
+from receptance.training.start import Start, flat, notes
+from receptance.training.trainer import SPIKE_MEMORY, NotFinite, StepReport
+
+# Validation looks at this many tokens, the same ones every time; the end of a run at all as well.
+_QUICK_VALIDATION = 1 << 17
+_SAMPLE_TOKENS = 80
+# Without an update so often in a row there is no training any more.
+_BAD_STEPS = 10
+# Returns from a spike of the loss that are tried.
+_ROLLBACKS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What a run shows and keeps while it trains."""
+
+    reports: int = 10
+    """Times in the run to validate, print a sample, redraw the plot and save a checkpoint."""
+    save_minutes: float = 15.0
+    """Save a checkpoint after so much time without one, too."""
+    sample_prompt: str = ""
+    """What the samples continue."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    log: tuple[Literal["tensorboard", "wandb", "wandb-offline"], ...] = ()
+    """Where the figures go besides metrics.jsonl and loss.png."""
+
+    def __post_init__(self) -> None:
+        least = {"reports": 1, "keep": LEAST_KEPT, "save_minutes": 0}
+        for name, value in least.items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+
+
+class Run:
+    """A training run in its folder: steps, reports, checkpoints.
+
+    Of several processes all go through the same steps, and the first one reports.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        options: RunOptions,
+        start: Start,
+        console: Console,
+    ) -> None:
+        self.out, self.options, self.console = out, options, console
+        self.start, self.trainer = start, start.trainer
+        trainer = start.trainer
+        self.saver = Saver(out, options.keep, self._describe, trainer.ranks, self._alarm)
+        self.saver.saved_step = trainer.step or -1  # a resumed run begins with a checkpoint
+        self.last_save = time.monotonic()
+        self.bad_steps = self.rollbacks = 0
+        self.peak = peak_flops(trainer.device) * trainer.ranks.count
+
+    def _describe(self, folder: Path) -> dict[str, Any]:
+        if self.trainer.adapter is None:
+            write_description(self.trainer.model.config, folder, self.start.tokenizer)
+        return notes(self.out, self.start)
+
+    def go(self) -> None:
+        """Train to the end, or to the step in which a stop was asked for."""
+        trainer, config = self.trainer, flat(self.start.options)
+        kinds = self.options.log if trainer.ranks.first else ()
+        self.logs = open_logs(self.out, kinds, trainer.step, config) if trainer.ranks.first else []
+        with _stop_requested() as stop:
+            try:
+                self._train(stop)
+            finally:
+                self.saver.wait()
+                for log in self.logs:
+                    log.close()
+        self._conclude()
+
+    def _train(self, stop: threading.Event) -> None:
+        trainer, reports = self.trainer, self.options.reports
+        reported = int(trainer.progress * reports)
+        if trainer.options.rollback and self.saver.saved_step < 0:
+            self._save()  # something to go back to
+        with progress_bar(self.console) as bar:
+            task = bar.add_task("training", total=1.0, note="")
+            bar.update(task, completed=trainer.progress)
+            while not (stopping := self._agree(stop.is_set())) and not trainer.finished:
+                report = self._step()
+                if report is not None:
+                    bar.update(task, completed=trainer.progress, note=self._note(report))
+                if not trainer.finished and int(trainer.progress * reports) > reported:
+                    reported = int(trainer.progress * reports)
+                    self._report(quick=True)
+                elif self._agree(
+                    time.monotonic() - self.last_save > 60 * self.options.save_minutes
+                ):
+                    self._save()
+                self.saver.poll()
+        if stopping:
+            self.console.print(f"stopping after step {trainer.step}")
+        if trainer.finished and self.saver.saved_step != trainer.step:
+            self._report(quick=False)
+        self.saver.wait()
+        if self.saver.saved_step != trainer.step:  # not yet, or the disk was full just then
+            self._save()
+
+    def _agree(self, flag: bool) -> bool:
+        """Whether it is so in any of the processes."""
+        return self.trainer.ranks.sum([float(flag)], self.trainer.device)[0] > 0
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def _step(self) -> StepReport | None:
+        """One step, recorded; None if it was left out."""
+        try:
+            report = self.trainer.run_step()
+        except NotFinite as error:
+            self._leave_out(error)
+            return None
+        self.bad_steps = 0
+        used = mfu(report.tokens_per_second, self.trainer.model.config, self.peak)
+        self._record({**asdict(report), "mfu": used})
+        if self._is_spike(report.loss):
+            self._roll_back(report)
+        else:
+            self.trainer.losses.append(report.loss)
+        return report
+
+    def _leave_out(self, error: NotFinite) -> None:
+        """Put the batch away; go on without it, if that is wanted."""
+        step = self.trainer.step + 1
+        file = self.out / f"bad-step-{step:08d}.npz"
+        if self.trainer.ranks.first:
+            np.savez(file, **error.batch.arrays())
+        self.bad_steps += 1
+        what = f"{error}; the batch is in {file}"
+        if not self.trainer.options.skip_bad_steps or self.bad_steps >= _BAD_STEPS:
+            raise ValueError(
+                f"{what}. Start again with a lower --learning-rate or more --warmup-steps, or "
+                "resume with --skip-bad-steps"
+            )
+        self._alarm(f"{what}; left out")
+        self.trainer.leave_out_step()
+
+    def _is_spike(self, loss: float) -> bool:
+        limit, losses = self.trainer.options.rollback, self.trainer.losses
+        if not limit or len(losses) < SPIKE_MEMORY:
+            return False
+        return loss > statistics.fmean(losses) + limit
+
+    def _roll_back(self, report: StepReport) -> None:
+        """Return to the newest checkpoint, and do not read again what was read since."""
+        self.rollbacks += 1
+        self.saver.wait()
+        if self.rollbacks > _ROLLBACKS:
+            raise ValueError(
+                f"the loss has left its mean {self.rollbacks} times; resume with a lower "
+                "--learning-rate or without --rollback"
+            )
+        trainer = self.trainer
+        reached = trainer.step + trainer.passed_over
+        directory, _ = newest_checkpoint(self.out)
+        restore(trainer, directory)
+        trainer.passed_over = reached - trainer.step
+        self._alarm(
+            f"loss {report.loss:.3f} at step {report.step} is a spike: back to step {trainer.step}"
+        )
+        self._record({"step": trainer.step, "rolled_back_from": report.step})
+
+    # ---- reports --------------------------------------------------------------------------------
+
+    def _conclude(self) -> None:
+        """Say how the run ended and what to do next."""
+        if any(isinstance(log, MetricsLog) and log.unwritten for log in self.logs):
+            self._alarm(f"the last records are missing in {self.out / METRICS}")
+        if self.saver.saved_step != self.trainer.step:
+            raise ValueError(f"the last step ({self.trainer.step}) is not saved; see above")
+        if self.trainer.finished:
+            newest = self.out / f"step-{self.trainer.step:08d}"
+            say(self.console, f"done: {newest}  (plot: {self.out / 'loss.png'})")
+        else:
+            command = shlex.join(["receptance", "train", "--resume", "--out", str(self.out)])
+            say(self.console, f"continue with: {command}")
+
+    def _report(self, *, quick: bool) -> None:
+        """Save, validate, sample, plot."""
+        self._save()
+        step = self.trainer.step
+        name, value = self._validate(_QUICK_VALIDATION)
+        self.console.print(f"step {step}: validation {value:.4f} {name}")
+        self._record({"step": step, f"validation_{name.replace(' ', '_')}": value})
+        self._sample(step)
+        if not quick and len(self.start.corpus.validation) > _QUICK_VALIDATION:
+            name, value = self._validate(len(self.start.corpus.validation))
+            self.console.print(f"all of the validation text: {value:.4f} {name}")
+            self._record({"step": step, f"whole_validation_{name.replace(' ', '_')}": value})
+        if self.trainer.ranks.first:
+            try:
+                plots.draw_losses(self.out / METRICS, self.out / "loss.png")
+            except (OSError, ValueError) as error:
+                say(self.console, f"no plot: {error}")
+
+    def _validate(self, limit: int) -> tuple[str, float]:
+        """Bits per byte of text, or nats per token of what is to be learned of examples."""
+        mask = self.start.corpus.validation_mask
+        tokens = np.asarray(self.start.corpus.validation[:limit])
+        if mask is not None:
+            return "nats per token", self.trainer.validate_examples(tokens, mask[:limit])
+        size = len(
+            self.start.tokenizer.decode_bytes(
+                tokens[tokens != self.start.corpus.end_of_text].tolist()
+            )
+        )
+        nats = self.trainer.validate(tokens)
+        return "bits per byte", bits_per_byte(nats, max(1, size))
+
+    def _sample(self, step: int) -> None:
+        """A continuation; where no process holds the whole model there is none."""
+        trainer, prompt = self.trainer, self.options.sample_prompt
+        if not trainer.ranks.first or trainer.sharded:
+            return
+        state = trainer.adapter.initial_state(1) if trainer.adapter else None
+        text = generate(
+            trainer.model.eval(),
+            self.start.tokenizer,
+            prompt,
+            max_tokens=_SAMPLE_TOKENS,
+            top_p=0.9,
+            seed=step,
+            state=state,
+        )
+        self.console.print(f"  {prompt + text!r}", style="dim", markup=False, highlight=False)
+        self._record({"step": step, "sample": prompt + text})
+
+    def _save(self) -> None:
+        self.saver.save(self.trainer)
+        self.last_save = time.monotonic()
+
+    def _record(self, values: dict[str, Value]) -> None:
+        options = self.trainer.options
+        tokens = int(values["step"]) * options.batch * options.context
+        for log in self.logs:
+            log.record({"tokens": tokens, **values})
+
+    def _note(self, report: StepReport) -> str:
+        used = mfu(report.tokens_per_second, self.trainer.model.config, self.peak)
+        speed = f"{report.tokens_per_second:,.0f} tokens/s ({used:.0%} mfu)"
+        return f"step {report.step}  loss {report.loss:.3f}  {speed}"
+
+    def _alarm(self, line: str) -> None:
+        say(self.console, line, style="bold red")
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def ask(signum: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

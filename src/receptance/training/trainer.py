@@ -1,0 +1,306 @@
+"""Training: one step, and what a run must keep.
+
+A step is a pure function of the parameters, the optimizer's state and the step's number: batches
+and dropout are drawn from (seed, step), so a run that stopped continues as if it had not.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from receptance.adapters import Adapter
+from receptance.data.batches import Batch, Batches, Prefetcher
+from receptance.model import Model
+from receptance.scoring import text_rows
+from receptance.training.objective import Objective
+from receptance.training.options import TrainOptions, learning_rate
+from receptance.training.passes import Passes
+from receptance.training.ranks import Ranks
+from receptance.training.sharding import assign, gather
+
+# Steps whose mean a spike of the loss is measured against.
+SPIKE_MEMORY = 100
+# Positions of each row of a text that validation reads at one time, and rows of examples.
+_VALIDATION_CHUNK, _VALIDATION_ROWS = 256, 16
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[str, Tensor]], scales: dict[str, float], options: TrainOptions
+) -> torch.optim.AdamW:
+    """AdamW with one group per (learning-rate scale, decayed or not).
+
+    scales are multipliers of the learning rate by parameter name, 1 where there is none.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in parameters:
+        is_matrix = sum(size > 1 for size in parameter.shape) >= 2
+        groups.setdefault((scales.get(name, 1.0), is_matrix), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": group, "scale": scale, "weight_decay": options.weight_decay * is_matrix}
+            for (scale, is_matrix), group in groups.items()
+        ],
+        lr=options.learning_rate,
+        betas=options.betas,
+        eps=options.epsilon,
+        fused=True,
+    )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    """Steps done so far, this one included."""
+    loss: float
+    """Mean cross entropy of the batch before the update, in nats per token."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    tokens_per_second: float
+    """Over all processes."""
+
+
+class NotFinite(ValueError):
+    """A loss or gradient that is not a number; nothing was changed. Holds the batch."""
+
+    def __init__(self, message: str, batch: Batch) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A step in host memory: what this process writes of a checkpoint."""
+
+    stem: str
+    """The name of the file with the parameters: of the model or of the adapter."""
+    parameters: dict[str, Tensor]
+    """Whole tensors by name."""
+    metadata: dict[str, str]
+    """What that file says about itself."""
+    optimizer: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+class Trainer:
+    """A model in training: steps, and everything needed to continue them.
+
+    Only the adapter is trained if there is one. objective is what sharding.build returned, for
+    several processes (`ranks`); left out, the model trains in this one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Batches,
+        options: TrainOptions,
+        *,
+        objective: Objective | None = None,
+        adapter: Adapter | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.model, self.batches, self.options = model, batches, options
+        self.adapter, self.ranks = adapter, ranks or Ranks()
+        self.device = model.emb.weight.device
+        # No process holds the whole model. Known now: a forward pass makes whole tensors of some.
+        self.sharded = isinstance(model.emb.weight, DTensor)
+        self.objective = objective or Objective(model, options)
+        self.dtype = getattr(torch, options.dtype)
+        model.dropout, model.recompute = options.dropout, options.recompute
+        if options.batch < self.ranks.data_count:
+            raise ValueError(
+                f"batch is {options.batch}, fewer rows than the {self.ranks.data_count} processes "
+                "that share them; give a larger --batch or start fewer"
+            )
+        scales: dict[str, float] = {}
+        self.parameters: dict[str, Tensor] = {}
+        if adapter is None:
+            self.parameters.update(model.named_parameters())
+            scales = model.learning_rate_scales()
+        else:
+            self.parameters.update(adapter.tensors())
+        self.optimizer = make_optimizer(self.parameters.items(), scales, options)
+        random = options.dropout > 0 or adapter is not None  # an adapter may drop as well
+        self._passes = Passes(self.objective, self._empty_state, options, self.ranks, random=random)
+        self._base = model.fingerprint() if adapter else ""
+        self._read = Prefetcher(batches, options.loader_workers)
+        self.step = 0
+        self.seconds = 0.0
+        self.passed_over = 0
+        self.losses: collections.deque[float] = collections.deque(maxlen=SPIKE_MEMORY)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, by steps or by the clock, whichever is further."""
+        return min(1.0, max(self.step / self.options.total_steps, self._clock))
+
+    @property
+    def _clock(self) -> float:
+        return self.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the steps or the minutes are used up."""
+        return self.progress >= 1
+
+    def run_step(self) -> StepReport:
+        """One update; NotFinite, before anything is changed, if loss or gradient is not finite."""
+        began = time.perf_counter()
+        batch = self._read.at(self.step + self.passed_over)
+        rate = self._set_learning_rate()
+        self.switch(training=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._gradients(batch)
+        norm = self._clip()
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                message = f"{what} is {value} at step {self.step + 1}; stopped before the update"
+                raise NotFinite(message, batch)
+        self.optimizer.step()
+        self.step += 1
+        took = self.ranks.sum([time.perf_counter() - began], self.device)[0] / self.ranks.count
+        self.seconds += took
+        return StepReport(self.step, loss, rate, norm, batch.inputs.numel() / took)
+
+    def switch(self, training: bool) -> None:
+        """Dropout on or off."""
+        self.model.train(training)
+        if self.adapter is not None:
+            self.adapter.train(training)
+
+    def leave_out_step(self) -> None:
+        """Count a step whose update was not made."""
+        self.step += 1
+
+    def _gradients(self, batch: Batch) -> float:
+        """Fill in the gradients, of all processes; the mean cross entropy of the whole batch."""
+        ranks = self.ranks
+        ours = batch.part(ranks.rows(self.options.batch), ranks.time(batch.inputs.shape[1]))
+        # Groups of processes are averaged, so each divides by its share of the positions.
+        total = max(1, batch.learned) / ranks.data_count
+        entropy = self._passes.run(ours.to(self.device), total, self.step)
+        if ranks.count > 1 and (ranks.time_count > 1 or self.adapter is not None):
+            ranks.sum_gradients(list(self.parameters.values()))
+        return ranks.sum([entropy], self.device)[0] / ranks.data_count
+
+    def _clip(self) -> float:
+        limit = self.options.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        return float(gather(norm))
+
+    def _set_learning_rate(self) -> float:
+        rate = learning_rate(self.step, self.options, self._clock)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        return rate
+
+    def _empty_state(self, rows: int) -> dict[str, Tensor]:
+        state = None if self.adapter is None else self.adapter.initial_state(rows, self.dtype)
+        return (state or self.model.empty_state(rows, dtype=self.dtype)).tensors
+
+    @torch.no_grad()
+    def validate(self, tokens: np.ndarray) -> float:
+        """Nats over all tokens of a text [N].
+
+        The text is cut into a few long rows, read side by side and divided over the processes.
+        """
+        self.switch(training=False)
+        whole = text_rows(tokens, start=self.batches.end_of_text)
+        ours = whole.part(Ranks(self.ranks.rank, self.ranks.count).rows(len(whole.inputs)))
+        state, total = self._empty_state(len(ours.inputs)), 0.0
+        for at in range(0, ours.inputs.shape[1], _VALIDATION_CHUNK):
+            piece = ours.part(time=slice(at, at + _VALIDATION_CHUNK)).to(self.device)
+            _, entropy, state = self.objective(piece, state, 1.0)
+            total += float(entropy)
+        return self.ranks.sum([total], self.device)[0]
+
+    @torch.no_grad()
+    def validate_examples(self, tokens: np.ndarray, mask: np.ndarray) -> float:
+        """Mean nats over the tokens [N] whose mask [N] is 1, read in rows as training reads them.
+
+        Every process reads all of them.
+        """
+        self.switch(training=False)
+        like, total, count = self.batches, 0.0, 0
+        rows = Batches(
+            tokens,
+            context=like.context,
+            batch=1,
+            seed=0,
+            mask=mask,
+            packing=like.packing,
+            end_of_text=like.end_of_text,
+        )
+        for at in range(0, rows.windows, _VALIDATION_ROWS):
+            batch = rows.rows(at, at + _VALIDATION_ROWS).to(self.device)
+            state = self._empty_state(len(batch.inputs))
+            _, entropy, _ = self.objective(batch, state, 1.0)
+            total, count = total + float(entropy), count + batch.learned
+        return total / max(1, count)
+
+    def snapshot(self) -> Snapshot:
+        """A copy in host memory; every process has to take part, and holds some whole tensors."""
+        states = {
+            f"{name}/{key}": tensor
+            for name, parameter in self.parameters.items()
+            for key, tensor in sorted(self.optimizer.state[parameter].items())
+        }
+        stem, metadata = "model", {"format": "pt"}
+        if self.adapter is not None:
+            stem, metadata = "adapter", self.adapter.metadata(self._base)
+        parameters, optimizer = self._host(self.parameters), self._host(states)
+        return Snapshot(stem, parameters, metadata, optimizer, self._about())
+
+    @property
+    def shards(self) -> int:
+        """How many processes write a share of the tensors: the small ones of an adapter, one."""
+        return self.ranks.count if self.adapter is None else 1
+
+    def _host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole copies of the tensors that fall to this process."""
+        copies = {}
+        for number, (name, tensor) in enumerate(tensors.items()):
+            whole = gather(tensor)
+            if number % self.shards == self.ranks.rank:
+                copies[name] = whole.to("cpu", copy=True).contiguous()
+        return copies
+
+    def _about(self) -> dict[str, Any]:
+        at = self.step + self.passed_over
+        return {
+            "step": self.step,
+            "tokens": self.step * self.options.batch * self.options.context,
+            "epoch": self.batches.epoch(at),
+            "position": self.batches.position(at),
+            "passed_over": self.passed_over,
+            "losses": list(self.losses) if self.options.rollback else [],
+            # Without a time limit nothing depends on the clock, and equal runs are equal files.
+            "seconds": self.seconds if self.options.minutes else None,
+            "random": "batches and dropout are drawn from the seed and the step",
+        }
+
+    def restore(self, about: dict[str, Any], optimizer: Iterable[tuple[str, Tensor]]) -> None:
+        """Continue from a snapshot; the trained parameters themselves are loaded already."""
+        self.step, self.seconds = about["step"], about["seconds"] or 0.0
+        self.passed_over = about["passed_over"]
+        self.losses.clear()
+        self.losses.extend(about["losses"])
+        self.optimizer.state.clear()
+        for name, value in optimizer:
+            name, _, key = name.rpartition("/")
+            parameter = self.parameters[name]
+            state = self.optimizer.state[parameter]
+            state[key] = torch.zeros_like(parameter) if value.dim() else value.to(self.device)
+            assign(state[key], value)

@@ -1,0 +1,284 @@
+"""receptance train: what it can begin with, and what it refuses to go on with."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import SMALL, call
+from tiny import TEXT, same_bits
+
+from receptance.adapters import load_adapter
+from receptance.checkpoint import load, read_tensors
+from receptance.directories import newest_checkpoint, step_directories
+from receptance.lock import RunLock
+from receptance.training.start import read_about
+from receptance.training.trainer import Trainer
+
+RECORDS = [
+    {"prompt": f"Add {n} and {n}.", "response": f"That is {2 * n}, my dear."} for n in range(60)
+]
+TUNE = "--batch 4 --context 64 --steps 6 --reports 2 --learning-rate 0.05"
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch) -> None:
+    monkeypatch.setattr("receptance.training.run._SAMPLE_TOKENS", 2)
+
+
+def begun(*argv: object) -> Path:
+    """The newest checkpoint of a run that went well."""
+    result = call(*argv)
+    assert result.code == 0, result.err
+    return newest_checkpoint(argv[argv.index("--out") + 1])[0]
+
+
+def refused(*argv: object) -> str:
+    """The one line with which the command ends."""
+    result = call(*argv)
+    assert result.code == 2
+    assert result.err.startswith("receptance: error: ")
+    assert result.err.count("\n") == 1
+    return result.err
+
+
+class TestCorpora:
+    """Tokens that somebody prepared: the run is the same as that on the text."""
+
+    @pytest.fixture
+    def corpus(self, folder) -> Path:
+        made = call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes",
+                    "--validation", 0.02)  # fmt: skip
+        assert made.code == 0, made.err
+        return folder / "corpus"
+
+    def test_a_folder(self, corpus, train):
+        assert train("--steps", 2, "--out", "text").code == 0
+        directory = begun("train", corpus, "--out", "new", "--steps", 2, *SMALL.split()[2:])
+        weights = [load(run)[0].state_dict() for run in ("text", "new")]
+        assert same_bits(*weights)
+        assert read_about(directory).corpus.resolve() == corpus.resolve()
+        assert not Path("new/data").exists()
+
+    @pytest.mark.parametrize("name", ["tokens.npy", "tokens.bin", "tokens.idx", "tokens"])
+    def test_bare_tokens_need_a_tokenizer(self, name, corpus):
+        if name.endswith("npy"):
+            np.save(name, np.load(corpus / "train.npy"))
+        else:
+            made = call("data", "prepare", "text.txt", "--out", "pair", "--tokenizer", "bytes",
+                        "--format", "binidx")  # fmt: skip
+            assert made.code == 0, made.err
+            for ending in ("bin", "idx"):
+                shutil.copy(f"pair/train.{ending}", f"tokens.{ending}")
+        run = ["train", name, "--out", "new", "--steps", 2, *SMALL.split()]
+        directory = begun(*run)
+        assert load(directory)[1].kind == "bytes"
+        begun("train", "--resume", "--out", "new", "--steps", 3)
+        without = [word for word in run if word not in ("--tokenizer", "bytes")]
+        without[without.index("new")] = "other"
+        assert "give it with --tokenizer" in refused(*without)
+
+    def test_another_tokenizer_than_the_model_s(self, corpus, folder):
+        assert call("train", "text.txt", "--out", "bpe", "--steps", 1, *SMALL.split(),
+                    "--tokenizer", "bpe:300").code == 0  # fmt: skip
+        line = refused("train", corpus, "--init", "bpe", "--out", "new", "--steps", 1)
+        assert "made with another tokenizer" in line
+
+    def test_one_that_changed_is_refused(self, corpus, folder):
+        begun("train", corpus, "--out", "new", "--steps", 2, *SMALL.split()[2:])
+        Path("text.txt").write_text(TEXT.upper())
+        shutil.rmtree(corpus)
+        made = call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
+        assert made.code == 0, made.err
+        line = refused("train", "--resume", "--out", "new", "--steps", 4)
+        assert "is not the corpus that the run began with" in line
+
+    def test_one_that_moved_is_named_again(self, corpus, folder):
+        begun("train", corpus, "--out", "new", "--steps", 2, *SMALL.split()[2:])
+        os.rename("corpus", "elsewhere")
+        assert "corpus" in refused("train", "--resume", "--out", "new", "--steps", 4)
+        begun("train", "elsewhere", "--resume", "--out", "new", "--steps", 4)
+        begun("train", "--resume", "--out", "new", "--steps", 5)
+
+
+class TestMoving:
+    def test_a_run_goes_on_wherever_it_is(self, folder):
+        (folder / "deep/er").mkdir(parents=True)
+        os.rename("run", "deep/er/moved")
+        os.remove("text.txt")
+        begun("train", "--resume", "--out", "deep/er/moved", "--steps", 14)
+        os.chdir("deep/er/moved")
+        begun("train", "--resume", "--out", ".", "--steps", 15)
+        assert load(".")[0].config.width == 16
+
+
+class TestInit:
+    def test_a_run_begins_with_the_weights_of_another(self, folder):
+        before = load("run")[0].state_dict()
+        rates = ["--learning-rate", 1e-30, "--final-learning-rate", 1e-30]
+        directory = begun("train", "text.txt", "--init", "run", "--out", "new", "--steps", 1,
+                          "--batch", 2, "--context", 32, *rates)  # fmt: skip
+        model, tokenizer = load(directory)
+        assert tokenizer.kind == "bytes"
+        assert same_bits(model.state_dict(), before)
+        begun("train", "--resume", "--out", "new", "--steps", 2)
+
+    def test_nothing_there(self, folder):
+        assert "nowhere" in refused("train", "text.txt", "--init", "nowhere", "--out", "new")
+
+
+class TestTuning:
+    @pytest.fixture
+    def records(self, folder) -> Path:
+        lines = [json.dumps(record) for record in RECORDS]
+        (folder / "chat.jsonl").write_text("\n".join(lines))
+        return folder / "chat.jsonl"
+
+    @pytest.mark.parametrize("kind", ["lora", "state"])
+    def test_from_records_to_an_answer(self, kind, records):
+        more = ["--lora.rank", 2] if kind == "lora" else []
+        start = ["train", records, "--init", "run", "--tune", kind, "--out", "new", *TUNE.split()]
+        directory = begun(*start, "--template", "world", *more)
+        files = {file.name for file in directory.iterdir()}
+        assert "adapter.safetensors" in files and "model.safetensors" not in files
+        model, _ = load("run")
+        adapter = load_adapter(directory, model)
+        assert all(x.isfinite().all() for x in adapter.tensors().values())
+        prompt = ["generate", "run", "User: Add 3 and 3.\n\nAssistant:", "--max-tokens", 8]
+        answers = [call(*prompt, "--temperature", 0, *a) for a in ([], ["--adapter", directory])]
+        assert [a.code for a in answers] == [0, 0]
+        reports = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
+        assert sum("validation_nats_per_token" in report for report in reports) >= 2
+
+    @pytest.mark.parametrize("kind", ["lora", "state"])
+    def test_it_goes_on_exactly(self, kind, records):
+        start = ["train", records, "--init", "run", "--tune", kind, *TUNE.split()]
+        start += ["--template", "world"]
+        whole = begun(*start, "--out", "whole", "--reports", 6, "--keep", 9)
+        shutil.copytree("whole", "part")
+        for directory in step_directories(Path("part"))[2:]:
+            shutil.rmtree(directory)
+        again = begun("train", "--resume", "--out", "part")
+        for stem in ("adapter", "optimizer"):
+            assert same_bits(read_tensors(whole, stem), read_tensors(again, stem))
+
+    def test_all_parameters_learn_from_records_as_well(self, records):
+        options = [*SMALL.split(), "--context", 64, "--steps", 2, "--template", "world"]
+        begun("train", records, "--out", "new", *options)
+
+    @pytest.mark.parametrize(
+        ("more", "why"),
+        [
+            ([], "say which model with --init"),
+            (["--init", "run", "--packing", "whole"], "leave --packing out"),
+            (["--init", "run", "--parallel", "fsdp"], "works with ddp"),
+        ],
+    )
+    def test_what_does_not_go_together(self, more, why, records):
+        result = call("train", records, "--tune", "state", "--out", "new", *more)
+        assert result.code == 2
+        assert why in " ".join(result.err.split())
+
+
+class TestRecipes:
+    def test_what_is_given_comes_first(self, folder):
+        Path("mine.toml").write_text(
+            'tokenizer = "bytes"\nwidth = 32\nlayers = 1\nbatch = 2\ncontext = 16\nsteps = 2\n'
+        )
+        directory = begun("train", "text.txt", "--recipe", "mine.toml", "--layers", 2, "--out", "n")
+        sizes = load(directory)[0].config
+        assert (sizes.width, sizes.num_layers) == (32, 2)
+        options = read_about(directory).options.train
+        assert (options.batch, options.context) == (2, 16)
+
+    def test_a_dry_run_trains_nothing(self, folder):
+        result = call("train", "--recipe", "169m", "--dry-run", "--on", "a100-80g", "--out", "n")
+        assert result.code == 0, result.err
+        assert "169" in result.out
+        assert not Path("n").exists()
+
+
+class TestAutoResume:
+    def test_one_command_begins_and_goes_on(self, train):
+        assert train("--steps", 3, "--auto-resume").code == 0
+        result = train("--steps", 5, "--auto-resume")
+        assert result.code == 0
+        assert "resumed new/step-00000003 at step 3" in result.out
+
+    def test_what_died_before_its_first_checkpoint_begins_again(self, train):
+        Path("new").mkdir()
+        Path("new/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        assert train("--steps", 2, "--auto-resume").code == 0
+        lines = Path("new/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2]
+
+
+def test_a_folder_in_use_is_left_alone(folder):
+    def visible() -> list[Path]:
+        return [path for path in sorted(Path("run").rglob("*")) if path.name[0] != "."]
+
+    before = visible()
+    with RunLock("run"):
+        line = refused("train", "--resume", "--out", "run", "--steps", 14)
+    assert "run is in use by process" in line
+    assert visible() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--out", "new"], "no data"),
+        (["text.txt", "--out", "new", "--context", "99999"], "shorter --context"),
+        (["missing.txt", "--out", "new"], "missing.txt"),
+        (["text.txt", "--out", "new", "--device", "quantum"], "quantum"),
+        (["--resume", "--out", "nowhere"], "no run in nowhere"),
+        (["text.txt", "--out", "new", "--recipe", "168m"], "did you mean"),
+        (["text.txt", "--out", "new", "--context-ranks", "2"], "torchrun"),
+    ],
+)
+def test_errors_are_one_line(argv, why, folder):
+    assert why in refused("train", *argv, *SMALL.split()[:2])
+
+
+class TestBadSteps:
+    @pytest.fixture
+    def broken(self, monkeypatch) -> set[int]:
+        """Steps, counted from 1, whose gradient is not a number."""
+        steps: set[int] = set()
+        clip = Trainer._clip
+
+        def clip_or_break(self: Trainer) -> float:
+            return float("nan") if self.step + 1 in steps else clip(self)
+
+        monkeypatch.setattr(Trainer, "_clip", clip_or_break)
+        return steps
+
+    def test_the_batch_is_put_away(self, broken, train):
+        broken.add(3)
+        result = train("--steps", 6, "--reports", 6)
+        assert result.code == 2
+        assert "gradient norm is nan at step 3; stopped before the update" in result.err
+        assert "new/bad-step-00000003.npz" in result.err
+        with np.load("new/bad-step-00000003.npz", allow_pickle=False) as batch:
+            assert set(batch) == {"inputs", "targets"}
+            assert batch["inputs"].shape == (2, 32)
+            assert np.array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+        assert newest_checkpoint("new")[0].name == "step-00000002"
+
+    def test_or_left_out(self, broken, train):
+        broken.update({3, 5})
+        result = train("--steps", 6, "--skip-bad-steps")
+        assert result.code == 0, result.err
+        assert "left out" in result.out
+        lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
+        assert newest_checkpoint("new")[0].name == "step-00000006"
+
+    def test_but_not_for_ever(self, broken, train):
+        broken.update(range(4, 40))
+        result = train("--steps", 40, "--skip-bad-steps")
+        assert result.code == 2
+        assert "at step 13; stopped" in result.err
+        assert len(list(Path("new").glob("bad-step-*"))) == 10

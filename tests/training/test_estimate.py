@@ -1,0 +1,308 @@
+"""Estimates against the paper's table, published speeds, and memory that was measured."""
+
+import dataclasses
+import io
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from receptance.config import PUBLISHED_SIZES, ModelConfig, published
+from receptance.model import Model, parts, rwkv
+from receptance.recipes import load_recipe
+from receptance.training import TrainOptions, devices
+from receptance.training.devices import (
+    DEVICES,
+    Device,
+    by_torch_name,
+    find_device,
+    mfu,
+    peak_flops,
+    this_machine,
+)
+from receptance.training.estimate import block_activations, estimate, memory, show
+
+PILE_TOKENS = 332_076_810_240
+# The paper's table 2: parameters, and FLOPs of a forward pass per token.
+TABLE_2 = {
+    "169m": (169_342_464, 2.613e8),
+    "430m": (430_397_440, 7.573e8),
+    "1.5b": (1_515_106_304, 2.823e9),
+    "3b": (2_984_627_200, 5.710e9),
+    "7b": (7_392_649_216, 1.437e10),
+    "14b": (14_148_597_760, 2.778e10),
+}
+
+
+def options(name: str) -> TrainOptions:
+    names = {f.name for f in dataclasses.fields(TrainOptions)}
+    return TrainOptions(**{k: v for k, v in load_recipe(name).items() if k in names})
+
+
+def shown(found) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    show(console, found)
+    return console.file.getvalue()
+
+
+class TestPublishedSizes:
+    @pytest.mark.parametrize("name", TABLE_2)
+    def test_parameters_and_flops(self, name):
+        found = estimate(published(name), options(name), device_name="h100")
+        parameters, forward = TABLE_2[name]
+        assert found.config.num_parameters == parameters
+        assert found.tokens == PILE_TOKENS
+        assert found.flops / found.tokens == pytest.approx(3 * forward, rel=1e-3)
+
+    def test_the_table_of_14b(self):
+        """With what RWKV-LM's README reports of 64 A100: 114,000 tokens/s, a share of 0.476."""
+        found = estimate(
+            published("14b"),
+            options("14b"),
+            ranks=64,
+            sharded=True,
+            device_name="a100-80g",
+            utilisation=0.476,
+        )
+        assert found.tokens_per_second == pytest.approx(114e3, rel=0.01)
+        assert found.days == pytest.approx(332.08e9 / 114e3 / 86400, rel=0.01)
+        text = shown(found)
+        for words in (
+            "14,148,597,760 (40 layers of 5120, vocabulary 50,277)",
+            "2.77e+22 (8.333e+10 per token",
+            "2,533,545 of 131,072 tokens",
+            "332,076,810,240",
+            "33.7 days on 64 × a100-80g",
+            "(2 × 1,024 tokens)",
+        ):
+            assert words in text
+        assert "does not fit" not in text
+
+    def test_the_recipes_of_single_gpus(self):
+        found = estimate(published("169m"), options("one-gpu"), device_name="rtx-4090")
+        assert found.days == pytest.approx(1, rel=0.05)
+        assert found.fits
+
+    @pytest.mark.parametrize(
+        ("name", "ranks"), [("169m", 1), ("430m", 1), ("1.5b", 1), ("3b", 8), ("7b", 8), ("14b", 8)]
+    )
+    def test_the_recipes_fit(self, name, ranks):
+        sharded = load_recipe(name).get("parallel") == "fsdp"
+        found = estimate(
+            published(name), options(name), ranks=ranks, sharded=sharded, device_name="a100-80g"
+        )
+        assert found.fits
+
+    def test_14b_on_one_device_does_not(self):
+        found = estimate(published("14b"), options("14b"), device_name="h200")
+        assert not found.fits
+        assert "does not fit into the 141.00 GB of h200" in shown(found)
+
+
+def bytes_kept(model: Model, batch: int, time: int, dtype: torch.dtype) -> int:
+    """What a forward pass keeps for the backward pass beside the parameters, each storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    def within(layers_pack, unpack):
+        """Hooks of a layer inside of these come before them; what they keep is seen too."""
+
+        def both(x):
+            packed = layers_pack(x)
+            return pack(packed) if isinstance(packed, torch.Tensor) else packed
+
+        return hooks(both, unpack)
+
+    tokens = torch.randint(model.config.vocab_size, (batch, time))
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(pack, lambda x: x), mock.patch("torch.autograd.graph.saved_tensors_hooks", within):
+        features, _ = model.features(tokens, dtype=dtype)
+    assert features.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class TestMemory:
+    @pytest.fixture(autouse=True)
+    def _as_on_a_gpu(self, monkeypatch):
+        """This CPU may lack bfloat16 instructions, and then casts the other way."""
+        monkeypatch.setattr(parts, "_CPU_MULTIPLIES_BFLOAT16", True)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("width", "layers", "ffn", "batch", "time"),
+        [(64, 3, 0, 2, 128), (32, 1, 0, 1, 300), (64, 2, 96, 3, 64), (128, 5, 0, 1, 40)],
+    )
+    def test_what_a_forward_pass_keeps(self, dtype, width, layers, ffn, batch, time):
+        config = ModelConfig(vocab_size=50, width=width, num_layers=layers, ffn_width=ffn)
+        measured = bytes_kept(Model(config).train(), batch, time, getattr(torch, dtype))
+        found = memory(config, TrainOptions(dtype=dtype), (batch, time))
+        assert found.activations + found.weights == pytest.approx(measured, rel=0.05)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_with_recomputation(self, dtype, monkeypatch):
+        """The inputs of the blocks, measured, and what one block keeps while it is computed again:
+        the difference that another layer makes without recomputation."""
+        config = ModelConfig(vocab_size=50, width=64, num_layers=6)
+        model = Model(config).train()
+        model.recompute = True
+        inputs = bytes_kept(model, 2, 128, getattr(torch, dtype))
+        monkeypatch.setattr(rwkv, "Reading", lambda *how: parts.Reading(*how[:3], spare=False))
+        two, one = (
+            bytes_kept(
+                Model(dataclasses.replace(config, num_layers=n)).train(),
+                2,
+                128,
+                getattr(torch, dtype),
+            )
+            for n in (2, 1)
+        )
+        found = memory(config, TrainOptions(dtype=dtype, recompute=True), (2, 128))
+        measured = inputs + two - one
+        assert found.activations + found.weights == pytest.approx(measured, rel=0.1)
+
+    @given(
+        micro=st.integers(1, 16),
+        chunk=st.sampled_from([0, 64, 128]),
+        context=st.sampled_from([128, 256, 1024]),
+        ranks=st.sampled_from([1, 2, 4]),
+    )
+    def test_only_a_piece_is_in_memory(self, micro, chunk, context, ranks):
+        config = ModelConfig(vocab_size=100, width=64, num_layers=3)
+        given = TrainOptions(batch=16, micro_batch=micro, chunk=chunk, context=context)
+        found = estimate(config, given, ranks=ranks, device_name="t4")
+        piece = min(micro, 16 // ranks), min(chunk or context, context)
+        assert found.positions == piece
+        assert found.memory == memory(config, given, piece)
+
+    def test_context_ranks_share_a_row(self):
+        config = ModelConfig(vocab_size=100, width=64, num_layers=3)
+        given = TrainOptions(batch=2, context=1000)
+        found = estimate(config, given, ranks=8, context_ranks=4, device_name="t4")
+        assert found.positions == (1, 250)
+
+    def test_masters_gradients_and_moments(self):
+        config = published("7b")
+        whole, share = (memory(config, options("7b"), (1, 1), shares=n) for n in (1, 8))
+        for name, size in (("parameters", 4), ("gradients", 4), ("moments", 8)):
+            assert getattr(whole, name) == size * config.num_parameters
+            assert getattr(share, name) == size * config.num_parameters / 8
+        assert whole.total == pytest.approx(sum(dataclasses.asdict(whole).values()))
+
+    def test_longer_contexts_in_chunks_cost_no_more(self):
+        found = [
+            estimate(published("1.5b"), options(f"context-{n}"), device_name="h100").memory.total
+            for n in (2048, 4096, 8192)
+        ]
+        assert found[0] == found[1] == found[2]
+
+    def test_a_block_in_bfloat16(self):
+        """By hand: 14 or 24 vectors of 2 bytes, and 12 bytes for 16 positions of a channel."""
+        config = ModelConfig(vocab_size=9, width=32, num_layers=1)
+        assert block_activations(config, 2) == 32 * (14 * 2 + 12 / 16)
+        assert block_activations(config, 2, spare=False) == 32 * (24 * 2 + 12 / 16)
+
+
+class TestTime:
+    def test_a_limit_in_minutes(self):
+        config = ModelConfig(vocab_size=2048, width=256, num_layers=4)
+        given = TrainOptions(minutes=10, batch=4, context=256)
+        found = estimate(config, given, device_name="t4", utilisation=0.1)
+        per_second = 65e12 * 0.1 / config.training_flops_per_token
+        assert found.steps == math.ceil(600 * per_second / 1024)
+        assert found.days == pytest.approx(10 / 60 / 24, rel=1e-3)
+        assert "10.0 minutes on 1 × t4" in shown(found)
+        fewer = estimate(config, dataclasses.replace(given, steps=3), device_name="t4")
+        assert fewer.steps == 3
+
+    def test_more_ranks_take_less(self):
+        one, eight = (
+            estimate(published("169m"), options("169m"), ranks=n, device_name="h100")
+            for n in (1, 8)
+        )
+        assert one.days == pytest.approx(8 * eight.days)
+        assert one.tokens == eight.tokens
+
+    @pytest.mark.parametrize(
+        ("wrong", "refusal"),
+        [
+            ({"ranks": 0}, "ranks is 0"),
+            ({"ranks": 129}, "ranks is 129; it must be between 1 and the batch"),
+            ({"ranks": 8, "context_ranks": 3}, "context_ranks is 3; it must divide the 8"),
+            ({"utilisation": 0.0}, "utilisation is 0"),
+            ({"utilisation": 1.5}, "utilisation is 1.5; it must be over 0 and at most 1"),
+            ({"device_name": "h1000"}, r"unknown device 'h1000'; did you mean h100\?"),
+        ],
+    )
+    def test_refusals(self, wrong, refusal):
+        with pytest.raises(ValueError, match=refusal):
+            estimate(published("169m"), options("169m"), **{"device_name": "h100"} | wrong)
+
+
+class TestDevices:
+    @pytest.mark.parametrize(
+        ("torch_name", "name"),
+        [
+            ("NVIDIA H200", "h200"),
+            ("NVIDIA H100 80GB HBM3", "h100"),
+            ("NVIDIA H100 PCIe", "h100-pcie"),
+            ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+            ("NVIDIA A100 80GB PCIe", "a100-80g"),
+            ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+            ("NVIDIA L4", "l4"),
+            ("NVIDIA L40S", "l40s"),
+            ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+            ("NVIDIA GeForce RTX 3090", "rtx-3090"),
+            ("Tesla V100-SXM2-32GB", "v100"),
+            ("Tesla T4", "t4"),
+        ],
+    )
+    def test_names(self, torch_name, name):
+        assert by_torch_name(torch_name) == DEVICES[name] == find_device(name)
+
+    @pytest.mark.parametrize(
+        "torch_name",
+        ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA L40"],
+    )
+    def test_a_variant_is_not_taken_for_the_device(self, torch_name):
+        assert by_torch_name(torch_name) is None
+
+    def test_a_gpu_is_looked_up(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+        assert peak_flops("cuda:1") == 989e12
+
+    def test_a_cpu_is_measured_once(self, monkeypatch):
+        monkeypatch.setattr(devices, "_MEASURING_SECONDS", 0.02)
+        devices._measured.cache_clear()
+        found = peak_flops("cpu")
+        assert 1e8 < found < 1e15
+        assert peak_flops(torch.device("cpu")) == found
+        if not torch.cuda.is_available():
+            here = this_machine()
+            assert here == Device("this CPU", found, here.memory) == find_device("this-machine")
+            assert here.memory > 1e8
+        devices._measured.cache_clear()
+
+    @pytest.mark.parametrize(
+        ("speed", "size", "count", "share"),
+        [(106e3, "1.5b", 8, 0.36), (114e3, "14b", 64, 0.476)],
+    )
+    def test_utilisation_of_rwkv_lm(self, speed, size, count, share):
+        """Speeds from its README, on A100s; the paper's FLOPs."""
+        assert mfu(speed, published(size), count * 312e12) == pytest.approx(share, abs=0.002)
+
+    @given(st.sampled_from([*PUBLISHED_SIZES]), st.sampled_from([*DEVICES]), st.floats(0.01, 1))
+    def test_mfu_is_the_inverse_of_the_estimate(self, size, device, share):
+        found = estimate(published(size), TrainOptions(), device_name=device, utilisation=share)
+        assert mfu(found.tokens_per_second, found.config, found.device.flops) == pytest.approx(
+            share
+        )

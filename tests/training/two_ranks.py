@@ -1,0 +1,138 @@
+"""What each of two processes does in test_distributed.py: everything, with one start of torch.
+
+python two_ranks.py FOLDER PORT: reads FOLDER/one (a checkpoint), writes FOLDER/found.json and
+checkpoints of its own; then calls `receptance train` in FOLDER, meeting the other at PORT.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from command import SMALL
+from training_cases import SIZES, TOKENS, make_batches, make_saver, small
+
+from receptance import plots
+from receptance.__main__ import main as command
+from receptance.adapters import LoRAOptions, make_adapter
+from receptance.checkpoint import read_tensors
+from receptance.model import Model, starting_values
+from receptance.training import Trainer
+from receptance.training.ranks import Ranks, joined
+from receptance.training.saving import restore
+from receptance.training.sharding import build, gather, whole_model
+
+MASK = (np.arange(len(TOKENS)) % 97 < 20).astype(np.uint8)
+# Options of the trainer, and whether there is a mask; with one, counts differ between ranks.
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({}, False),
+    "odd batch": ({"batch": 3}, False),
+    "odd micro-batches": ({"batch": 3, "micro_batch": 1}, False),
+    "everything": (
+        {"batch": 5, "micro_batch": 2, "chunk": 7, "recompute": True, "z_loss": 1e-3},
+        True,
+    ),
+    "truncated": ({"chunk": 8, "carry": "state"}, True),
+    "reset": ({"packing": "reset"}, False),
+}
+STEPS = 3
+
+
+def make(mode: str, case: str, base: Ranks) -> Trainer:
+    """A trainer of one process, or its part of one."""
+    options, masked = CASES[case]
+    trained = small(**{"batch": 4} | options)
+    ranks = Ranks(base.rank, base.count, 2) if mode == "context" else base
+    parallel = {"fsdp": "fsdp", "lora": "none"}.get(mode, "ddp")
+    values = starting_values(SIZES)
+    objective = build(SIZES, values, trained, ranks=ranks, parallel=parallel)
+    model = whole_model(objective)
+    adapter = make_adapter(model, LoRAOptions(rank=2)).attach(model) if mode == "lora" else None
+    batches = make_batches(trained, mask=MASK if masked else None, end_of_text=10)
+    seen = batches.at
+    trainer = Trainer(model, batches, trained, objective=objective, adapter=adapter, ranks=ranks)
+    assert trainer.batches.at == seen
+    return trainer
+
+
+def figures(trainer: Trainer) -> list[list[float]]:
+    """Loss and gradient's norm of some steps, and a validation."""
+    reports = [trainer.run_step() for _ in range(STEPS)]
+    found = [[report.loss, report.gradient_norm] for report in reports]
+    return [*found, [trainer.validate(TOKENS[:2100])]]
+
+
+def whole(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All parameters and the optimizer's state, gathered."""
+    states = {
+        f"{name}/{key}": x
+        for name, parameter in trainer.parameters.items()
+        for key, x in trainer.optimizer.state[parameter].items()
+    }
+    return {name: gather(x).clone() for name, x in (trainer.parameters | states).items()}
+
+
+def agree(trainer: Trainer, directory: Path) -> bool:
+    """Whether a trainer holds just what a checkpoint says."""
+    wanted = read_tensors(directory, "model") | read_tensors(directory, "optimizer")
+    found = whole(trainer)
+    return found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def share(trainer: Trainer) -> float:
+    """The part of the parameters that this process holds."""
+    held = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.parameters.values()]
+    return sum(p.numel() for p in held) / sum(p.numel() for p in Model(SIZES).parameters())
+
+
+def main(folder: Path) -> None:
+    """Everything; the first process tells."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    with joined("cpu") as (ranks, _):
+        for mode in ("ddp", "fsdp", "context"):
+            for case in CASES:
+                trainer = make(mode, case, ranks)
+                found[f"{mode}, {case}"] = figures(trainer)
+            saver = make_saver(trainer, folder / mode)
+            saver.save(trainer)
+            saver.wait()
+            found[f"{mode} as written"] = agree(trainer, folder / mode / f"step-{STEPS:08d}")
+            found[f"{mode} share"] = share(trainer)
+        found["lora, plain"] = figures(make("lora", "plain", ranks))
+        for source in ("one", "ddp", "fsdp", "context"):
+            directory = folder / source / f"step-{STEPS:08d}"
+            for mode in ("ddp", "fsdp"):
+                trainer = make(mode, "reset", ranks)
+                restore(trainer, directory)
+                found[f"{source} read by {mode}"] = agree(trainer, directory)
+                found[f"{source} continued by {mode}"] = figures(trainer)
+        try:
+            make_too_small(ranks)
+        except ValueError as error:
+            found["too small"] = str(error)
+        if ranks.first:
+            (folder / "found.json").write_text(json.dumps(found))
+        dist.barrier()
+
+
+def make_too_small(ranks: Ranks) -> None:
+    """One row for two processes."""
+    options = small(batch=1)
+    Trainer(Model(SIZES), make_batches(options), options, ranks=ranks)
+
+
+# Long enough to be killed after a checkpoint and before the end.
+COMMAND = f"train text.txt {SMALL} --batch 4 --steps 80 --reports 4 --auto-resume"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    os.chdir(sys.argv[1])
+    os.environ["MASTER_PORT"] = sys.argv[2]
+    plots.draw_losses = lambda metrics, picture: None  # type: ignore[assignment]
+    sys.exit(command([*COMMAND.split(), "--out", "undisturbed"]))
