@@ -49,7 +49,9 @@ def main() -> None:
 
 def quality(model: Model, tokenizer: Tokenizer, data: Path) -> dict[str, float]:
     """Bits per byte of the validation text: the model, and compressors on the same bytes."""
-    corpus, text = TokenFiles.open(data), (data / "validation.txt").read_bytes()
+    corpus = TokenFiles.open(data)
+    documents = corpus.validation[corpus.validation != corpus.end_of_text]
+    text = tokenizer.decode_bytes(documents.tolist())
     nats = negative_log_likelihood(model, corpus.validation, start=tokenizer.end_of_text)
     return {
         "bits/byte, this model": bits_per_byte(nats, corpus.validation_bytes),
@@ -77,21 +79,22 @@ def forms(model: Model, data: Path) -> dict[str, float]:
 
 def constant_cost(model: Model, tokenizer: Tokenizer, tokens: int) -> dict[str, float]:
     """Time per token and resident memory around the 1,000th and the last generated token."""
+    windows = max(1, tokens // WINDOW)
     generation = Generation(
-        model, tokenizer, ["import "], max_tokens=tokens, ignore_end_of_text=True
+        model, tokenizer, ["import "], max_tokens=windows * WINDOW, ignore_end_of_text=True
     )
     stream = iter(generation)
     times, results = [], {}
-    for window in track(range(tokens // WINDOW), description="generating", transient=True):
+    for window in track(range(windows), description="generating", transient=True):
         began = time.perf_counter()
         for _ in itertools.islice(stream, WINDOW):
             pass
         times.append(time.perf_counter() - began)
-        if window in (0, tokens // WINDOW - 1):
+        if window in (0, windows - 1):
             at = f"after {(window + 1) * WINDOW:,} tokens"
             results[f"ms/token, {at}"] = times[-1] / WINDOW * 1000
             results[f"resident MB, {at}"] = resident_megabytes()
-    results["tokens/s, whole run"] = tokens / sum(times)
+    results["tokens/s, whole run"] = windows * WINDOW / sum(times)
     return results
 
 

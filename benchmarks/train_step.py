@@ -1,77 +1,140 @@
-"""One training step of the 169M shape against transformers, in the same run.
+"""Training steps of the 169M shape against transformers: tokens/s, memory, share of the machine.
 
-    python benchmarks/train_step.py [--dtype bfloat16] [--batch 2 --time 512]
+    python benchmarks/train_step.py [--dtype bfloat16] [--times 512 1024] [--batches 1 4]
 
 A step is forward, loss, backward, clipping and AdamW. The peers are transformers' RWKV with the
 same weights and its GPT-NeoX (the architecture of Pythia) of the same width, depth and vocabulary,
-both under autocast for bfloat16, where a step of theirs can take minutes. Checks first that RWKV's
-loss is ours. JSON on the last line.
+both under autocast for bfloat16. Every measurement is a process of its own, so that its peak of
+memory is its own; each candidate counts with its fastest batch. Checks first that RWKV's loss is
+ours. JSON on the last line.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import resource
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 
 import torch
-from _common import report, time_in_turns
+from _common import report
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from receptance.config import ModelConfig, published
+from receptance.data.batches import Batch
 from receptance.formats.names import to_hf
 from receptance.model import Model
 from receptance.training import TrainOptions, head_loss, make_optimizer
+from receptance.training.objective import Objective
+
+OURS, NEOX, RWKV = "receptance", "transformers GPT-NeoX", "transformers RWKV"
+SIZES = published("169m")
+LONG = 8192
+
+Step = Callable[[Tensor], None]
 
 
 def main() -> None:
-    """Check, time, report."""
+    """Check, time, report; or be one of the processes that are timed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--time", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--peer", choices=["gpt-neox", "rwkv"], help="only this one")
+    parser.add_argument("--times", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--peers", nargs="*", default=[NEOX, RWKV], choices=[NEOX, RWKV])
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes, dtype = published("169m"), getattr(torch, options.dtype)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(sizes.vocab_size, (options.batch, options.time + 1), generator=generator)
-    model = Model(sizes).train()
-    rwkv = transformers_rwkv(model, sizes)
-    check(model, rwkv, tokens)
-    peers: dict[str, Callable[[], nn.Module]] = {}
-    if options.peer != "rwkv":
-        peers["transformers GPT-NeoX"] = lambda: gpt_neox(sizes)
-    if options.peer != "gpt-neox":
-        peers["transformers RWKV"] = lambda: rwkv
-
-    seconds = {}
-    ours = our_step(model, dtype)
-    for name, make in peers.items():  # in pairs: three models with optimizers need much memory
-        theirs = their_step(make(), dtype)
-        for run in (ours, theirs):  # once, short: memory, optimizer
-            run(tokens[:, :9])
-        pair = time_in_turns(
-            {"receptance": lambda: ours(tokens), name: lambda run=theirs: run(tokens)},
-            rounds=options.rounds,
-            warmup=0,
-        )
-        seconds[name] = (pair["receptance"], pair[name])
-        print(f"{name}: {pair[name]:.1f} s a step, receptance {pair['receptance']:.1f} s")
-        gc.collect()
-    count = options.batch * options.time
-    results: dict[str, object] = {
-        "shape": f"169M (12 x 768, V 50277), B{options.batch} T{options.time} {options.dtype}",
-        "receptance: tokens/s": count / min(mine for mine, _ in seconds.values()),
-    }
-    for name, (mine, theirs) in seconds.items():
-        results[f"{name}: tokens/s"] = count / theirs
-        results[f"receptance / {name}"] = theirs / mine
+    if options.one:
+        print(json.dumps(measure(options.one, options)))
+        return
+    check()
+    results: dict[str, object] = {"shape": f"169M (12 x 768, V 50277) {options.dtype}"}
+    best: dict[tuple[str, int], dict[str, float]] = {}
+    for steps in options.times:
+        for name in (OURS, *options.peers):
+            found = [in_a_process(name, b, steps, options) for b in options.batches]
+            best[name, steps] = max(found, key=lambda one: one["tokens/s"])
+            results |= figures(f"T{steps} {name}", best[name, steps])
+        for name in options.peers:
+            mine, theirs = best[OURS, steps], best[name, steps]
+            results[f"T{steps} {OURS} / {name}: tokens/s"] = mine["tokens/s"] / theirs["tokens/s"]
+            same = in_a_process(OURS, int(theirs["batch"]), steps, options)
+            results[f"T{steps} {OURS} / {name}: memory at B{theirs['batch']}"] = (
+                same["peak GB"] / theirs["peak GB"]
+            )
+    long = in_a_process(OURS, 1, LONG, options)
+    short = in_a_process(OURS, LONG // 512, 512, options)
+    results |= figures(f"T{LONG} {OURS}", long)
+    results[f"T{LONG} / T512, as many tokens"] = long["tokens/s"] / short["tokens/s"]
     report(results)
 
 
-def transformers_rwkv(model: Model, sizes: ModelConfig) -> RwkvForCausalLM:
+def figures(title: str, found: dict[str, float]) -> dict[str, float]:
+    """The lines of one measurement."""
+    return {f"{title}: {name}": value for name, value in found.items()}
+
+
+def in_a_process(
+    name: str, batch: int, steps: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """What `measure` finds in a new process."""
+    command = [sys.executable, __file__, "--one", name, "--dtype", options.dtype]
+    command += ["--batches", str(batch), "--times", str(steps), "--steps", str(options.steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name} B{batch} T{steps}: {found}", flush=True)
+    return found
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Speed, peak memory, and the share of what matrix products alone would reach."""
+    batch, length, dtype = options.batches[0], options.times[0], getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    tokens = torch.randint(SIZES.vocab_size, (batch, length + 1))
+    step = make_step(name, dtype)
+    step(tokens[:, :9])  # once, short: the optimizer's memory
+    seconds, rates = [], []
+    for _ in range(options.steps):
+        rates.append(matmul_rate(dtype))
+        began = time.perf_counter()
+        step(tokens)
+        seconds.append(time.perf_counter() - began)
+    rates.append(matmul_rate(dtype))
+    speed = batch * length / min(seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    flops = SIZES.training_flops_per_token
+    share = speed * flops / max(rates)
+    return {
+        "batch": batch,
+        "tokens/s": speed,
+        "peak GB": peak,
+        f"share of the {options.dtype} matmul rate": share,
+    }
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the products that a step is made of, at best, measured for half a second."""
+    left, right = torch.randn(512, 768, dtype=dtype), torch.randn(3072, 768, dtype=dtype)
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < 0.5:
+        start = time.perf_counter()
+        left @ right.T
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 * 768 * 3072 / best
+
+
+def make_step(name: str, dtype: torch.dtype) -> Step:
+    """A training step of a candidate with its own model and optimizer."""
+    if name == OURS:
+        return our_step(Model(SIZES).train(), dtype)
+    return their_step(gpt_neox() if name == NEOX else transformers_rwkv(Model(SIZES)), dtype)
+
+
+def transformers_rwkv(model: Model, sizes: ModelConfig = SIZES) -> RwkvForCausalLM:
     """Their model with our weights."""
     config = RwkvConfig(
         vocab_size=sizes.vocab_size,
@@ -84,7 +147,7 @@ def transformers_rwkv(model: Model, sizes: ModelConfig) -> RwkvForCausalLM:
     return peer.train()
 
 
-def gpt_neox(sizes: ModelConfig) -> GPTNeoXForCausalLM:
+def gpt_neox(sizes: ModelConfig = SIZES) -> GPTNeoXForCausalLM:
     """A Pythia of the same width, depth and vocabulary, 12 heads."""
     config = GPTNeoXConfig(
         vocab_size=sizes.vocab_size,
@@ -98,31 +161,36 @@ def gpt_neox(sizes: ModelConfig) -> GPTNeoXForCausalLM:
 
 
 @torch.no_grad()
-def check(model: Model, peer: RwkvForCausalLM, tokens: Tensor) -> None:
+def check() -> None:
     """The same loss from the same weights, or no timing."""
-    short = tokens[:, :65]
-    features, _ = model.features(short[:, :-1])
-    ours = head_loss(features, model.head.weight, short[:, 1:])
-    theirs = peer(short, labels=short).loss
+    torch.manual_seed(0)
+    model, tokens = Model(SIZES), torch.randint(SIZES.vocab_size, (2, 65))
+    features, _ = model.features(tokens[:, :-1])
+    _, ours = head_loss(features, model.head.weight, tokens[:, 1:])
+    theirs = transformers_rwkv(model)(tokens, labels=tokens).loss
     if abs(float(ours - theirs)) > 1e-4:
         raise SystemExit(f"losses differ: {float(ours)} and {float(theirs)}")
 
 
-def our_step(model: Model, dtype: torch.dtype) -> Callable[[Tensor], None]:
+def our_step(model: Model, dtype: torch.dtype) -> Step:
     """A step as training.Trainer makes it."""
-    optimizer = make_optimizer(model, TrainOptions(learning_rate=1e-5))
+    name = str(dtype).removeprefix("torch.")
+    options = TrainOptions(learning_rate=1e-5, dtype=name)
+    objective = Objective(model, options)
+    optimizer = make_optimizer(model.named_parameters(), model.learning_rate_scales(), options)
 
     def run(tokens: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        features, _ = model.features(tokens[:, :-1], dtype=dtype)
-        head_loss(features, model.head.weight, tokens[:, 1:]).backward()
+        batch = Batch(tokens[:, :-1], tokens[:, 1:])
+        value, _, _ = objective(batch, None, batch.learned)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     return run
 
 
-def their_step(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], None]:
+def their_step(model: nn.Module, dtype: torch.dtype) -> Step:
     """The same with a transformers model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 

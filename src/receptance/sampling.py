@@ -88,7 +88,9 @@ def choose(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
         logits = logits - logits.amax(-1, keepdim=True)
         return _draw((logits / options.temperature).softmax(-1), uniform)
     probabilities, ids = _likeliest(logits.softmax(-1), options)
-    kept = probabilities.masked_fill(probabilities < _cutoff(probabilities, options.top_p), 0)
+    kept = probabilities
+    if options.top_p < 1:  # rounded sums may reach 1 before the end
+        kept = kept.masked_fill(kept < _cutoff(kept, options.top_p), 0)
     # Relative to the largest, so that a low temperature cannot underflow to nothing.
     kept = (kept / kept[:, :1]) ** (1 / options.temperature)
     return ids.gather(-1, _draw(kept, uniform)[:, None])[:, 0]

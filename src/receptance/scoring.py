@@ -15,6 +15,8 @@ from receptance.model import Model
 # Rows are pieces of one long text, read side by side with their states carried along.
 _ROWS = 16
 _CHUNK = 256
+# What torch's cross entropy passes over.
+_IGNORED = -100
 
 
 def text_rows(tokens: np.ndarray | Tensor, *, start: int = 0) -> Batch:
@@ -48,8 +50,12 @@ def negative_log_likelihood(
         for at in range(0, whole.inputs.shape[1], _CHUNK):
             piece = whole.part(time=slice(at, at + _CHUNK)).to(device)
             logits, state = model(piece.inputs, state, dtype=dtype)
-            logits, targets = logits[piece.mask].float(), piece.targets[piece.mask]
-            total += float(F.cross_entropy(logits, targets, reduction="sum"))
+            assert piece.mask is not None
+            counted = piece.targets.masked_fill(~piece.mask, _IGNORED)
+            losses = F.cross_entropy(
+                logits.float().flatten(0, 1), counted.flatten(), reduction="sum"
+            )
+            total += float(losses)
     finally:
         model.train(training)
     return total
