@@ -148,6 +148,22 @@ def load(
     ValueError says in one line what is wrong.
     """
     check_device(device)
+    sizes, tensors, found = read_model(source, tokenizer=tokenizer, revision=revision)
+    if dtype is None and tensors["emb.weight"].dtype == torch.float16:
+        dtype = torch.float32
+    return Model.from_tensors(sizes, tensors, device=device, dtype=dtype), found
+
+
+def read_model(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | Tokenizer | None = None,
+    revision: str | None = None,
+) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
+    """Sizes, tensors as they are stored (mapped where that can be) and tokenizer, as for `load`.
+
+    What `receptance quantize` wrote comes as float32.
+    """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     path = _checked(existing(Path(source).expanduser()))
@@ -156,18 +172,23 @@ def load(
             f"{path} holds an adapter; name the model that it was trained on, and this one with "
             "--adapter"
         )
+    # It packs for kernels, and stands above this module.
+    from receptance.engine import files
+
+    if files.is_quantised(path):
+        quantised = files.open_quantised(path)
+        tensors = files.dequantised_tensors(quantised)
+        return quantised.config, tensors, check_same(path, quantised.tokenizer, tokenizer)
     if (config := _own_config(path)) is not None:
         sizes = ModelConfig.from_dict(config["model"])
         tensors = read_tensors(path, "model")
         tokenizer = _own_tokenizer(path, config["tokenizer"], tokenizer)
     else:
         weights = formats.read(path if path.exists() else str(source), revision=revision)
-        sizes, tensors = weights.config, weights.tensors
+        sizes, tensors = weights.config, dict(weights.tensors)
         tokenizer = tokenizer or _found_tokenizer(weights.tokenizer, sizes, source)
     check_tokenizer(tokenizer, sizes)
-    if dtype is None and tensors["emb.weight"].dtype == torch.float16:
-        dtype = torch.float32
-    return Model.from_tensors(sizes, tensors, device=device, dtype=dtype), tokenizer
+    return sizes, tensors, tokenizer
 
 
 def _checked(path: Path) -> Path:
@@ -202,14 +223,19 @@ def _own_config(directory: Path) -> dict[str, Any] | None:
 
 
 def _own_tokenizer(directory: Path, about: dict[str, Any], given: Tokenizer | None) -> Tokenizer:
-    if given is not None and given.fingerprint != about["fingerprint"]:
+    if about["kind"] == "bytes":
+        return check_same(directory, ByteTokenizer(), given)
+    return check_same(directory, load_tokenizer(directory / about["files"][0]), given)
+
+
+def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that a directory holds; ValueError if another one was given."""
+    if given is not None and given.fingerprint != own.fingerprint:
         raise ValueError(
-            f"wrong tokenizer: {directory} holds the {about['kind']} tokenizer that its model was "
+            f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was "
             f"trained with, which is not the {given.kind} one given; leave out --tokenizer"
         )
-    if about["kind"] == "bytes":
-        return ByteTokenizer()
-    return load_tokenizer(directory / about["files"][0])
+    return own
 
 
 def check_device(device: torch.device | str) -> None:

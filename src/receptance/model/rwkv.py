@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.config import ModelConfig
 from receptance.model import v4
+from receptance.model.inputs import check_inputs
 from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
 
@@ -101,6 +102,8 @@ class Model(nn.Module):
     pass computes each block again instead of keeping what is inside it.
     """
 
+    batch_invariant = False  # torch sums in another order when a batch has another shape
+
     def __init__(
         self,
         config: ModelConfig,
@@ -133,6 +136,11 @@ class Model(nn.Module):
     @property
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.emb.weight.device
 
     @classmethod
     def from_tensors(
@@ -221,7 +229,7 @@ class Model(nn.Module):
         Prefill scores one position of it, training computes the loss piece by piece.
         """
         dtype = dtype or self.emb.weight.dtype
-        self._check(tokens, state, lengths, resets)
+        check_inputs(self.config, tokens, state, lengths, resets)
         if state is None:
             state = self.empty_state(tokens.shape[0], dtype=dtype)
         version = VERSIONS[self.config.version]
@@ -243,55 +251,6 @@ class Model(nn.Module):
         read = tokens.shape[1] if lengths is None else lengths
         return self.ln_out(x), State(tensors, state.tokens + read)
 
-    def _check(
-        self, tokens: Tensor, state: State | None, lengths: Tensor | None, resets: Tensor | None
-    ) -> None:
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted ids [B,T]")
-        if state is not None:
-            layers, batch, width = state.tensors["time_shift"].shape
-            if (layers, width) != (self.config.num_layers, self.config.width):
-                raise ValueError(
-                    f"this state belongs to a model of {layers} layers and width {width}; this "
-                    f"one has {self.config.num_layers} layers and width {self.config.width}"
-                )
-            if batch != tokens.shape[0]:
-                raise ValueError(
-                    f"the state holds {batch} rows and tokens {tokens.shape[0]}; "
-                    "select rows with State.rows()"
-                )
-        if lengths is not None and (
-            lengths.shape != tokens.shape[:1] or lengths.dtype not in (torch.int64, torch.int32)
-        ):
-            raise ValueError(
-                f"lengths are {lengths.dtype} {list(lengths.shape)}; tokens {list(tokens.shape)} "
-                "want one integer a row"
-            )
-        if resets is not None and (resets.shape != tokens.shape or resets.dtype != torch.bool):
-            raise ValueError(
-                f"resets are {resets.dtype} {list(resets.shape)}; tokens {list(tokens.shape)} "
-                "want one bool each"
-            )
-        # On other devices a look at the ids would wait, and a compiled graph has none to look at.
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_values(tokens, lengths)
-
-    def _check_values(self, tokens: Tensor, lengths: Tensor | None) -> None:
-        if tokens.numel():
-            low, high = (int(x) for x in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                found = low if low < 0 else high
-                raise ValueError(
-                    f"token id {found} is out of range; this model knows 0 to "
-                    f"{self.config.vocab_size - 1}"
-                )
-        if lengths is not None and lengths.numel():
-            low, high = (int(x) for x in lengths.aminmax())
-            if low < 0 or high > tokens.shape[1]:
-                raise ValueError(
-                    f"lengths run from {low} to {high}; tokens have {tokens.shape[1]} positions"
-                )
-
     def save(self, directory: str | Path, tokenizer: Tokenizer) -> None:
         """Write a directory that `receptance.load` opens (see checkpoint.save)."""
         # The one import upwards: saving belongs to checkpoint, and to the model's interface.
@@ -300,11 +259,16 @@ class Model(nn.Module):
         save(self, directory, tokenizer)
 
     def fingerprint(self) -> str:
-        """sha256 of the sizes and a sample of every tensor, the same in float32 and bfloat16."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            stride = max(1, tensor.numel() // _FINGERPRINT_SAMPLES)
-            sample = tensor.detach().reshape(-1)[::stride].bfloat16().view(torch.int16).cpu()
-            digest.update(name.encode())
-            digest.update(sample.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Whose states these are: see the function `fingerprint`."""
+        return fingerprint(self.config, self.state_dict())
+
+
+def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of the sizes and a sample of every tensor, the same in float32 and bfloat16."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        stride = max(1, tensor.numel() // _FINGERPRINT_SAMPLES)
+        sample = tensor.detach().reshape(-1)[::stride].bfloat16().view(torch.int16).cpu()
+        digest.update(name.encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -2,13 +2,18 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "parallel.h"
+#include "rwkv4.h"
 #include "wkv4.h"
 
 namespace nb = nanobind;
@@ -16,26 +21,35 @@ using namespace receptance;
 
 namespace {
 
-// Instruction sets this machine can run, the fastest first.
-std::vector<const Kernels*> runnable() {
-    std::vector<const Kernels*> found;
+struct InstructionSet {
+    const Kernels* wkv4;
+    const Rwkv4Kernels* rwkv4;
+};
+
+// What this machine can run, the fastest first.
+std::vector<InstructionSet> runnable() {
+    std::vector<InstructionSet> found;
 #if defined(RECEPTANCE_X86)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-        found.push_back(&wkv4_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back(&wkv4_avx2);
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+        if (__builtin_cpu_supports("avx512vnni"))
+            found.push_back({&wkv4_avx512vnni, &rwkv4_avx512vnni});
+        found.push_back({&wkv4_avx512, &rwkv4_avx512});
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
+        found.push_back({&wkv4_avx2, &rwkv4_avx2});
 #endif
-    found.push_back(&wkv4_portable);
+    found.push_back({&wkv4_portable, &rwkv4_portable});
     return found;
 }
 
-const Kernels& kernels(const std::string& instruction_set) {
+const InstructionSet& kernels(const std::string& instruction_set) {
     static const auto available = runnable();
-    if (instruction_set.empty()) return *available.front();
-    for (const Kernels* k : available)
-        if (instruction_set == k->name) return *k;
+    if (instruction_set.empty()) return available.front();
+    for (const InstructionSet& k : available)
+        if (instruction_set == k.wkv4->name) return k;
     throw std::invalid_argument("instruction set " + instruction_set + " is not available here");
 }
 
@@ -53,7 +67,7 @@ void forward(int64_t batch, int64_t time, int64_t width, int element, int thread
               pointer<bool>(p[7]), pointer<int64_t>(p[8]), pointer<void>(p[9]),
               pointer<void>(p[10]), pointer<void>(p[11]), pointer<void>(p[12]),
               pointer<void>(p[13])};
-    const Kernels& k = kernels(instruction_set);
+    const Kernels& k = *kernels(instruction_set).wkv4;
     nb::gil_scoped_release release;
     k.forward(f, static_cast<Element>(element), threads);
 }
@@ -65,9 +79,90 @@ void backward(int64_t batch, int64_t time, int64_t width, int element, int threa
                pointer<void>(p[7]), pointer<bool>(p[8]), pointer<int64_t>(p[9]),
                pointer<double>(p[10]), pointer<double>(p[11]), pointer<void>(p[12]),
                pointer<void>(p[13]), pointer<void>(p[14]), pointer<void>(p[15])};
-    const Kernels& k = kernels(instruction_set);
+    const Kernels& k = *kernels(instruction_set).wkv4;
     nb::gil_scoped_release release;
     k.backward(f, static_cast<Element>(element), threads);
+}
+
+// ---- whole models -------------------------------------------------------------------------------
+
+using MatrixFields = std::tuple<int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
+
+Matrix matrix(const MatrixFields& f) {
+    const auto [kind, outputs, inputs, group, data, params] = f;
+    return {static_cast<Weight>(kind),  outputs, inputs, group, pointer<const void>(data),
+            pointer<const uint16_t>(params)};
+}
+
+// A model's weights, which Python owns, and the memory to work in. Calls one at a time.
+class Rwkv4 {
+public:
+    Rwkv4(int64_t width, int64_t ffn_width, int64_t vocab_size, float epsilon, float final_epsilon,
+          const Addresses& vectors, const std::vector<MatrixFields>& matrices,
+          const std::string& instruction_set)
+        : kernels_(*kernels(instruction_set).rwkv4) {
+        auto vector = vectors.begin();
+        auto fields = matrices.begin();
+        const auto next = [&] { return pointer<const float>(*vector++); };
+        const auto next_matrix = [&] { return matrix(*fields++); };
+        weights_ = {width, ffn_width, vocab_size, epsilon, final_epsilon, {}, {}, 0, 0, 0, 0, {}};
+        weights_.embedding = next_matrix();
+        weights_.head = next_matrix();
+        for (const float** v : {&weights_.ln0_weight, &weights_.ln0_bias, &weights_.ln_out_weight,
+                                &weights_.ln_out_bias})
+            *v = next();
+        while (vector != vectors.end()) {
+            LayerWeights l;
+            for (const float** v :
+                 {&l.ln1_weight, &l.ln1_bias, &l.ln2_weight, &l.ln2_bias, &l.log_decay, &l.bonus,
+                  &l.time_mix_k, &l.time_mix_v, &l.time_mix_r, &l.channel_mix_k, &l.channel_mix_r})
+                *v = next();
+            for (Matrix* m : {&l.key, &l.value, &l.receptance, &l.output, &l.ffn_key,
+                              &l.ffn_receptance, &l.ffn_value})
+                *m = next_matrix();
+            weights_.layers.push_back(l);
+        }
+    }
+
+    // How many inputs of the ffn.value matrices were not zero.
+    int64_t features(int64_t rows, int64_t positions, const Addresses& p, int threads) {
+        const auto parts = [&](int first) {
+            return StateParts{pointer<float>(p[first]), pointer<float>(p[first + 1]),
+                              pointer<float>(p[first + 2]), pointer<float>(p[first + 3]),
+                              pointer<float>(p[first + 4])};
+        };
+        Pass pass{rows, positions, pointer<int64_t>(p[0]), pointer<int64_t>(p[1]),
+                  pointer<bool>(p[2]), parts(3), parts(8), pointer<float>(p[13]), 0};
+        nb::gil_scoped_release release;
+        kernels_.features(weights_, pass, features_, threads);
+        return pass.nonzero;
+    }
+
+    void head(int64_t count, uintptr_t features, uintptr_t logits, int threads) {
+        nb::gil_scoped_release release;
+        kernels_.head(weights_, pointer<float>(features), count, pointer<float>(logits), head_,
+                      threads);
+    }
+
+private:
+    const Rwkv4Kernels& kernels_;
+    Weights weights_;
+    Workspace features_, head_;
+};
+
+// GB/s at which `threads` threads read one array, the best of several passes.
+double read_bandwidth(int64_t bytes, int threads) {
+    const std::vector<char> data(bytes, 1);
+    volatile uint32_t sum = 0;
+    double best = 0;
+    nb::gil_scoped_release release;
+    for (int repeat = 0; repeat < 7; ++repeat) {
+        const auto begin = std::chrono::steady_clock::now();
+        sum = kernels("").rwkv4->read(data.data(), bytes, threads);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+        best = std::max(best, bytes / took.count() / 1e9);
+    }
+    return best;
 }
 
 }  // namespace
@@ -76,10 +171,16 @@ NB_MODULE(_native, m) {
     m.attr("CHUNK") = kChunk;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const Kernels* k : runnable()) names.emplace_back(k->name);
+        for (const InstructionSet& k : runnable()) names.emplace_back(k.wkv4->name);
         return names;
     });
     m.def("shares_torch_threads", [] { return shared_openmp() != nullptr; });
     m.def("wkv4_forward", &forward);
     m.def("wkv4_backward", &backward);
+    nb::class_<Rwkv4>(m, "Rwkv4")
+        .def(nb::init<int64_t, int64_t, int64_t, float, float, const Addresses&,
+                      const std::vector<MatrixFields>&, const std::string&>())
+        .def("features", &Rwkv4::features)
+        .def("head", &Rwkv4::head);
+    m.def("read_bandwidth", &read_bandwidth);
 }

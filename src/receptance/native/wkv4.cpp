@@ -8,14 +8,10 @@
 
 #include "wkv4.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "vector.h"
 
 namespace receptance {
 namespace {
@@ -23,98 +19,6 @@ namespace {
 constexpr float kEmptyExponent = -1e30f;  // as EMPTY_EXPONENT in ops/reference.py
 constexpr int64_t kTile = 128;            // channels of a task: its scratch fits the L2 cache
 constexpr int64_t kAhead = 4;             // tokens to prefetch: a tile is no stream to the hardware
-
-using Float = float __attribute__((vector_size(4 * RECEPTANCE_LANES)));
-using Int = int32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
-using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
-using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
-using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-
-// ---- vectors ------------------------------------------------------------------------------------
-
-// The larger one; b if either is NaN. GCC makes no maximum instruction of the comparison.
-inline Float max(Float a, Float b) {
-#if defined(__AVX512F__)
-    return (Float)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-    return (Float)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-    return a > b ? a : b;
-#endif
-}
-
-inline Double max(Double a, Double b) { return a > b ? a : b; }
-
-inline Float minus_abs(Float x) { return (Float)((Int)x | INT32_MIN); }
-
-inline Double minus_abs(Double x) { return x > 0 ? -x : x; }
-
-// e^x for x <= 0, at most 2 units in the last place; 0 where float32 would be subnormal.
-// Range reduction by ln 2 in two parts and the coefficients of Cephes' expf, summed in pairs:
-// what limits the loops below is the length of this chain, not the number of instructions.
-// NaN stays NaN.
-inline Float exp_nonpositive(Float x) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    constexpr float kLowest = -87.0f;
-    const Float clamped = max(Float{} + kLowest, x);
-    const Float shifted = clamped * 1.44269504088896341f + kShift;
-    const Float n = shifted - kShift;
-    const Float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    const Float r2 = r * r;
-    const Float low = r * 1.6666665459e-1f + 5.0000001201e-1f;
-    const Float middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
-    const Float high = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    const Float p = (high * (r2 * r2) + (middle * r2 + low)) * r2 + (r + 1.0f);
-    const Int exponent = ((Int)shifted - (0x4B400000 - 127)) << 23;
-    return x < kLowest ? Float{} : p * (Float)exponent;
-}
-
-inline Double exp_nonpositive(Double x) {
-    for (int i = 0; i < RECEPTANCE_LANES; ++i) x[i] = std::exp(x[i]);
-    return x;
-}
-
-template <class V>
-struct Scalar;
-template <>
-struct Scalar<Float> {
-    using type = float;
-};
-template <>
-struct Scalar<Double> {
-    using type = double;
-};
-
-// Loads and stores of up to one vector, from any element type.
-template <class V, class T>
-inline V load(const T* from, int64_t count = RECEPTANCE_LANES) {
-    if constexpr (sizeof(T) == 2) {
-        Half raw{};
-        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
-        return (V)(__builtin_convertvector(raw, Word) << 16);
-    } else {
-        V raw{};
-        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
-        return raw;
-    }
-}
-
-template <class V, class T>
-inline void store(T* to, V x, int64_t count = RECEPTANCE_LANES) {
-    if constexpr (sizeof(T) == 2) {
-        Word bits = (Word)x;
-        Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-        Word raw = x == x ? rounded : (Word{} + 0x7FC0);
-        Half half = __builtin_convertvector(raw, Half);
-        std::memcpy(to, &half, count == RECEPTANCE_LANES ? sizeof half : count * sizeof(T));
-    } else {
-        std::memcpy(to, &x, count == RECEPTANCE_LANES ? sizeof x : count * sizeof(T));
-    }
-}
 
 // ---- tiles --------------------------------------------------------------------------------------
 

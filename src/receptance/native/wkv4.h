@@ -48,6 +48,7 @@ extern const Kernels wkv4_portable;
 #if defined(RECEPTANCE_X86)
 extern const Kernels wkv4_avx2;
 extern const Kernels wkv4_avx512;
+extern const Kernels wkv4_avx512vnni;
 #endif
 
 }  // namespace receptance

@@ -1,0 +1,66 @@
+"""A torch model with an adapter, as one engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from receptance.adapters import Adapter
+from receptance.config import ModelConfig
+from receptance.model import Model
+from receptance.state import State
+
+
+class AdaptedModel:
+    """An `Engine`: the adapter stays attached, and rows without a state begin in its own."""
+
+    batch_invariant = False
+
+    def __init__(self, model: Model, adapter: Adapter) -> None:
+        self._model, self._adapter = model, adapter.attach(model)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The sizes of the model."""
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._model.device
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Logits of features: [...,C] -> [...,V]."""
+        return self._model.head
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """What goes into the head, [B,T] -> [B,T,C], and the state (see Model.features)."""
+        if state is None:
+            state = self._adapter.initial_state(len(tokens))
+        return self._model.features(tokens, state, lengths=lengths, resets=resets)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Logits for the token after each position, [B,T] -> [B,T,V], and the state."""
+        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
+        return self.head(features), state
+
+    def fingerprint(self) -> str:
+        """Whose the states are that model and adapter make together."""
+        return self._adapter.fingerprint(self._model.fingerprint())

@@ -1,0 +1,253 @@
+"""RWKV-4 on a CPU in C++ (sources in receptance/native): any weights, float32 activations, state.
+
+Every row's result is the same to the bit whatever else is in the batch, wherever its sequence is
+cut, however it is padded and however many threads there are: each sum has one fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from receptance.config import ModelConfig
+from receptance.engine.packing import KINDS, Layout, Packed
+from receptance.model.inputs import check_inputs
+from receptance.model.v4 import LayerState
+from receptance.ops import native
+from receptance.state import State
+
+# As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
+_FINAL_EPSILON = 1e-5
+# What the kernels want vectors padded to: kBlock in product.h.
+_BLOCK = 128
+# Positions in one pass. Memory grows with it, and speed no more.
+POSITIONS = 512
+
+# Some ten microseconds of work.
+_PRODUCTS_PER_THREAD = 1 << 18
+
+# In the order of LayerWeights in rwkv4.h.
+_LAYER_VECTORS = (
+    *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
+    *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
+)
+_LAYER_MATRICES = (
+    *("att.key", "att.value", "att.receptance", "att.output"),
+    *("ffn.key", "ffn.receptance", "ffn.value"),
+)
+
+
+def layouts(config: ModelConfig) -> dict[str, Layout]:
+    """The layout that each matrix is wanted in, by official name."""
+    found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
+    for layer in range(config.num_layers):
+        for name in _LAYER_MATRICES:
+            layout: Layout = "rows" if name == "ffn.value" else "tiles"
+            found[f"blocks.{layer}.{name}.weight"] = layout
+    return found
+
+
+class NativeEngine:
+    """A model whose matrices are packed, of one type or several (an `Engine`).
+
+    The tensors are read where they are, so memory maps stay maps. `initial`, of one row, is where
+    rows begin if not empty; `threads` None means torch's own number at every call. Calls must not
+    overlap: an engine has one memory to work in.
+    """
+
+    batch_invariant = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        matrices: Mapping[str, Packed],
+        vectors: Mapping[str, Tensor],
+        fingerprint: str,
+        *,
+        initial: State | None = None,
+        threads: int | None = None,
+        instruction_set: str = "",
+    ) -> None:
+        self.config, self.threads = config, threads
+        self._fingerprint = fingerprint
+        self._initial = initial or _empty_state(config)
+        self._matrices = [matrices[name] for name in layouts(config)]
+        self._vectors = list(_padded_vectors(config, vectors))
+        self._kernels = _kernels(config, self._vectors, self._matrices, instruction_set)
+        self._block_numbers = sum(m.outputs * m.inputs for m in self._matrices[2:])
+        self._inputs = self._nonzero = 0
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(m.nbytes for m in self._matrices) + sum(v.nbytes for v in self._vectors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a step over one row reads when no activation is zero: all but the embedding."""
+        return self.weight_bytes - self._matrices[0].nbytes
+
+    @property
+    def skipped(self) -> float:
+        """The share of ffn.value's inputs that were zero, and so skipped, up to now."""
+        return 1 - self._nonzero / self._inputs if self._inputs else 0.0
+
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """Logits of features: [...,C] -> [...,V] float32."""
+        return self._head
+
+    def fingerprint(self) -> str:
+        """That of the model whose weights these are, before they were packed or quantised."""
+        return self._fingerprint
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Logits [B,T,V] for the token after each position, and the state."""
+        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
+        return self._head(features), state
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """What goes into the head, [B,T] -> [B,T,C] float32, and the state (see Model.features)."""
+        check_inputs(self.config, tokens, state, lengths, resets)
+        batch, time = tokens.shape
+        state = self._initial.rows([0] * batch) if state is None else state
+        parts = [state.tensors[name].float().contiguous() for name in LayerState._fields]
+        step = max(1, POSITIONS // max(batch, 1))
+        if lengths is None and resets is None and time <= step:
+            starts, ids = _equal_rows(batch, time), tokens.flatten().long()
+            packed, parts = self._pass(parts, starts, ids, None)
+            features = packed.view(batch, time, self.config.width)
+            return features, State(_named(parts), state.tokens + time)
+        read = torch.full((batch,), time) if lengths is None else lengths.long()
+        features = torch.zeros(batch, time, self.config.width)
+        for start in range(0, time, step):
+            piece = slice(start, min(start + step, time))
+            inside = (read - start).clamp(0, piece.stop - start)
+            real = torch.arange(piece.stop - start) < inside[:, None]
+            ids = tokens[:, piece][real].long()
+            flags = None if resets is None else resets[:, piece][real]
+            starts = F.pad(inside.cumsum(0), (1, 0))
+            features[:, piece][real], parts = self._pass(parts, starts, ids, flags)
+        return features, State(_named(parts), state.tokens + read)
+
+    def _pass(
+        self, before: list[Tensor], starts: Tensor, ids: Tensor, resets: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One call of the kernels over up to POSITIONS positions: features, the state's parts.
+
+        Row b has the ids [starts[b], starts[b + 1]).
+        """
+        count = ids.shape[0]
+        features = torch.empty(count, self.config.width)
+        after = [torch.empty_like(x) for x in before]
+        used = [starts, ids, resets, *before, *after, features]
+        self._nonzero += self._kernels.features(
+            starts.shape[0] - 1,
+            count,
+            [0 if x is None else x.data_ptr() for x in used],
+            self._num_threads(count * self._block_numbers),
+        )
+        self._inputs += count * self.config.num_layers * self.config.ffn_width
+        return features, after
+
+    def _head(self, features: Tensor) -> Tensor:
+        features = features.float().contiguous()
+        width, vocabulary = self.config.width, self.config.vocab_size
+        logits = torch.empty(*features.shape[:-1], vocabulary)
+        if count := features.numel() // width:
+            pointers = features.data_ptr(), logits.data_ptr()
+            self._kernels.head(count, *pointers, self._num_threads(count * width * vocabulary))
+        return logits
+
+    def _num_threads(self, products: int) -> int:
+        """As many as there are, but none for less work than it takes to wake it."""
+        most = self.threads or torch.get_num_threads()
+        return max(1, min(most, products // _PRODUCTS_PER_THREAD))
+
+
+def _named(parts: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(LayerState._fields, parts, strict=True))
+
+
+@functools.lru_cache(maxsize=64)
+def _equal_rows(batch: int, time: int) -> Tensor:
+    """Where rows of one length start, and the last one ends: [B + 1]."""
+    return torch.arange(batch + 1) * time
+
+
+def _empty_state(config: ModelConfig) -> State:
+    layer = LayerState.empty(config, 1, torch.empty(0))._asdict()
+    tensors = {name: x.expand(config.num_layers, *x.shape) for name, x in layer.items()}
+    return State(tensors, torch.zeros(1, dtype=torch.int64))
+
+
+def _padded_vectors(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """All vectors in the order of the kernels: float32, padded with zeros."""
+    for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"):
+        yield _padded(vectors[name])
+    for layer in range(config.num_layers):
+        for name in _LAYER_VECTORS:
+            vector = vectors[f"blocks.{layer}.{name}"]
+            # The kernels want the logarithm of the decay per token.
+            yield _padded(-vector.float().exp() if name == "att.time_decay" else vector)
+
+
+def _padded(vector: Tensor) -> Tensor:
+    vector = vector.float().flatten()
+    return F.pad(vector, (0, -len(vector) % _BLOCK)).contiguous()
+
+
+def _kernels(
+    config: ModelConfig, vectors: list[Tensor], matrices: list[Packed], instruction_set: str
+) -> Any:
+    """The compiled object. It keeps addresses: whoever has it keeps the tensors."""
+    library = native.library()
+    if library is None:
+        raise ValueError(
+            "the native kernels were not built; `receptance doctor` says what is missing"
+        )
+    fields = [
+        (
+            KINDS.index(m.kind),
+            m.outputs,
+            m.inputs,
+            m.group,
+            m.data.data_ptr(),
+            0 if m.params is None else m.params.data_ptr(),
+        )
+        for m in matrices
+    ]
+    return library.Rwkv4(
+        config.width,
+        config.ffn_width,
+        config.vocab_size,
+        config.layer_norm_epsilon,
+        _FINAL_EPSILON,
+        [v.data_ptr() for v in vectors],
+        fields,
+        instruction_set,
+    )

@@ -1,0 +1,475 @@
+// Products of activations with packed matrices: y[m] = W x[m] for rows m of a batch.
+//
+// The lanes of a vector are outputs, and every output is summed over its inputs in one fixed order,
+// whatever the number of rows and threads: a row's result does not depend on its company, to the
+// bit. The layouts are those of engine/packing.py.
+//
+// With integer weights an activation is a 16-bit integer too, with one scale for every kBlock of
+// them: products of integers are exact, and what rounding to 15 bits costs is near that of float32.
+#pragma once
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "rwkv4.h"
+#include "vector.h"
+
+namespace receptance {
+namespace {
+
+constexpr int64_t kBlock = 128;      // inputs that share a scale of activations
+constexpr int64_t kOutputs = 16;     // outputs of a tile
+constexpr int64_t kVectors = kOutputs / RECEPTANCE_LANES;
+constexpr int64_t kRows = 128;       // rows at a time: their activations stay in the L2 cache
+constexpr int64_t kPrefetch = 4096;  // bytes ahead in a stream of weights
+constexpr int64_t kColumns = 64;     // outputs at a time of a matrix laid out in rows, and inputs:
+constexpr int64_t kPiece = 64;       // as floats such a piece fills half of a first-level cache
+constexpr int64_t kSparseRows = 32;
+
+// Rows of a tile that are summed side by side: as many as there are registers for.
+constexpr int kIntRows = RECEPTANCE_LANES == 16 ? 8 : RECEPTANCE_LANES == 8 ? 4 : 2;
+constexpr int kFloatRows = RECEPTANCE_LANES == 16 ? 12 : RECEPTANCE_LANES == 8 ? 6 : 2;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline bool is_integer(Weight kind) { return kind == Weight::int8 || kind == Weight::int4; }
+
+// Rows of activations, ready to be multiplied. Strides are numbers of elements; what lies between
+// the number of inputs and the next multiple of kBlock is zero.
+struct Activations {
+    float* values;         // [rows][stride]
+    int16_t* codes;        // [rows][stride], in the order that the matrices' words are taken apart
+    float* scales;         // [rows][stride / kBlock]
+    float* sums;           // [rows][stride / 32]: of every group of an int4 matrix
+    int64_t stride;
+
+    Activations row(int64_t m) const {
+        return {values + m * stride, codes + m * stride, scales + m * (stride / kBlock),
+                sums + m * (stride / 32), stride};
+    }
+};
+
+// Makes codes, scales and sums of one row's values.
+inline void encode(const Activations& a, int64_t inputs, const Matrix& like) {
+    if (!is_integer(like.kind)) return;
+    const bool four = like.kind == Weight::int4;
+    for (int64_t block = 0; block * kBlock < inputs; ++block) {
+        const float* from = a.values + block * kBlock;
+        int16_t* to = a.codes + block * kBlock;
+        Float most{};
+        for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
+            most = max(most, -minus_abs(load<Float>(from + i)));
+        float largest = 0;
+        for (int i = 0; i < RECEPTANCE_LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+        const float scale = largest / 32767, inverse = scale > 0 ? 1 / scale : 0;
+        a.scales[block] = scale;
+        alignas(64) int32_t codes[kBlock];
+        for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
+            store(codes + i, to_nearest(load<Float>(from + i) * inverse));
+        if (four) {
+            for (int64_t i = 0; i < kBlock; i += 8)
+                for (int64_t j = 0; j < 4; ++j) {
+                    to[i + 2 * j] = (int16_t)codes[i + j];
+                    to[i + 2 * j + 1] = (int16_t)codes[i + j + 4];
+                }
+            for (int64_t i = 0; i < kBlock; i += like.group) {
+                int32_t sum = 0;
+                for (int64_t j = i; j < i + like.group; ++j) sum += codes[j];
+                a.sums[(block * kBlock + i) / like.group] = (float)sum * scale;
+            }
+        } else {
+            for (int64_t i = 0; i < kBlock; i += 4) {
+                to[i] = (int16_t)codes[i];
+                to[i + 1] = (int16_t)codes[i + 2];
+                to[i + 2] = (int16_t)codes[i + 1];
+                to[i + 3] = (int16_t)codes[i + 3];
+            }
+        }
+    }
+}
+
+// ---- tiles: every matrix but the last of channel mixing -----------------------------------------
+
+// Sums of kOutputs outputs for R rows. The functions below add up in an array of their own, which
+// stays in registers, and write it here once.
+template <int R>
+using Sums = Float[R][kVectors];
+
+template <int R, class T>
+__attribute__((noinline)) void tile_product(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
+    Sums<R> sums = {};
+    const T* from = (const T*)w.data + tile * w.inputs * kOutputs;
+    for (int64_t k = 0; k < w.inputs; ++k, from += kOutputs) {
+        __builtin_prefetch((const char*)from + kPrefetch);
+        Float weights[kVectors];
+        for (int v = 0; v < kVectors; ++v) weights[v] = widen(from + v * RECEPTANCE_LANES);
+        for (int m = 0; m < R; ++m) {
+            const Float x = broadcast(a.values[m * a.stride + k]);
+            for (int v = 0; v < kVectors; ++v) sums[m][v] = add_product(sums[m][v], weights[v], x);
+        }
+    }
+    std::memcpy(out, sums, sizeof sums);
+}
+
+// One bfloat16 parameter for each output of a tile.
+inline void load_params(Float (&to)[kVectors], const uint16_t* from) {
+    for (int v = 0; v < kVectors; ++v)
+        to[v] = load<Float>((const bfloat16*)from + v * RECEPTANCE_LANES);
+}
+
+template <int R>
+__attribute__((noinline)) void tile_product_int8(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
+    Sums<R> sums = {};
+    const int64_t blocks = round_up(w.inputs, kBlock) / kBlock;
+    const char* from = (const char*)w.data + tile * blocks * kBlock * kOutputs;
+    const uint16_t* params = w.params + tile * blocks * kOutputs;
+    for (int64_t block = 0; block < blocks; ++block, params += kOutputs) {
+        const int16_t* codes = a.codes + block * kBlock;
+        Int exact[R][kVectors] = {};
+        for (int64_t k = 0; k < kBlock; k += 4, from += 4 * kOutputs) {
+            __builtin_prefetch(from + kPrefetch);
+            Pairs even[kVectors], odd[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                Pairs both;
+                std::memcpy(&both, from + v * sizeof both, sizeof both);
+                even[v] = both << 8 >> 8;
+                odd[v] = both >> 8;
+            }
+            for (int m = 0; m < R; ++m) {
+                const Pairs x = broadcast_pair(codes + m * a.stride + k);
+                const Pairs y = broadcast_pair(codes + m * a.stride + k + 2);
+                for (int v = 0; v < kVectors; ++v) {
+                    exact[m][v] = add_products(exact[m][v], even[v], x);
+                    exact[m][v] = add_products(exact[m][v], odd[v], y);
+                }
+            }
+        }
+        Float scale[kVectors];
+        load_params(scale, params);
+        for (int m = 0; m < R; ++m) {
+            const Float s = broadcast(a.scales[m * (a.stride / kBlock) + block]);
+            for (int v = 0; v < kVectors; ++v)
+                sums[m][v] = add_product(sums[m][v], to_float(exact[m][v]), s * scale[v]);
+        }
+    }
+    std::memcpy(out, sums, sizeof sums);
+}
+
+template <int R>
+__attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
+    Sums<R> sums = {};
+    const int64_t groups = round_up(w.inputs, kBlock) / w.group, per_block = kBlock / w.group;
+    const char* from = (const char*)w.data + tile * groups * w.group * (kOutputs / 2);
+    const uint16_t* params = w.params + tile * groups * 2 * kOutputs;
+    for (int64_t group = 0; group < groups; ++group, params += 2 * kOutputs) {
+        const int16_t* codes = a.codes + group * w.group;
+        __builtin_prefetch((const char*)params + kPrefetch / 4);
+        Int exact[R][kVectors] = {};
+        for (int64_t k = 0; k < w.group; k += 8, from += 4 * kOutputs) {
+            __builtin_prefetch(from + kPrefetch);
+            Word words[kVectors];
+            // One vector at a time: a longer copy goes through memory in 16-byte pieces.
+            for (int v = 0; v < kVectors; ++v)
+                std::memcpy(&words[v], from + v * sizeof words[v], sizeof words[v]);
+            for (int part = 0; part < 4; ++part) {
+                Pairs weights[kVectors];
+                for (int v = 0; v < kVectors; ++v)
+                    weights[v] = (Pairs)(words[v] >> (4 * part) & 0x000F000F);
+                for (int m = 0; m < R; ++m) {
+                    const Pairs x = broadcast_pair(codes + m * a.stride + k + 2 * part);
+                    for (int v = 0; v < kVectors; ++v)
+                        exact[m][v] = add_products(exact[m][v], weights[v], x);
+                }
+            }
+        }
+        Float scale[kVectors], minimum[kVectors];
+        load_params(scale, params);
+        load_params(minimum, params + kOutputs);
+        for (int m = 0; m < R; ++m) {
+            const Float s = broadcast(a.scales[m * (a.stride / kBlock) + group / per_block]);
+            const Float sum = broadcast(a.sums[m * (a.stride / 32) + group]);
+            for (int v = 0; v < kVectors; ++v) {
+                sums[m][v] = add_product(sums[m][v], to_float(exact[m][v]), s * scale[v]);
+                sums[m][v] = add_product(sums[m][v], minimum[v], sum);
+            }
+        }
+    }
+    std::memcpy(out, sums, sizeof sums);
+}
+
+// Sums of R rows, handed to put(m, first output, vector) one vector at a time.
+template <int R, class Put>
+void tile_rows(const Matrix& w, int64_t tile, const Activations& a, int64_t m, const Put& put) {
+    Sums<R> sums;
+    const Activations rows = a.row(m);
+    switch (w.kind) {
+        case Weight::float32: tile_product<R, float>(w, tile, rows, sums); break;
+        case Weight::bfloat16: tile_product<R, bfloat16>(w, tile, rows, sums); break;
+        case Weight::float16: tile_product<R, float16>(w, tile, rows, sums); break;
+        case Weight::int8: tile_product_int8<R>(w, tile, rows, sums); break;
+        case Weight::int4: tile_product_int4<R>(w, tile, rows, sums); break;
+    }
+    for (int i = 0; i < R; ++i)
+        for (int v = 0; v < kVectors; ++v)
+            put(m + i, tile * kOutputs + v * RECEPTANCE_LANES, sums[i][v]);
+}
+
+// tile_rows<n> for n up to R, which is not known before.
+template <int R, class Put>
+void some_rows(int64_t n, const Matrix& w, int64_t tile, const Activations& a, int64_t m,
+               const Put& put) {
+    if (n == R) tile_rows<R>(w, tile, a, m, put);
+    else if constexpr (R > 1) some_rows<R - 1>(n, w, tile, a, m, put);
+}
+
+// put(m, first output, vector) for rows [0, count) and every output of the tiles of `tiles`.
+template <class Put>
+void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, const Put& put) {
+    const int64_t most = is_integer(w.kind) ? kIntRows : kFloatRows;
+    for (int64_t first = 0; first < count; first += kRows) {
+        const int64_t rows = std::min(kRows, count - first), pieces = (rows + most - 1) / most;
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                const int64_t m = rows * piece / pieces, n = rows * (piece + 1) / pieces - m;
+                some_rows<kFloatRows>(n, w, tile, a, first + m, put);
+            }
+    }
+}
+
+// ---- rows: the last matrix of channel mixing ----------------------------------------------------
+
+// What a piece of the inputs is for each row.
+struct Nonzero {
+    uint8_t which[kSparseRows][kPiece];  // inputs that are not zero
+    int64_t count[kSparseRows];
+    float total[kSparseRows];  // sum over the whole group up to here
+};
+
+// Sums go over kOutputs lanes, whatever the width of a vector.
+inline void find_nonzero(Nonzero& found, int64_t m, const float* x, int64_t count, bool totals) {
+    int64_t n = 0;
+    for (int64_t k = 0; k < count; ++k) {
+        found.which[m][n] = (uint8_t)k;
+        n += x[k] != 0;
+    }
+    found.count[m] = n;
+    if (!totals) return;
+    Float sums[kVectors] = {};
+    for (int64_t k = 0; k < count; k += kOutputs)
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = k + v * RECEPTANCE_LANES, left = std::max<int64_t>(0, count - at);
+            sums[v] += load<Float>(x + at, std::min<int64_t>(RECEPTANCE_LANES, left));
+        }
+    for (const Float& sum : sums)
+        for (int lane = 0; lane < RECEPTANCE_LANES; ++lane) found.total[m] += sum[lane];
+}
+
+// One input's weights (codes, of integers) as floats, V vectors from the first column of a block on.
+template <class T, bool kInMemory = true>
+struct WeightRows {
+    static constexpr bool kFar = kInMemory;
+    const T* base;
+    int64_t stride;
+    template <int V>
+    inline void widen_row(int64_t k, Float (&to)[V]) const {
+        for (int v = 0; v < V; ++v) to[v] = widen(base + k * stride + v * RECEPTANCE_LANES);
+    }
+    // The same outputs of the block of columns `ahead` of this one: the next to be read.
+    template <int V>
+    inline void prefetch_row(int64_t k, int64_t ahead) const {
+        for (size_t line = 0; line < V * RECEPTANCE_LANES * sizeof(T); line += 64)
+            __builtin_prefetch((const char*)(base + k * stride + ahead) + line);
+    }
+};
+
+// Two codes to a byte: of 32 outputs the first 16 in the low halves, the others in the high ones.
+struct FourBitRows {
+    static constexpr bool kFar = true;
+    const uint8_t* base;
+    int64_t stride;
+    template <int V>
+    inline void widen_row(int64_t k, Float (&to)[V]) const {
+        constexpr int kHalf = 16 / RECEPTANCE_LANES;
+        for (int v = 0; v < V; v += 2 * kHalf)
+            for (int h = 0; h < kHalf; ++h) {
+                const int64_t byte = (v / 2 + h) * RECEPTANCE_LANES;
+                const Word both = two_codes(base + k * stride + byte);
+                to[v + h] = to_float((Int)(both & 15));
+                to[v + kHalf + h] = to_float((Int)(both >> 4));
+            }
+    }
+    template <int V>
+    inline void prefetch_row(int64_t k, int64_t ahead) const {
+        __builtin_prefetch(base + k * stride + ahead / 2);
+    }
+};
+
+// At most kPiece inputs [first, first + count) of a matrix laid out in rows, all of one group that
+// shares its parameters, and the outputs from `column` on.
+struct Piece {
+    int64_t first, count, column;
+    int64_t ahead;                    // from these columns to those that come next
+    bool begins, ends;                // the group
+    const bfloat16 *scale, *minimum;  // of those outputs; null where there are none
+};
+
+// Adds a piece's products to V vectors of one row's outputs y: of activations x only the nonzero
+// ones count. What a group has summed up to here waits in `partial`.
+template <int V, class Rows>
+inline void add_piece(const Rows& rows, const Piece& p, const float* x, const Nonzero& found,
+                      int64_t m, float* partial, float* y) {
+    Float sum[V] = {};
+    if (!p.begins)
+        for (int v = 0; v < V; ++v) sum[v] = load<Float>(partial + v * RECEPTANCE_LANES);
+    const uint8_t* which = found.which[m];
+    for (int64_t i = 0; i < found.count[m]; ++i) {
+        Float weights[V];
+        rows.widen_row(which[i], weights);
+        if (Rows::kFar) rows.template prefetch_row<V>(which[i], p.ahead);
+        const Float factor = broadcast(x[p.first + which[i]]);
+        for (int v = 0; v < V; ++v) sum[v] = add_product(sum[v], factor, weights[v]);
+    }
+    if (!p.ends) {
+        for (int v = 0; v < V; ++v) store(partial + v * RECEPTANCE_LANES, sum[v]);
+        return;
+    }
+    for (int v = 0; v < V; ++v) {
+        float* to = y + p.column + v * RECEPTANCE_LANES;
+        Float all = load<Float>(to);
+        if (p.scale) all = add_product(all, load<Float>(p.scale + v * RECEPTANCE_LANES), sum[v]);
+        else all += sum[v];
+        if (p.minimum)
+            all = add_product(all, load<Float>(p.minimum + v * RECEPTANCE_LANES),
+                              broadcast(found.total[m]));
+        store(to, all);
+    }
+}
+
+// The same for every row. With a few of them the weights are made floats once for all.
+template <int V, class Rows>
+void add_rows(const Rows& rows, const Piece& p, const float* x, int64_t x_stride, int64_t count,
+              const Nonzero& found, float* partial, float* y, int64_t y_stride) {
+    constexpr int64_t kWidenFrom = 4, kWide = V * RECEPTANCE_LANES;
+    alignas(64) float widened[kPiece * kWide];
+    const bool widen_once = count >= kWidenFrom;
+    for (int64_t k = 0; widen_once && k < p.count; ++k) {
+        Float weights[V];
+        rows.widen_row(k, weights);
+        rows.template prefetch_row<V>(k, p.ahead);
+        for (int v = 0; v < V; ++v) store(widened + k * kWide + v * RECEPTANCE_LANES, weights[v]);
+    }
+    const WeightRows<float, false> wide{widened, kWide};
+    for (int64_t m = 0; m < count; ++m, x += x_stride, y += y_stride, partial += y_stride) {
+        if (widen_once) add_piece<V>(wide, p, x, found, m, partial + p.column, y);
+        else add_piece<V>(rows, p, x, found, m, partial + p.column, y);
+    }
+}
+
+// Calls work(rows) with the weights of the inputs from `first` on and the outputs from `column` on.
+template <class Work>
+inline void with_rows(const Matrix& w, int64_t first, int64_t column, const Work& work) {
+    const int64_t stride = round_up(w.outputs, 32), at = first * stride + column;
+    switch (w.kind) {
+        case Weight::float32: return work(WeightRows<float>{(const float*)w.data + at, stride});
+        case Weight::bfloat16:
+            return work(WeightRows<bfloat16>{(const bfloat16*)w.data + at, stride});
+        case Weight::float16: return work(WeightRows<float16>{(const float16*)w.data + at, stride});
+        case Weight::int8: return work(WeightRows<int8_t>{(const int8_t*)w.data + at, stride});
+        case Weight::int4:
+            return work(FourBitRows{(const uint8_t*)w.data + at / 2, stride / 2});
+    }
+}
+
+// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of 32), of x[m] without its
+// zeros; returns how many inputs were not zero. `partial` is memory like y.
+inline int64_t sparse_product(const Matrix& w, Range columns, const float* x, int64_t x_stride,
+                              int64_t count, float* y, float* partial, int64_t y_stride) {
+    Nonzero found;
+    int64_t nonzero = 0;
+    const int64_t group_size = w.group ? w.group : kPiece, stride = round_up(w.outputs, 32);
+    const bool four = w.kind == Weight::int4;
+    for (int64_t row = 0; row < count; row += kSparseRows) {
+        const int64_t rows = std::min(kSparseRows, count - row);
+        const float* from = x + row * x_stride;
+        float *to = y + row * y_stride, *kept = partial + row * y_stride;
+        for (int64_t m = 0; m < rows; ++m)
+            std::memset(to + m * y_stride + columns.begin, 0,
+                        (columns.end - columns.begin) * sizeof(float));
+        Piece p{};
+        for (; p.first < w.inputs; p.first += p.count) {
+            const int64_t group = p.first / group_size, inside = p.first - group * group_size;
+            const int64_t left = std::min(group_size - inside, w.inputs - p.first);
+            p.count = std::min(kPiece, left);
+            p.begins = inside == 0;
+            p.ends = p.count == left;
+            for (int64_t m = 0; m < rows; ++m) {
+                if (p.begins) found.total[m] = 0;
+                find_nonzero(found, m, from + m * x_stride + p.first, p.count, four);
+                nonzero += found.count[m];
+            }
+            const bfloat16* params = (const bfloat16*)w.params + group * stride * (four ? 2 : 1);
+            for (p.column = columns.begin; p.column < columns.end; p.column += kColumns) {
+                const bool last = p.column + kColumns >= columns.end;
+                p.ahead = last ? kPiece * stride - (p.column - columns.begin) : kColumns;
+                if (w.params) p.scale = params + p.column;
+                if (four) p.minimum = params + stride + p.column;
+                with_rows(w, p.first, p.column, [&](const auto& weights) {
+                    if (p.column + kColumns <= columns.end)
+                        add_rows<kColumns / RECEPTANCE_LANES>(weights, p, from, x_stride, rows,
+                                                              found, kept, to, y_stride);
+                    else
+                        add_rows<32 / RECEPTANCE_LANES>(weights, p, from, x_stride, rows, found,
+                                                        kept, to, y_stride);
+                });
+            }
+        }
+    }
+    return nonzero;
+}
+
+// ---- embedding ----------------------------------------------------------------------------------
+
+// Row `token` of the embedding as float32.
+inline void look_up(const Matrix& w, int64_t token, float* to) {
+    const int64_t width = w.inputs;
+    if (!is_integer(w.kind)) {
+        const int64_t whole = width / RECEPTANCE_LANES * RECEPTANCE_LANES;
+        // The last vector of a row may reach into the next one, but not beyond the last row.
+        float tail[RECEPTANCE_LANES];
+        const int64_t size = w.kind == Weight::float32 ? 4 : 2;
+        const char* row = (const char*)w.data + token * width * size;
+        char rest[4 * RECEPTANCE_LANES] = {};
+        std::memcpy(rest, row + whole * size, (width - whole) * size);
+        const auto from = [&](const void* p) {
+            if (w.kind == Weight::float32) return widen((const float*)p);
+            if (w.kind == Weight::bfloat16) return widen((const bfloat16*)p);
+            return widen((const float16*)p);
+        };
+        for (int64_t c = 0; c < whole; c += RECEPTANCE_LANES) store(to + c, from(row + c * size));
+        store(tail, from(rest));
+        std::memcpy(to + whole, tail, (width - whole) * sizeof(float));
+        return;
+    }
+    const bool four = w.kind == Weight::int4;
+    const int64_t groups = (width + w.group - 1) / w.group;
+    const bfloat16* params = (const bfloat16*)w.params + token * groups * (four ? 2 : 1);
+    const auto number = [](bfloat16 x) {
+        const uint32_t bits = (uint32_t)x.bits << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+    };
+    for (int64_t c = 0; c < width; ++c) {
+        const int64_t group = c / w.group;
+        if (four) {
+            const uint8_t byte = ((const uint8_t*)w.data)[token * ((width + 1) / 2) + c / 2];
+            to[c] = number(params[2 * group]) * (float)(c % 2 ? byte >> 4 : byte & 15) +
+                    number(params[2 * group + 1]);
+        } else {
+            to[c] = number(params[group]) * (float)((const int8_t*)w.data)[token * width + c];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace receptance

@@ -1,0 +1,220 @@
+// Vectors of RECEPTANCE_LANES numbers in GCC/Clang vector extensions: arithmetic, exp, loads, stores.
+//
+// Included by sources that are compiled once per instruction set (see CMakeLists.txt). Everything is
+// in an anonymous namespace, so that code compiled for one is never linked into another.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace receptance {
+namespace {
+
+using Float = float __attribute__((vector_size(4 * RECEPTANCE_LANES)));
+using Int = int32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
+using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
+using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
+using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // two to a lane
+using Bytes = uint8_t __attribute__((vector_size(RECEPTANCE_LANES)));
+using SignedBytes = int8_t __attribute__((vector_size(RECEPTANCE_LANES)));
+using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+struct float16 {
+    uint16_t bits;
+};
+
+// The larger one; b if either is NaN. GCC makes no maximum instruction of the comparison.
+inline Float max(Float a, Float b) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline Double max(Double a, Double b) { return a > b ? a : b; }
+
+inline Float minus_abs(Float x) { return (Float)((Int)x | INT32_MIN); }
+
+inline Double minus_abs(Double x) { return x > 0 ? -x : x; }
+
+// e^x for x <= 0, at most 2 units in the last place; 0 where float32 would be subnormal.
+// Range reduction by ln 2 in two parts and the coefficients of Cephes' expf, summed in pairs:
+// what limits the loops below is the length of this chain, not the number of instructions.
+// NaN stays NaN.
+inline Float exp_nonpositive(Float x) {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float kLowest = -87.0f;
+    const Float clamped = max(Float{} + kLowest, x);
+    const Float shifted = clamped * 1.44269504088896341f + kShift;
+    const Float n = shifted - kShift;
+    const Float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    const Float r2 = r * r;
+    const Float low = r * 1.6666665459e-1f + 5.0000001201e-1f;
+    const Float middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
+    const Float high = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    const Float p = (high * (r2 * r2) + (middle * r2 + low)) * r2 + (r + 1.0f);
+    const Int exponent = ((Int)shifted - (0x4B400000 - 127)) << 23;
+    return x < kLowest ? Float{} : p * (Float)exponent;
+}
+
+inline Double exp_nonpositive(Double x) {
+    for (int i = 0; i < RECEPTANCE_LANES; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+template <class V>
+struct Scalar;
+template <>
+struct Scalar<Float> {
+    using type = float;
+};
+template <>
+struct Scalar<Double> {
+    using type = double;
+};
+
+// Loads and stores of up to one vector, from any element type.
+template <class V, class T>
+inline V load(const T* from, int64_t count = RECEPTANCE_LANES) {
+    if constexpr (sizeof(T) == 2) {
+        Half raw{};
+        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
+        return (V)(__builtin_convertvector(raw, Word) << 16);
+    } else {
+        V raw{};
+        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
+        return raw;
+    }
+}
+
+template <class V, class T>
+inline void store(T* to, V x, int64_t count = RECEPTANCE_LANES) {
+    if constexpr (sizeof(T) == 2) {
+        Word bits = (Word)x;
+        Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+        Word raw = x == x ? rounded : (Word{} + 0x7FC0);
+        Half half = __builtin_convertvector(raw, Half);
+        std::memcpy(to, &half, count == RECEPTANCE_LANES ? sizeof half : count * sizeof(T));
+    } else {
+        std::memcpy(to, &x, count == RECEPTANCE_LANES ? sizeof x : count * sizeof(T));
+    }
+}
+
+// ---- what the matrices need ---------------------------------------------------------------------
+
+// sum + a * b, rounded once where the processor can: always, whatever surrounds it.
+inline Float add_product(Float sum, Float a, Float b) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__aarch64__)
+    return (Float)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return sum + a * b;
+#endif
+}
+
+// sum + the products of both pairs of every lane.
+inline Int add_products(Int sum, Pairs a, Pairs b) {
+#if defined(__AVX512VNNI__)
+    return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return sum + (Int)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    const int32x4_t low = vmull_s16(vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    return sum + (Int)vpaddq_s32(low, vmull_high_s16((int16x8_t)a, (int16x8_t)b));
+#else
+    const Int low = ((Int)a << 16 >> 16) * ((Int)b << 16 >> 16);
+    return sum + low + ((Int)a >> 16) * ((Int)b >> 16);
+#endif
+}
+
+inline Float to_float(Int x) { return __builtin_convertvector(x, Float); }
+
+// To the nearest integer, ties to even, for |x| < 2^22.
+inline Int to_nearest(Float x) {
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
+    return (Int)(x + kShift) - 0x4B400000;
+}
+
+// Minus zero changes nothing, plus zero would change -0: the compiler leaves out only the first.
+inline Float broadcast(float x) { return x - Float{}; }
+
+inline Pairs broadcast_pair(const int16_t* two) {
+    int32_t both;
+    std::memcpy(&both, two, sizeof both);
+    return (Pairs)(Int{} + both);
+}
+
+// RECEPTANCE_LANES weights of any type as float32.
+inline Float widen(const float* from) { return load<Float>(from); }
+inline Float widen(const bfloat16* from) {
+#if defined(__AVX512F__)
+    return (Float)((Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)) << 16);
+#elif defined(__AVX2__)
+    return (Float)((Word)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)) << 16);
+#else
+    return load<Float>(from);
+#endif
+}
+inline Float widen(const float16* from) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#else
+    // Exponents move from a bias of 15 to one of 127 by a multiplication, which also normalises
+    // what is subnormal in float16.
+    Half raw;
+    std::memcpy(&raw, from, sizeof raw);
+    const Word bits = __builtin_convertvector(raw, Word);
+    const Float size = (Float)((bits & 0x7FFF) << 13) * 0x1p112f;
+    return (Float)((Word)size | (bits & 0x8000) << 16);
+#endif
+}
+inline Float widen(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    SignedBytes raw;
+    std::memcpy(&raw, from, sizeof raw);
+    return __builtin_convertvector(raw, Float);
+#endif
+}
+
+// RECEPTANCE_LANES bytes, each two codes of four bits.
+inline Word two_codes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+    return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+    Bytes raw;
+    std::memcpy(&raw, from, sizeof raw);
+    return __builtin_convertvector(raw, Word);
+#endif
+}
+
+}  // namespace
+}  // namespace receptance

@@ -1,0 +1,153 @@
+"""load_engine: what runs a model, for every source, type and adapter."""
+
+import pytest
+import torch
+from tiny import make_model, same_bits, small_bpe
+
+from receptance import State, load, save
+from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptions
+from receptance.engine import NativeEngine, load_engine
+from receptance.engine.adapted import AdaptedModel
+from receptance.engine.files import About, write_quantised
+from receptance.generation import generate
+from receptance.model import Model
+from receptance.ops import native
+from receptance.quantize.weights import quantise_tensors
+from receptance.tokenizer import ByteTokenizer
+
+needs_kernels = pytest.mark.skipif(not native.is_available(), reason="kernels not built")
+IDS = torch.arange(12)[None]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = make_model(300)
+    save(model, tmp_path / "model", small_bpe())
+    return tmp_path / "model", model
+
+
+def quantised(model: Model, directory, kind: str):
+    about = About(kind=kind, group=128 if kind == "int8" else 64, source=model.fingerprint())
+    weights = quantise_tensors(model.state_dict(), kind)
+    write_quantised(directory, model.config, small_bpe(), about, weights)
+    return directory
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [None, "float32", "bfloat16", "float16", "int8", "int4"])
+def test_native_kernels_are_the_choice_on_a_cpu(saved, kind):
+    directory, model = saved
+    engine, tokenizer = load_engine(directory, dtype=kind)
+    assert isinstance(engine, NativeEngine)
+    assert tokenizer.fingerprint == small_bpe().fingerprint
+    assert engine.fingerprint() == model.fingerprint()
+    with torch.no_grad():
+        wanted = model(IDS)[0]
+    error = (engine(IDS)[0] - wanted).abs().max() / wanted.std()
+    limits = {"bfloat16": 0.1, "float16": 0.02, "int8": 0.1, "int4": 1.5}
+    assert error < limits.get(kind, 1e-4)
+
+
+def test_torch_when_asked_for(saved):
+    engine, _ = load_engine(saved[0], backend="torch", dtype="bfloat16")
+    assert isinstance(engine, Model)
+    assert engine.emb.weight.dtype == torch.bfloat16
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantised_directory_is_mapped_and_the_same_everywhere(saved, tmp_path, kind):
+    directory, model = saved
+    there = quantised(model, tmp_path / "small", kind)
+    engine, tokenizer = load_engine(there)
+    assert isinstance(engine, NativeEngine)
+    assert engine.fingerprint() == model.fingerprint()
+    on_the_fly, _ = load_engine(directory, dtype=kind)
+    assert torch.equal(engine(IDS)[0], on_the_fly(IDS)[0])
+    with torch.no_grad():
+        wide, _ = load(there)
+        torch.testing.assert_close(engine(IDS)[0], wide(IDS)[0], atol=2e-3, rtol=0)
+        in_torch, _ = load_engine(there, backend="torch")
+        assert torch.equal(in_torch(IDS)[0], wide(IDS)[0])
+    assert generate(engine, tokenizer, "fox", max_tokens=3)
+
+
+@needs_kernels
+def test_float16_is_kept_as_it_is(saved, tmp_path):
+    _, model = saved
+    save(model.half(), tmp_path / "half", small_bpe())
+    engine, _ = load_engine(tmp_path / "half")
+    narrow, _ = load_engine(saved[0], dtype="float16")
+    assert engine.weight_bytes == narrow.weight_bytes
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_adapters_become_part_of_the_engine(saved, tmp_path, backend):
+    if backend == "native" and not native.is_available():
+        pytest.skip("kernels not built")
+    directory, model = saved
+    for adapter in (
+        LoRA(model, LoRAOptions(rank=2)),
+        StateTuning(model, StateTuningOptions()),
+    ):
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        file = tmp_path / f"{adapter.kind}.safetensors"
+        adapter.save(file, model.fingerprint())
+        engine, _ = load_engine(directory, adapter=file, backend=backend)
+        assert isinstance(engine, NativeEngine if backend == "native" else AdaptedModel)
+        assert engine.fingerprint() == adapter.fingerprint(model.fingerprint())
+        with adapter.attach(model), torch.no_grad():
+            wanted, state = model(IDS, adapter.initial_state(1))
+        with torch.no_grad():
+            logits, after = engine(IDS)
+        torch.testing.assert_close(logits, wanted, atol=2e-5, rtol=1e-4)
+        assert after.tensors.keys() == state.tensors.keys()
+
+
+@needs_kernels
+def test_states_are_those_of_the_model(saved, tmp_path):
+    directory, model = saved
+    engine, _ = load_engine(directory, dtype="int8")
+    engine(IDS)[1].save(tmp_path / "state", engine.fingerprint())
+    state = State.load(tmp_path / "state", model.fingerprint())
+    assert same_bits(state.tensors, engine(IDS)[1].tensors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int2"}, "wanted one of"),
+        ({"dtype": "int4", "backend": "torch"}, "native kernels"),
+        ({"backend": "native", "device": "meta"}, "run on the CPU"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(saved, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_engine(saved[0], **options)
+
+
+@needs_kernels
+def test_a_quantised_directory_is_of_one_type_and_one_tokenizer(saved, tmp_path):
+    there = quantised(saved[1], tmp_path / "small", "int4")
+    with pytest.raises(ValueError, match="holds int4"):
+        load_engine(there, dtype="int8")
+    with pytest.raises(ValueError, match="wrong tokenizer"):
+        load_engine(there, tokenizer=ByteTokenizer())
+    with pytest.raises(ValueError, match="wrong tokenizer"):
+        load(there, tokenizer="bytes")
+    assert load_engine(there, tokenizer=small_bpe())
+
+
+@needs_kernels
+def test_without_kernels_a_quantised_directory_runs_in_torch(saved, tmp_path, monkeypatch):
+    there = quantised(saved[1], tmp_path / "small", "int8")
+    wanted = load_engine(there)[0](IDS)[0]
+    monkeypatch.setattr(native, "library", lambda: None)
+    engine, _ = load_engine(there)
+    assert isinstance(engine, Model)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(IDS)[0], wanted, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="were not built"):
+        load_engine(there, backend="native")

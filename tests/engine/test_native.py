@@ -1,0 +1,257 @@
+"""The native engine against the torch model with the same weights, and its own exactness."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_model, same_bits
+
+from receptance.config import ModelConfig
+from receptance.engine import NativeEngine, native_engine
+from receptance.engine.native import POSITIONS, layouts
+from receptance.engine.packing import FLOATS, pack
+from receptance.model import Model
+from receptance.ops import native
+from receptance.quantize import quantise
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="kernels not built")
+
+KINDS = ["float32", "bfloat16", "float16", "int8", "int4"]
+SIZES = [  # odd ones fill no vector, tile, block or group
+    ModelConfig(vocab_size=50, width=16, num_layers=2),
+    ModelConfig(vocab_size=101, width=33, num_layers=3, ffn_width=77),
+    ModelConfig(vocab_size=67, width=160, num_layers=1, ffn_width=300),
+]
+# Integer products are exact, but activations are rounded to 15 bits of the largest of 128.
+ERRORS = {kind: 4e-4 if kind.startswith("int") else 2e-5 for kind in KINDS}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def random_model(config: ModelConfig) -> Model:
+    """Random weights of a trained model's scale: outputs of matrices near one."""
+    model = Model(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return model.eval()
+
+
+def engine_of(model: Model, kind: str, **options: object) -> NativeEngine:
+    return native_engine(model.config, dict(model.state_dict()), kind, **options)
+
+
+def rounded(model: Model, kind: str) -> Model:
+    """A float32 model with the weights that the engine has."""
+    model = copy.deepcopy(model)
+    for name in layouts(model.config):
+        weight = model.get_parameter(name)
+        narrow = (
+            weight.to(FLOATS[kind]).float()
+            if kind in FLOATS
+            else quantise(weight.detach(), kind).dequantise()
+        )
+        weight.data = narrow
+    return model
+
+
+def tokens(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+# ---- the model ----------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("config", SIZES, ids=lambda c: f"C{c.width}")
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_equals_the_torch_model(kind, config, instruction_set):
+    model = random_model(config)
+    matrices = {
+        name: pack(
+            model.get_parameter(name).detach().to(FLOATS[kind])
+            if kind in FLOATS
+            else quantise(model.get_parameter(name).detach(), kind),
+            layout,
+        )
+        for name, layout in layouts(config).items()
+    }
+    engine = NativeEngine(config, matrices, model.state_dict(), "", instruction_set=instruction_set)
+    ids, lengths = tokens(config, 3, 21), torch.tensor([21, 0, 8])
+    resets = torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) < 0.1
+    with torch.no_grad():
+        wanted, wanted_state = rounded(model, kind)(ids, lengths=lengths, resets=resets)
+    logits, state = engine(ids, lengths=lengths, resets=resets)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(
+            logits[row, :length], wanted[row, :length], atol=ERRORS[kind], rtol=0
+        )
+    for name, tensor in state.tensors.items():
+        error = (tensor - wanted_state.tensors[name]).abs() / (1 + wanted_state.tensors[name].abs())
+        assert error.max() < ERRORS[kind], name
+    assert state.tokens.tolist() == [21, 0, 8]
+
+
+def test_every_float16_is_widened_as_torch_does():
+    everything = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    finite = everything[everything.isfinite()].unflatten(0, (-1, 16)).contiguous()
+    config = ModelConfig(vocab_size=len(finite), width=16, num_layers=1)
+    for instruction_set in native.instruction_sets():
+        model = random_model(config)
+        matrices = {
+            name: pack((finite if name == "head.weight" else w.half()).contiguous(), layout)
+            for name, layout in layouts(config).items()
+            for w in [model.get_parameter(name).detach()]
+        }
+        engine = NativeEngine(
+            config, matrices, model.state_dict(), "", instruction_set=instruction_set
+        )
+        assert torch.equal(engine.head(torch.eye(16)), finite.float().T)
+
+
+def test_states_go_from_one_engine_to_the_other():
+    model = make_model()
+    engine = engine_of(model, "float32")
+    ids = tokens(model.config, 2, 12)
+    with torch.no_grad():
+        wanted, _ = model(ids)
+        _, of_model = model(ids[:, :5])
+        _, of_engine = engine(ids[:, :5])
+        assert of_engine.tensors.keys() == of_model.tensors.keys()
+        torch.testing.assert_close(engine(ids[:, 5:], of_model)[0], wanted[:, 5:])
+        torch.testing.assert_close(model(ids[:, 5:], of_engine)[0], wanted[:, 5:])
+    assert engine.fingerprint() == model.fingerprint()
+
+
+def test_not_a_number_is_not_hidden():
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.ffn.key.weight")[0, 0] = torch.nan
+    assert engine_of(model, "float32")(tokens(model.config, 1, 3))[0].isnan().all()
+
+
+# ---- the law, to the bit ------------------------------------------------------------------------
+
+
+@every_kind
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.lists(st.integers(0, 40), max_size=4), rows=st.integers(1, 17), data=st.data())
+def test_company_cuts_padding_and_threads_change_no_bit(kind, cuts, rows, data):
+    config = SIZES[data.draw(st.integers(0, len(SIZES) - 1))]
+    model = random_model(config)
+    ids, at = tokens(config, rows, 40), data.draw(st.integers(0, rows - 1))
+    alone = engine_of(model, kind, threads=1)
+    wanted, wanted_state = alone(ids[at : at + 1])
+
+    engine = engine_of(model, kind, threads=data.draw(st.integers(1, 3)))
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=rows, max_size=rows)))
+    lengths[at] = 40
+    logits, state, borders = [], None, [0, *sorted(cuts), 40]
+    for start, stop in itertools.pairwise(borders):
+        inside = (lengths - start).clamp(0, stop - start)
+        piece, state = engine(ids[:, start:stop], state, lengths=inside)
+        logits.append(piece[at])
+    assert torch.equal(torch.cat(logits), wanted[0])
+    assert same_bits(state.rows(at).tensors, wanted_state.tensors)
+
+
+@every_kind
+def test_a_long_prompt_is_read_in_pieces(kind):
+    config = SIZES[0]
+    engine = engine_of(random_model(config), kind)
+    ids = tokens(config, 1, 2 * POSITIONS + 7)
+    whole, state = engine(ids)
+    _, before = engine(ids[:, :-1])
+    last, after = engine(ids[:, -1:], before)
+    assert torch.equal(last[0, -1], whole[0, -1])
+    assert same_bits(after.tensors, state.tensors)
+    many, _ = engine(ids[:, : POSITIONS + 3].expand(3, -1))
+    assert torch.equal(many[2], whole[0, : POSITIONS + 3])
+
+
+# ---- what relu^2 zeroes -------------------------------------------------------------------------
+
+
+@every_kind
+def test_zero_activations_are_skipped_and_counted(kind):
+    config = ModelConfig(vocab_size=40, width=32, num_layers=1)
+    model = rounded(random_model(config), kind)
+    engine, ids = engine_of(model, "float32"), tokens(config, 2, 9)
+    zeros = []
+    model.get_submodule("blocks.0.ffn.value").register_forward_pre_hook(
+        lambda _, inputs: zeros.append((inputs[0] == 0).float().mean().item())
+    )
+    with torch.no_grad():
+        model(ids)
+    engine(ids)
+    assert 0.2 < engine.skipped < 0.8
+    assert engine.skipped == pytest.approx(zeros[0], abs=1e-6)
+
+
+@every_kind
+def test_weights_of_zero_activations_are_not_read(kind):
+    """Inputs of ffn.value that never fire may hold anything."""
+    config = ModelConfig(vocab_size=40, width=32, num_layers=1)
+    model = random_model(config)
+    ids = tokens(config, 1, 9)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.ffn.key.weight")[5].zero_()
+        wanted = engine_of(model, kind)(ids)[0]
+        matrices = {
+            name: pack(
+                model.get_parameter(name).detach().to(FLOATS[kind])
+                if kind in FLOATS
+                else quantise(model.get_parameter(name).detach(), kind),
+                layout,
+            )
+            for name, layout in layouts(config).items()
+        }
+    matrices["blocks.0.ffn.value.weight"].data[5].fill_(torch.nan if kind in FLOATS else 1)
+    engine = NativeEngine(config, matrices, model.state_dict(), "")
+    for start in range(9):  # few positions at a time are not widened together
+        assert engine(ids[:, start : start + 1])[0].isfinite().all()
+    assert torch.equal(engine(ids)[0], wanted)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_calls_that_do_not_fit_are_refused():
+    model = make_model()
+    engine = engine_of(model, "int8")
+    _, state = engine(tokens(model.config, 2, 3))
+    for wrong, message in [
+        ((torch.tensor([[256]]),), "out of range"),
+        ((torch.tensor([[-1]]),), "out of range"),
+        ((torch.zeros(1, 1),), "wanted ids"),
+        ((torch.tensor([[1]]), state), "rows"),
+        (
+            (
+                torch.tensor([[1], [2]]),
+                engine_of(make_model(width=32), "int8")(torch.ones(2, 1).long())[1],
+            ),
+            "width",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine(*wrong)
+    with pytest.raises(ValueError, match="lengths"):
+        engine(torch.tensor([[1]]), lengths=torch.tensor([2]))
+
+
+def test_no_tokens_leave_the_state_as_it_is():
+    model = make_model()
+    engine = engine_of(model, "int4")
+    _, state = engine(tokens(model.config, 2, 3))
+    logits, after = engine(torch.empty(2, 0, dtype=torch.int64), state)
+    assert logits.shape == (2, 0, 256)
+    assert same_bits(after.tensors, state.tensors)
+    assert engine.head(torch.empty(0, 16)).shape == (0, 256)
