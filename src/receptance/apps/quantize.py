@@ -1,0 +1,168 @@
+"""receptance quantize: a model's matrices as int8 or int4, in a directory that loads at once."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from receptance.checkpoint import read_model
+from receptance.config import ModelConfig
+from receptance.directories import existing
+from receptance.engine.files import About, is_quantised, write_quantised
+from receptance.model import Model
+from receptance.model.rwkv import fingerprint
+from receptance.progress import progress_bar, say
+from receptance.quantize import Quantised, QuantisedKind, check_group, relative_error
+from receptance.quantize.calibration import Calibration
+from receptance.quantize.weights import quantise_tensors
+from receptance.tokenizer import Tokenizer
+
+# Pieces of the calibration text, from all over the file.
+_PIECES = 8
+# More than a token has on average, in any language and vocabulary.
+_BYTES_PER_TOKEN = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a model with its matrices as small integers.
+
+    All else stays float32. The directory that is written loads in a moment, by memory map.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
+    to: QuantisedKind
+    """int8 (8.1 bits a weight) or int4 (4.5)."""
+    out: Path
+    """The directory to write; it must not exist."""
+    group: int | None = None
+    """int4: weights that share a scale and a minimum, 32, 64 or 128; 64 if not given."""
+    calibrate: Path | None = None
+    """int4: a text such as the model is for; rounding is then fitted to what it reads there."""
+    calibration_tokens: int = 8192
+    """Tokens of that text to read."""
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse, quantise and write tensor by tensor, report."""
+    options = tyro.cli(Options, args=argv, prog="receptance quantize")
+    out = options.out.expanduser()
+    _check(options, out)
+    config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)
+    calibration = _calibration(options, config, tensors, tokenizer)
+    about = About(
+        kind=options.to,
+        group=check_group(options.to, options.group),
+        calibration_tokens=calibration.tokens.numel() if calibration else 0,
+        source=fingerprint(config, tensors),
+    )
+    console, report = Console(), Report()
+    weights = quantise_tensors(tensors, options.to, options.group, calibration)
+    watched = _watched(console, tensors, weights, report)
+    write_quantised(out, config, tokenizer, about, watched)
+    report.show(console, out)
+
+
+def _check(options: Options, out: Path) -> None:
+    """Before anything is loaded."""
+    check_group(options.to, options.group)
+    if options.calibrate and options.to == "int8":
+        raise ValueError("int8 is exact enough without a text; leave out --calibrate")
+    if options.calibration_tokens < 1:
+        raise ValueError(
+            f"calibration_tokens is {options.calibration_tokens}; some thousands are good"
+        )
+    if out.exists():
+        raise ValueError(f"{out} exists; give another name with --out")
+    if is_quantised(existing(Path(options.model).expanduser())):
+        raise ValueError(
+            f"{options.model} is quantised already; start from the model that it was made from"
+        )
+
+
+def _calibration(
+    options: Options, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> Calibration | None:
+    if options.calibrate is None:
+        return None
+    rows = sample_text(options.calibrate, tokenizer, options.calibration_tokens)
+    return Calibration(Model.from_tensors(config, tensors), rows)
+
+
+def sample_text(path: Path, tokenizer: Tokenizer, count: int) -> Tensor:
+    """About `count` tokens of a text file, in pieces from all over it: [8,T] int64.
+
+    Fewer if the text is short.
+    """
+    size, each = path.stat().st_size, count // _PIECES
+    pieces = []
+    with path.open("rb") as file:
+        for number in range(_PIECES):
+            start, stop = (size * n // _PIECES for n in (number, number + 1))
+            file.seek(start)
+            text = file.read(min(stop - start, each * _BYTES_PER_TOKEN))
+            # A piece may begin and end inside a character.
+            pieces.append(tokenizer.encode(text.decode("utf-8", errors="ignore"))[:each])
+    shortest = min(map(len, pieces))
+    return torch.tensor([piece[:shortest] for piece in pieces], dtype=torch.int64)
+
+
+def _watched(
+    console: Console,
+    tensors: Mapping[str, Tensor],
+    weights: Iterator[tuple[str, Quantised | Tensor]],
+    report: Report,
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """The weights as they come, with a progress bar, noted in the report."""
+    with progress_bar(console) as bar:
+        total = sum(x.numel() for x in tensors.values())
+        task = bar.add_task("quantising", total=total, note="")
+        for name, weight in weights:
+            report.add(name, tensors[name], weight)
+            yield name, weight
+            bar.update(task, advance=tensors[name].numel(), note=name)
+
+
+@dataclass
+class Report:
+    """What became of a model."""
+
+    before: int = 0
+    """Bytes of all tensors."""
+    errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """By kind of matrix."""
+    parameters: int = 0
+
+    def add(self, name: str, exact: Tensor, weight: Quantised | Tensor) -> None:
+        """Take note of one tensor."""
+        self.before += exact.nbytes
+        self.parameters += exact.numel()
+        if isinstance(weight, Quantised):
+            kind = re.sub(r"^blocks\.\d+\.|\.weight$", "", name)
+            self.errors[kind].append(relative_error(exact.cpu(), weight))
+
+    def show(self, console: Console, out: Path) -> None:
+        """Print sizes, and the largest errors by kind of matrix."""
+        after = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        table = Table("matrices", "number", "worst relative error")
+        for kind, errors in self.errors.items():
+            table.add_row(kind, str(len(errors)), f"{max(errors):.2%}")
+        console.print(table)
+        say(
+            console,
+            f"{out}: {after / 1e6:,.1f} MB, {8 * after / self.parameters:.2f} bits per weight; "
+            f"before {self.before / 1e6:,.1f} MB, {8 * self.before / self.parameters:.2f}",
+        )

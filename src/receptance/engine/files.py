@@ -1,0 +1,202 @@
+"""Directories of quantised models, packed as the kernels read them: mapped, not converted.
+
+config.json                              sizes, tokenizer, format of the codes, their origin
+weights.safetensors                      NAME and NAME:params for matrices, NAME for the rest
+tokenizer.json or rwkv_vocab.txt         nothing for bytes
+manifest.json                            see receptance.manifest
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from receptance.checkpoint import check_tokenizer
+from receptance.config import ModelConfig
+from receptance.directories import existing, write_directory
+from receptance.engine.aligned import Plan, write_aligned
+from receptance.engine.native import layouts
+from receptance.engine.packing import Packed, dtypes, pack, shapes, unpack
+from receptance.formats import read_safetensors
+from receptance.formats.names import some, tensor_shapes
+from receptance.manifest import verify
+from receptance.quantize import Quantised, QuantisedKind, check_group
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+FORMAT = "receptance-quantised"
+FORMAT_VERSION = 1
+WEIGHTS = "weights.safetensors"
+_PARAMS = ":params"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What the codes of a model are and whose they are."""
+
+    kind: QuantisedKind
+    group: int
+    """Inputs that share a scale."""
+    calibration_tokens: int = 0
+    """Of the text that the codes were fitted to; 0 without one."""
+    source: str
+    """The fingerprint of the model that was quantised; its states go on here."""
+
+    def __post_init__(self) -> None:
+        check_group(self.kind, self.group)
+
+
+class QuantisedModel(NamedTuple):
+    """A directory's content; tensors stay mapped to its file."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    matrices: dict[str, Packed]
+    """By official name."""
+    vectors: dict[str, Tensor]
+    """All other tensors, float32 in official shapes."""
+    about: About
+
+
+def write_quantised(
+    directory: str | Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    about: About,
+    weights: Iterable[tuple[str, Quantised | Tensor]],
+) -> None:
+    """Write a model's tensors as they come (see quantise_tensors), packed, and its tokenizer.
+
+    The directory appears whole or not at all (see write_directory).
+    """
+    check_tokenizer(tokenizer, config)
+    plan = _plan(config, about)
+
+    def write(folder: Path) -> None:
+        write_aligned(folder / WEIGHTS, plan, _packed(config, weights))
+        fields = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            "tokenizer": {
+                "kind": tokenizer.kind,
+                "files": tokenizer.save(folder),
+                "fingerprint": tokenizer.fingerprint,
+            },
+            "quantisation": asdict(about),
+        }
+        (folder / "config.json").write_text(json.dumps(fields, indent=1))
+
+    write_directory(directory, write)
+
+
+def read_quantised(directory: str | Path) -> QuantisedModel:
+    """What `write_quantised` wrote; ValueError if a bit of it differs or it is something else."""
+    directory = existing(Path(directory).expanduser())
+    verify(directory)
+    return open_quantised(directory)
+
+
+def open_quantised(directory: Path) -> QuantisedModel:
+    """The same for a directory that has been verified."""
+    fields = _read_config(directory)
+    try:
+        config, about = ModelConfig.from_dict(fields["model"]), About(**fields["quantisation"])
+        tokenizer = _tokenizer(directory, **fields["tokenizer"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / 'config.json'} lacks a field: {error}") from None
+    tensors = read_safetensors(directory / WEIGHTS)
+    _check(directory / WEIGHTS, tensors, _plan(config, about))
+    wanted = tensor_shapes(config)
+    matrices = {}
+    for name, layout in layouts(config).items():
+        outputs, inputs = wanted[name]
+        parts = tensors[name], tensors[name + _PARAMS]
+        matrices[name] = Packed(about.kind, layout, outputs, inputs, about.group, *parts)
+    vectors = {name: tensors[name] for name in wanted if name not in matrices}
+    return QuantisedModel(config, tokenizer, matrices, vectors, about)
+
+
+def is_quantised(directory: str | Path) -> bool:
+    """Whether there is a directory that `write_quantised` wrote, in whatever condition."""
+    try:
+        fields = json.loads((Path(directory) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
+
+
+def dequantised_tensors(
+    model: QuantisedModel, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All tensors by official name, matrices as floats again: what Model.from_tensors wants."""
+    found = dict(model.vectors)
+    for name, packed in model.matrices.items():
+        matrix = unpack(packed)
+        assert isinstance(matrix, Quantised)
+        found[name] = matrix.dequantise().to(dtype)
+    return found
+
+
+def _plan(config: ModelConfig, about: About) -> Plan:
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    layout_of = layouts(config)
+    for name, shape in tensor_shapes(config).items():
+        if (layout := layout_of.get(name)) is None:
+            plan[name] = torch.float32, shape
+            continue
+        names = name, name + _PARAMS
+        wanted = shapes(about.kind, layout, shape[0], shape[1], about.group)
+        for part, dtype, size in zip(names, dtypes(about.kind), wanted, strict=True):
+            assert dtype is not None
+            assert size is not None
+            plan[part] = dtype, size
+    return plan
+
+
+def _packed(
+    config: ModelConfig, weights: Iterable[tuple[str, Quantised | Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    layout_of = layouts(config)
+    for name, weight in weights:
+        if isinstance(weight, Tensor):
+            yield name, weight
+            continue
+        packed = pack(weight, layout_of[name])
+        assert packed.params is not None
+        yield name, packed.data
+        yield name + _PARAMS, packed.params
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not is_quantised(directory):
+        raise ValueError(f"{directory} holds no model that `receptance quantize` wrote")
+    fields: dict[str, Any] = json.loads(file.read_bytes())
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {fields.get('format_version')}; this release reads "
+            f"{FORMAT_VERSION}, so update receptance"
+        )
+    return fields
+
+
+def _tokenizer(directory: Path, kind: str, files: list[str], fingerprint: str) -> Tokenizer:
+    tokenizer = ByteTokenizer() if kind == "bytes" else load_tokenizer(directory / files[0])
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(f"{directory} holds another tokenizer than the one that was written there")
+    return tokenizer
+
+
+def _check(file: Path, tensors: dict[str, Tensor], plan: Plan) -> None:
+    """ValueError unless these are the tensors of the plan: kernels believe their addresses."""
+    found = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    if wrong := [name for name in {**plan, **found} if plan.get(name) != found.get(name)]:
+        raise ValueError(
+            f"{file}: tensors are missing, unexpected or of the wrong shape: {some(wrong)}"
+        )

@@ -1,0 +1,104 @@
+"""What codes stand for: int8 with a scale, int4 with a scale and a minimum, by groups.
+
+    int8   w ~ scale * code               codes -127..127, a scale for 128 inputs of an output
+    int4   w ~ scale * code + minimum     codes 0..15, both for 32, 64 or 128 inputs
+
+Scales and minimums are bfloat16, and rounded before the codes are chosen: what their rounding
+changes, the codes make up for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QuantisedKind = Literal["int8", "int4"]
+
+GROUPS: dict[QuantisedKind, tuple[int, ...]] = {"int8": (128,), "int4": (32, 64, 128)}
+USUAL_INT4_GROUP = 64
+_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """A matrix of N outputs and K inputs as codes."""
+
+    kind: QuantisedKind
+    group: int
+    """G, the inputs of an output that share a scale; the last group may be shorter."""
+    codes: Tensor
+    """[N,K], int8 for int8 and uint8 for int4."""
+    scale: Tensor
+    """[N,K/G] bfloat16."""
+    minimum: Tensor | None
+    """[N,K/G] bfloat16; None for int8."""
+
+    def __post_init__(self) -> None:
+        check_group(self.kind, self.group)
+        dtype = torch.int8 if self.kind == "int8" else torch.uint8
+        groups = (self.codes.shape[0], ceil_div(self.codes.shape[1], self.group))
+        params = [self.scale] if self.minimum is None else [self.scale, self.minimum]
+        fits = all(x.dtype == torch.bfloat16 and x.shape == groups for x in params)
+        if self.codes.dtype != dtype or not fits or len(params) != 1 + (self.kind == "int4"):
+            raise ValueError(
+                f"{self.kind} codes are {self.codes.dtype} {list(self.codes.shape)} with "
+                f"{[list(x.shape) for x in params]}; wanted {dtype} with bfloat16 {list(groups)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def params(self) -> Tensor:
+        """Scale, and minimum if there is one: [N,K/G,1] or [N,K/G,2] bfloat16."""
+        parts = [self.scale] if self.minimum is None else [self.scale, self.minimum]
+        return torch.stack(parts, dim=-1)
+
+    def rows(self, piece: slice) -> Quantised:
+        """The codes of some outputs."""
+        minimum = None if self.minimum is None else self.minimum[piece]
+        return Quantised(self.kind, self.group, self.codes[piece], self.scale[piece], minimum)
+
+    def dequantise(self) -> Tensor:
+        """The weights these codes stand for: [N,K] float32."""
+        inputs = self.codes.shape[1]
+        codes = F.pad(self.codes, (0, -inputs % self.group)).unflatten(1, (-1, self.group))
+        weight = self.scale.float()[..., None] * codes
+        if self.minimum is not None:
+            weight += self.minimum.float()[..., None]
+        return weight.flatten(1)[:, :inputs].contiguous()
+
+
+def relative_error(weight: Tensor, quantised: Quantised) -> float:
+    """Root of the squared errors of a matrix [N,K] over its squares, in small pieces."""
+    error = total = 0.0
+    for start in range(0, len(weight), _ROWS):
+        piece = slice(start, start + _ROWS)
+        exact = weight[piece].float()
+        total += float(exact.square().sum())
+        error += float(quantised.rows(piece).dequantise().sub_(exact).square_().sum())
+    return (error / total) ** 0.5 if total else 0.0
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
+def check_group(kind: str, group: int | None) -> int:
+    """The group, None standing for the usual one; ValueError if there is no such format."""
+    if kind not in GROUPS:
+        raise ValueError(f"weights cannot be quantised to {kind!r}; choose {' or '.join(GROUPS)}")
+    known = GROUPS[cast(QuantisedKind, kind)]
+    if group is None:
+        return known[-1] if kind == "int8" else USUAL_INT4_GROUP
+    if group not in known:
+        raise ValueError(
+            f"{kind} has no groups of {group} weights; choose {' or '.join(map(str, known))}"
+        )
+    return group

@@ -1,0 +1,50 @@
+"""All tensors of a model, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from receptance.quantize.calibration import Calibration
+from receptance.quantize.codes import Quantised, QuantisedKind, check_group
+from receptance.quantize.feedback import quantise_with_feedback
+from receptance.quantize.rounding import quantise
+
+
+def quantise_tensors(
+    tensors: Mapping[str, Tensor],
+    kind: QuantisedKind,
+    group: int | None = None,
+    calibration: Calibration | None = None,
+) -> Iterator[tuple[str, Quantised | Tensor]]:
+    """A model's tensors by official name: matrices as codes, all else as float32.
+
+    One at a time, so that more than the largest is never in memory beside what the caller keeps.
+    group None means 128 for int8 and 64 for int4. ValueError names a tensor with numbers that are
+    not finite.
+    """
+    group = check_group(kind, group)
+    if calibration and kind == "int8":
+        raise ValueError("int8 is exact enough without a text to calibrate with; leave it out")
+    names = calibration.in_order(tensors) if calibration else list(tensors)
+    for name in names:
+        tensor = tensors[name].detach().cpu()
+        try:
+            yield name, _quantise(name, tensor, kind, group, calibration)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be quantised: {error}") from None
+
+
+def _quantise(
+    name: str, tensor: Tensor, kind: QuantisedKind, group: int, calibration: Calibration | None
+) -> Quantised | Tensor:
+    if tensor.dim() != 2:  # time mixes, decay, bonus, norms: small, and what all else rests on
+        if not tensor.isfinite().all():
+            raise ValueError("it has numbers that are infinite or none")
+        return tensor.to(torch.float32)
+    moments = calibration.moments(name) if calibration else None
+    if moments is None:
+        return quantise(tensor, kind, group)
+    return quantise_with_feedback(tensor, moments, group)
