@@ -83,6 +83,20 @@ class TestPrefill:
         torch.testing.assert_close(logits, prefill(model, [prompt])[0], atol=1e-5, rtol=1e-5)
         assert after.tokens.tolist() == [20]
 
+    @pytest.mark.parametrize(("rows", "longest"), [(1, 12), (5, 2), (30, 1)])
+    def test_the_positions_of_a_call_are_bounded(self, rows, longest, model, monkeypatch):
+        """Of all prompts together, but at least one of each."""
+        monkeypatch.setattr(generation, "PREFILL_CHUNK", 12)
+        shapes, features = [], model.features
+
+        def watched(tokens: Tensor, *args: object, **kwargs: object) -> object:
+            shapes.append(tuple(tokens.shape))
+            return features(tokens, *args, **kwargs)
+
+        monkeypatch.setattr(model, "features", watched)
+        prefill(model, [ids(20 + n) for n in range(rows)])
+        assert max(shapes) == (rows, longest)
+
     def test_a_prompt_without_tokens_is_refused(self, model):
         with pytest.raises(ValueError, match="without tokens"):
             prefill(model, [[1], []])
@@ -150,6 +164,12 @@ class TestBatches:
             for prompt in ("fox", [102, 111, 120], (102, 111, 120))
         ]
         assert texts[0] == texts[1] == texts[2]
+
+    def test_it_can_be_repeated(self, model):
+        generation = Generation(model, BYTES, ["one", "two"], max_tokens=9, seed=3)
+        first = next(iter(generation))
+        assert list(generation) == list(generation)
+        assert next(iter(generation)) == first
 
     def test_an_empty_prompt_begins_after_an_end_of_text(self, model):
         empty, ended = rows_of(list(Generation(model, BYTES, ["", [0]], max_tokens=20)), 2)
@@ -393,6 +413,11 @@ class TestProbabilities:
         assert likeliest >= 256
         assert max(token.id for token in tokens) < 256
         assert all(token.log_probability > -100 for token in tokens)
+
+    def test_they_are_left_out_if_not_wanted(self, model):
+        wanted = list(Generation(model, BYTES, ["a", "b"], max_tokens=9))
+        found = list(Generation(model, BYTES, ["a", "b"], max_tokens=9, log_probabilities=False))
+        assert found == [dataclasses.replace(t, log_probability=None) for t in wanted]
 
     def test_a_model_in_bfloat16(self):
         model = make_model().bfloat16()

@@ -4,13 +4,14 @@ import math
 from collections import defaultdict
 from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from receptance import sampling
-from receptance.sampling import Sampling, choose, count, penalise
+from receptance.sampling import Sampling, Seen, choose, log_probabilities, penalise
 
 GRID = 2000
 
@@ -66,6 +67,17 @@ some_options = st.builds(
 )
 
 
+MIXED_DRAWS = [
+    Sampling(),
+    Sampling(temperature=0.7),
+    Sampling(top_p=0.5),
+    Sampling(top_p=0.999, temperature=1.4),
+    Sampling(top_k=5),
+    Sampling(top_k=200, top_p=0.9),
+]
+MIXED = [Sampling(temperature=0), *MIXED_DRAWS]
+
+
 class TestChoose:
     @given(some_logits, some_options)
     def test_the_distribution_is_that_of_chatrwkv(self, logits, options):
@@ -73,10 +85,11 @@ class TestChoose:
         assert_same(logits, options)
 
     @given(some_logits, some_options)
-    def test_a_shortlist_changes_nothing(self, logits, options):
+    def test_shortlists_and_blocks_change_nothing(self, logits, options):
         assume(is_clear(logits, options))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampling, "_SHORTLIST", 3)
+            patch.setattr(sampling, "_BLOCK", 2)
             assert_same(logits, options)
 
     @pytest.mark.parametrize("top_p", [0.2, 0.7, 1.0])
@@ -138,6 +151,53 @@ class TestChoose:
         alone = [choose(logits[[i]], uniform[[i]], options) for i in range(20)]
         assert together.tolist() == torch.cat(alone).tolist()
 
+    def test_rows_have_their_own_options(self):
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(40, 600, generator=generator)
+        uniform = torch.rand(40, generator=generator)
+        options = [MIXED[i % len(MIXED)] for i in range(40)]
+        together = choose(logits, uniform, options)
+        alone = [choose(logits[[i]], uniform[[i]], options[i]) for i in range(40)]
+        assert together.tolist() == torch.cat(alone).tolist()
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_row_that_is_no_distribution_harms_no_other(self, bad):
+        generator = torch.Generator().manual_seed(0)
+        logits = 3 * torch.randn(len(MIXED), 600, generator=generator)
+        uniform = torch.rand(len(MIXED), generator=generator)
+        wanted = choose(logits, uniform, MIXED).tolist()
+        for row in range(len(MIXED)):
+            broken = logits.clone()
+            broken[row, 5] = bad
+            found = choose(broken, uniform, MIXED).tolist()
+            assert found == [*wanted[:row], -1, *wanted[row + 1 :]]
+
+    @pytest.mark.parametrize("options", [Sampling(temperature=0), *MIXED_DRAWS])
+    def test_nothing_possible_is_no_distribution(self, options):
+        logits = torch.full((1, 600), -math.inf)
+        assert choose(logits, torch.tensor([0.5]), options).tolist() == [-1]
+
+    @given(st.integers(1, 700), st.integers(1, 64), st.integers(0, 99), st.booleans())
+    def test_the_largest_are_those_of_topk(self, size, count, seed, with_ties):
+        count = min(count, size)
+        x = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
+        x = x.round() if with_ties else x
+        values, ids = sampling._largest(x, count)
+        assert torch.equal(values, x.topk(count).values)
+        assert torch.equal(x.gather(1, ids), values)
+        assert all(len(set(row)) == count for row in ids.tolist())
+
+    @pytest.mark.parametrize("size", [1, 255, 512, 513, 514, 768, 769, 5000])
+    def test_blocks_of_weights_are_drawn_from_as_if_they_were_one(self, size):
+        """Among weights that are whole numbers nothing is rounded."""
+        generator = torch.Generator().manual_seed(size)
+        weights = torch.randint(0, 3, (1, size), generator=generator).float()
+        weights[0, -1] = 1
+        total = int(weights.sum())
+        uniform = (torch.arange(total, dtype=torch.float64) + 0.5) / total
+        found = sampling._draw(weights.expand(total, -1), uniform)
+        assert torch.equal(found, torch.arange(size).repeat_interleave(weights[0].long()))
+
     def test_half_precision_logits_will_do(self):
         logits = torch.tensor([[1.0, 2.0, 5.0]]).bfloat16()
         for options in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=2)):
@@ -181,23 +241,67 @@ class TestPenalties:
         ),
     )
     def test_the_rule_of_chatrwkv(self, tokens, logits, options):
-        counts = torch.zeros(1, 6)
+        seen = Seen()
         for token in tokens:
-            counts = count(counts, torch.tensor([token]), options)
-        result = penalise(torch.tensor([logits]), counts, options)
+            seen.add(token, options)
+        result = torch.tensor([logits])
+        penalise(result, [seen], [options])
         wanted = torch.tensor([penalised(logits, tokens, options)])
         torch.testing.assert_close(result, wanted, atol=1e-5, rtol=1e-5)
 
+    @given(st.lists(st.integers(0, 299), max_size=300), st.sampled_from([0.9, 1.0]))
+    @example([*range(200), 7], 1.0)
+    def test_each_token_is_seen_once_with_its_count(self, tokens, decay):
+        seen, options = Seen(), Sampling(presence_penalty=1, penalty_decay=decay)
+        for token in tokens:
+            seen.add(token, options)
+        wanted: dict[int, float] = {}
+        for age, token in enumerate(reversed(tokens)):
+            wanted[token] = wanted.get(token, 0) + decay**age
+        assert len(seen) == len(wanted)
+        assert dict(zip(seen.ids.tolist(), seen.counts.tolist(), strict=True)) == pytest.approx(
+            wanted, rel=1e-4
+        )
+
+    def test_rows_have_their_own_options_and_tokens(self):
+        options = [
+            Sampling(),
+            Sampling(repetition_penalty=2),
+            Sampling(presence_penalty=0.5),
+            Sampling(frequency_penalty=0.25, penalty_decay=0.5),
+            Sampling(presence_penalty=0.5),
+        ]
+        seen = [Seen() for _ in options]
+        for row, tokens in enumerate([[0, 1], [0, 1], [1, 1, 2], [2, 2], []]):
+            for token in tokens:
+                seen[row].add(token, options[row])
+        logits = torch.tensor([[4.0, -4.0, 1.0]]).repeat(5, 1)
+        penalise(logits, seen, options)
+        assert logits.tolist() == [
+            [4, -4, 1],
+            [2, -8, 1],
+            [4, -4.5, 0.5],
+            [4, -4, 1 - 0.25 * 1.5],
+            [4, -4, 1],
+        ]
+
+    def test_presence_does_not_fade(self):
+        """However long ago; the count has underflowed by then."""
+        options, seen = Sampling(presence_penalty=1, penalty_decay=0.1), Seen()
+        for token in [0] + [1] * 100:
+            seen.add(token, options)
+        logits = torch.ones(1, 3)
+        penalise(logits, [seen], [options])
+        assert logits.tolist() == [[0, 0, 1]]
+
     def test_impossible_tokens_stay_impossible(self):
         options = Sampling(repetition_penalty=2, presence_penalty=1, frequency_penalty=1)
-        result = penalise(torch.tensor([[-math.inf, 1.0]]), torch.ones(1, 2), options)
-        assert result.tolist() == [[-math.inf, -1.5]]
-
-    def test_nothing_is_changed_in_place(self):
-        counts, logits = torch.zeros(1, 3), torch.ones(1, 3)
-        options = Sampling(presence_penalty=1)
-        penalise(logits, count(counts, torch.tensor([1]), options), options)
-        assert counts.tolist() == [[0, 0, 0]] and logits.tolist() == [[1, 1, 1]]
+        seen = Seen()
+        for token in (0, 1):
+            seen.add(token, options)
+        logits = torch.tensor([[-math.inf, 1.0]])
+        penalise(logits, [seen], [options])
+        assert logits.tolist() == [[-math.inf, -1.5]]
 
     def test_whether_there_are_any(self):
         assert not Sampling(temperature=0.5, penalty_decay=0.5).penalises
@@ -231,3 +335,31 @@ def test_a_lower_top_p_keeps_fewer():
     kept = [sum(x > 0 for x in found(logits, Sampling(top_p=p / 10))) for p in range(11)]
     assert all(less <= more for less, more in pairwise(kept))
     assert kept[0] == 1 and kept[-1] == 20
+
+
+@pytest.mark.parametrize(("threads", "sizes"), [(1, range(1, 18)), (2, (1, 2, 9, 17))])
+def test_a_row_is_the_same_to_the_bit_in_any_company(threads, sizes):
+    """At the size of a real vocabulary, where kernels begin to share their work out."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(17, 50277, generator=generator)
+    logits[3] /= 10  # a flat one: too many tokens for the shortlist
+    uniform = torch.rand(17, generator=generator)
+    options = [MIXED[i % len(MIXED)] for i in range(17)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ids, scores = choose(logits, uniform, options), log_probabilities(logits)
+        for size in sizes:
+            part = slice(17 - size, None) if size % 2 else slice(size)
+            own = logits[part].clone()
+            assert torch.equal(choose(own, uniform[part], options[part]), ids[part])
+            assert torch.equal(log_probabilities(own), scores[part])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_log_probabilities_are_those_of_double_precision():
+    logits = 5 * torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    exact = logits.double().numpy()
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    np.testing.assert_allclose(log_probabilities(logits).numpy(), exact, atol=1e-5)

@@ -6,42 +6,30 @@ Several prompts of different lengths are one batch; each row equals its solo run
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from receptance import sampling
-from receptance.model import Model
+from receptance.batching import CHUNK, Slots
+from receptance.engine.base import Engine
+from receptance.rows import Prompt, Request, Token
 from receptance.sampling import Sampling
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
 
-# Tokens of a prompt that are read at once: memory stays bounded whatever the prompt's length.
-PREFILL_CHUNK = 512
+__all__ = ["Generation", "Prompt", "Token", "generate", "prefill"]
 
-Prompt = str | Sequence[int]
+# Positions that are read at once, of all prompts together: memory stays bounded whatever they are.
+PREFILL_CHUNK = CHUNK
+
 Texts = TypeVar("Texts", str, list[str])
-
-
-@dataclass(frozen=True)
-class Token:
-    """One generated token of one row."""
-
-    row: int
-    id: int
-    text: str
-    """Text that is certain now: incomplete characters and possible stop strings wait."""
-    log_probability: float
-    """Natural logarithm, under the model itself, before penalties and truncation."""
-    finish_reason: str | None = None
-    """Set on a row's last token: "stop", "end_of_text" or "length"."""
 
 
 @torch.no_grad()
 def prefill(
-    model: Model, prompts: Sequence[Sequence[int]], state: State | None = None
+    engine: Engine, prompts: Sequence[Sequence[int]], state: State | None = None
 ) -> tuple[Tensor, State]:
     """Read prompts of any lengths, of at least one token: logits [B,V] for what follows, state.
 
@@ -49,35 +37,35 @@ def prefill(
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt without tokens; give at least one")
-    device = model.emb.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = int(lengths.max())
-    last = torch.zeros(
-        len(prompts), model.config.width, device=device, dtype=model.emb.weight.dtype
-    )
-    for start in range(0, longest, PREFILL_CHUNK):
-        pieces = [torch.tensor(p[start : start + PREFILL_CHUNK]).long() for p in prompts]
-        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=engine.device)
+    last: Tensor | None = None
+    positions = max(1, PREFILL_CHUNK // len(prompts))
+    for start in range(0, int(lengths.max()), positions):
+        pieces = [torch.tensor(p[start : start + positions]).long() for p in prompts]
+        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True).to(engine.device)
         inside = (lengths - start).clamp(0, tokens.shape[1])
         ragged = inside if bool((inside < tokens.shape[1]).any()) else None
-        features, state = model.features(tokens, state, lengths=ragged)
+        features, state = engine.features(tokens, state, lengths=ragged)
         ends = (inside > 0).nonzero()[:, 0]  # a later chunk overwrites a longer row's
+        last = features.new_empty(len(prompts), features.shape[-1]) if last is None else last
         last[ends] = features[ends, inside[ends] - 1]
-    assert state is not None
-    return model.head(last), state
+    assert state is not None and last is not None
+    return engine.head(last), state
 
 
 class Generation:
-    """An iterator over generated tokens, row by row in every step.
+    """Iterating over it generates tokens, row by row in every step, each time from the start.
 
     Prompts are text or token ids; empty ones begin after an end-of-text token. `state` continues
     from an earlier one (one row per prompt). After a row has finished, `states[row]` is its state
     behind every generated token but those in `unread[row]`: the last one, which was never fed.
+    Without `log_probabilities` tokens come sooner, and without theirs; for `deterministic` see
+    `Slots`.
     """
 
     def __init__(
         self,
-        model: Model,
+        engine: Engine,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         *,
@@ -86,111 +74,57 @@ class Generation:
         stop: Sequence[str] = (),
         seed: int | Sequence[int] = 0,
         ignore_end_of_text: bool = False,
+        log_probabilities: bool = True,
+        deterministic: bool = False,
         state: State | None = None,
     ) -> None:
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
         if not prompts:
             raise ValueError("no prompts; give at least one")
-        if any(not s for s in stop):
-            raise ValueError("an empty stop string would stop before the first token")
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one or as many")
-        if beyond := [s for s in seeds if not 0 <= s < 1 << 63]:
-            raise ValueError(f"seed is {beyond[0]}; it must be at least 0 and less than 2**63")
-        self.model, self.tokenizer = model, tokenizer
-        self.sampling = sampling or Sampling()
-        self.max_tokens, self.ignore_end_of_text = max_tokens, ignore_end_of_text
-        ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        self.prompts = [p or [tokenizer.end_of_text] for p in ids]
+        if state is not None and state.batch != len(prompts):
+            raise ValueError(
+                f"the state holds {state.batch} rows and there are {len(prompts)} prompts; "
+                "select rows with State.rows()"
+            )
         self.states: list[State | None] = [None] * len(prompts)
         self.unread: list[list[int]] = [[] for _ in prompts]
-        self._state = state
-        self._texts = [_Text(tokenizer, stop) for _ in prompts]
-        # A seed is a row's own, so that a row draws the same numbers in any company.
-        self._random = [torch.Generator().manual_seed(s) for s in seeds]
+        self._slots = partial(
+            Slots, engine, tokenizer, len(prompts), deterministic=deterministic, lockstep=True
+        )
+        self._prompts, self._state = prompts, state
+        self._requests = [
+            Request(
+                sampling=sampling or Sampling(),
+                max_tokens=max_tokens,
+                stop=stop,
+                seed=own,
+                ignore_end_of_text=ignore_end_of_text,
+                log_probabilities=log_probabilities,
+            )
+            for own in seeds
+        ]
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[Token]:
-        logits, state = prefill(self.model, self.prompts, self._state)
-        rows = list(range(len(self.prompts)))
-        counts = torch.zeros_like(logits, dtype=torch.float32)
-        for step in range(self.max_tokens):
-            logits = logits.float()
-            # Rows of the embedding beyond the vocabulary stand for nothing.
-            logits[:, self.tokenizer.vocab_size :] = -torch.inf
-            ids = self._choose(logits, counts, rows)
-            chosen = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-            last = step + 1 == self.max_tokens
-            going = []
-            for i, (token, score) in enumerate(zip(ids.tolist(), chosen.tolist(), strict=True)):
-                text, reason = self._read(rows[i], token, last)
-                if reason is None:
-                    going.append(i)
-                else:
-                    self.states[rows[i]], self.unread[rows[i]] = state.rows(i), [token]
-                yield Token(rows[i], token, text, score, reason)
-            if not going:
-                return
-            if len(going) < len(rows):
-                rows, ids = [rows[i] for i in going], ids[going]
-                state, counts = state.rows(going), counts[going]
-            if self.sampling.penalises:
-                counts = sampling.count(counts, ids, self.sampling)
-            logits, state = self.model(ids[:, None], state)
-            logits = logits[:, -1]
-
-    def _choose(self, logits: Tensor, counts: Tensor, rows: list[int]) -> Tensor:
-        if self.sampling.penalises:
-            logits = sampling.penalise(logits, counts, self.sampling)
-        uniform = torch.stack([torch.rand((), generator=self._random[row]) for row in rows])
-        return sampling.choose(logits, uniform.to(logits.device), self.sampling)
-
-    def _read(self, row: int, token: int, last: bool) -> tuple[str, str | None]:
-        """The text that a row's next token makes certain, and why the row ends with it."""
-        if token == self.tokenizer.end_of_text and not self.ignore_end_of_text:
-            return self._texts[row].finish(), "end_of_text"
-        text, stopped = self._texts[row].push(token)
-        if stopped:
-            return text, "stop"
-        return (text + self._texts[row].finish(), "length") if last else (text, None)
-
-
-class _Text:
-    """A row's text: holds back incomplete characters and what may become a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self.decoder = tokenizer.stream()
-        self.stop = tuple(stop)
-        self.held = ""
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string ended it."""
-        self.held += self.decoder.push(token)
-        # The one that is complete first ends the text, however it is cut into tokens.
-        found = [(at + len(s), at) for s in self.stop if (at := self.held.find(s)) >= 0]
-        if found:
-            text, self.held = self.held[: min(found)[1]], ""
-            return text, True
-        keep = max((_overlap(self.held, s) for s in self.stop), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return text, False
-
-    def finish(self) -> str:
-        """What is still held when the row ends for another reason."""
-        text, self.held = self.held + self.decoder.flush(), ""
-        return text
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+        slots = self._slots(chunk=PREFILL_CHUNK)
+        for row, (prompt, request) in enumerate(zip(self._prompts, self._requests, strict=True)):
+            before = None if self._state is None else self._state.rows(row)
+            slots.admit(prompt, request, state=before)
+        while tokens := slots.step():
+            for row, left in slots.left.items():
+                self.states[row], self.unread[row] = left.state, left.unread
+            for token in tokens:
+                if token.finish_reason == "error":
+                    raise ValueError(
+                        f"row {token.row}: the model's logits are not numbers; its weights or "
+                        "the state it began from are damaged"
+                    )
+                yield token
 
 
 def generate(
-    model: Model,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Texts,
     *,
@@ -224,13 +158,14 @@ def generate(
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
     texts = [""] * len(batch)
     generation = Generation(
-        model,
+        engine,
         tokenizer,
         batch,
         sampling=options,
         max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else stop,
+        stop=stop,
         seed=seed,
+        log_probabilities=False,
         state=state,
     )
     for token in generation:

@@ -1,18 +1,28 @@
-"""Logits to token ids: pure functions of logits, what was generated before, and random numbers."""
+"""Logits to token ids: functions of logits, what was generated before, and random numbers.
+
+A row's result is the same to the bit whatever other rows there are. So exponentials and sums are
+taken by kernels that treat a row as a whole, and never over a batch seen as one long vector.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Tokens considered before the whole vocabulary is sorted; top_p rarely needs more.
-_SHORTLIST = 512
+_SHORTLIST = 128
 # Dividing float32 logits by less than this would overflow; nothing but the likeliest is left.
 _GREEDY_BELOW = 1e-6
+# Weights that are added up before one of them is looked for.
+_BLOCK = 256
+# The float64 before 1.
+_LESS_THAN_ONE = 1 - 2**-53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,68 +68,246 @@ class Sampling:
         )
 
 
-def penalise(logits: Tensor, counts: Tensor, options: Sampling) -> Tensor:
-    """Logits less attractive where counts are positive: [B,V], [B,V] -> [B,V]."""
-    seen = counts > 0
-    if options.repetition_penalty != 1:
-        factor = options.repetition_penalty
-        logits = torch.where(
-            seen, torch.where(logits > 0, logits / factor, logits * factor), logits
-        )
-    return logits - (seen * options.presence_penalty + counts * options.frequency_penalty)
+# ---- penalties ----------------------------------------------------------------------------------
 
 
-def count(counts: Tensor, tokens: Tensor, options: Sampling) -> Tensor:
-    """Counts after these tokens [B] were generated; the old ones fade first: [B,V] -> [B,V]."""
-    counts = counts * options.penalty_decay
-    return counts.scatter_add(1, tokens[:, None], torch.ones_like(counts[:, :1]))
+class Seen:
+    """The different tokens that a row has generated, and their fading counts."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self._ids, self._counts = np.empty(64, np.int64), np.empty(64, np.float32)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[N], in the order of their first occurrence."""
+        return self._ids[: len(self)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[N] float32."""
+        return self._counts[: len(self)]
+
+    def add(self, token: int, options: Sampling) -> None:
+        """One more token; the counts of those before it fade first."""
+        self._counts[: len(self)] *= options.penalty_decay
+        place = self._places.get(token)
+        place = self._append(token) if place is None else place
+        self._counts[place] += 1
+
+    def _append(self, token: int) -> int:
+        place = len(self)
+        if place == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.empty_like(self._counts)])
+        self._places[token], self._ids[place], self._counts[place] = place, token, 0
+        return place
 
 
-def choose(logits: Tensor, uniform: Tensor, options: Sampling) -> Tensor:
+def penalise(logits: Tensor, seen: Sequence[Seen], options: Sequence[Sampling]) -> None:
+    """Make what each row has generated less attractive to it, in place: [B,V] float32."""
+    rows = [row for row, o in enumerate(options) if o.penalises and len(seen[row])]
+    if not rows:
+        return
+    sizes = [len(seen[row]) for row in rows]
+
+    def spread(name: str) -> np.ndarray:
+        values = np.array([getattr(options[row], name) for row in rows], np.float32)
+        return np.repeat(values, sizes)
+
+    places = np.concatenate([seen[row].ids + row * logits.shape[1] for row in rows])
+    counts = np.concatenate([seen[row].counts for row in rows])
+    less = spread("presence_penalty") + counts * spread("frequency_penalty")
+    at, factor, subtracted = (
+        torch.from_numpy(x).to(logits.device) for x in (places, spread("repetition_penalty"), less)
+    )
+    flat = logits.view(-1)
+    values = flat[at]
+    flat[at] = torch.where(values > 0, values / factor, values * factor) - subtracted
+
+
+# ---- choosing -----------------------------------------------------------------------------------
+
+
+def choose(logits: Tensor, uniform: Tensor, options: Sampling | Sequence[Sampling]) -> Tensor:
     """One token id per row from one random number in [0, 1) per row: [B,V], [B] -> [B].
 
     The order is that of ChatRWKV: softmax, top_p, top_k, then temperature on what is left.
+    options is one for all rows, or one for each. -1 for a row whose logits are no distribution:
+    not numbers, or without a finite largest one.
     """
-    if options.temperature < _GREEDY_BELOW or options.top_p == 0 or options.top_k == 1:
-        return logits.argmax(-1)
+    rows = [options] * len(logits) if isinstance(options, Sampling) else options
     logits = logits.float()
-    if options.top_p >= 1 and options.top_k == 0:
+    methods = _by_method(rows, logits.shape[-1])
+    if len(methods) == 1:
+        return _choose_by(*next(iter(methods)), logits, uniform, rows)
+    ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    for (method, count), some in methods.items():
+        index = torch.tensor(some, device=logits.device)
+        own = [rows[row] for row in some]
+        ids[index] = _choose_by(method, count, logits.index_select(0, index), uniform[index], own)
+    return ids
+
+
+def _choose_by(
+    method: str, count: int, logits: Tensor, uniform: Tensor, rows: Sequence[Sampling]
+) -> Tensor:
+    if method == "greedy":
+        return _likeliest(logits)
+    if method == "all":
+        return _draw(_tempered(logits, rows), uniform)
+    return _draw_truncated(logits, uniform, rows, count)
+
+
+def _by_method(rows: Sequence[Sampling], vocabulary: int) -> dict[tuple[str, int], list[int]]:
+    """Rows by how they are drawn, and by the number of their likeliest tokens to look at."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for row, o in enumerate(rows):
+        if o.temperature < _GREEDY_BELOW or o.top_p == 0 or o.top_k == 1:
+            key = ("greedy", 1)
+        elif o.top_p >= 1 and o.top_k == 0:
+            key = ("all", vocabulary)
+        else:
+            key = ("truncated", min(max(_SHORTLIST, o.top_k), vocabulary))
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest, -1 where it is not finite: [B,V] -> [B]."""
+    if not logits.is_cpu:
+        largest, ids = logits.max(-1)
+        return ids.where(largest.isfinite(), -1)
+    table = logits.numpy()  # ten times as fast as torch
+    likeliest = table.argmax(-1)
+    largest = table[np.arange(len(table)), likeliest]
+    return torch.from_numpy(np.where(np.isfinite(largest), likeliest, -1))
+
+
+def _column(rows: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
+    """An option of every row: [B,1] float32."""
+    values = [float(getattr(o, name)) for o in rows]
+    return torch.tensor(values, device=like.device)[:, None]
+
+
+def _tempered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
+    """Probabilities at each row's temperature: [B,N] -> [B,N]."""
+    if any(o.temperature != 1 for o in rows):
         # Relative to the largest, so that a low temperature cannot overflow.
         logits = logits - logits.amax(-1, keepdim=True)
-        return _draw((logits / options.temperature).softmax(-1), uniform)
-    probabilities, ids = _likeliest(logits.softmax(-1), options)
-    kept = probabilities
-    if options.top_p < 1:  # rounded sums may reach 1 before the end
-        kept = kept.masked_fill(kept < _cutoff(kept, options.top_p), 0)
-    # Relative to the largest, so that a low temperature cannot underflow to nothing.
-    kept = (kept / kept[:, :1]) ** (1 / options.temperature)
-    return ids.gather(-1, _draw(kept, uniform)[:, None])[:, 0]
+        logits = logits.div_(_column(rows, "temperature", logits))
+    return logits.softmax(-1)
 
 
-def _likeliest(probabilities: Tensor, options: Sampling) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids in falling order, as many as the truncation can keep."""
-    vocabulary = probabilities.shape[-1]
-    if options.top_k:
-        return probabilities.topk(min(options.top_k, vocabulary))
-    if vocabulary > _SHORTLIST:
-        values, ids = probabilities.topk(_SHORTLIST)
+def _draw_truncated(
+    logits: Tensor, uniform: Tensor, rows: Sequence[Sampling], count: int
+) -> Tensor:
+    """From the likeliest tokens, of which `count` are enough for nearly every row."""
+    values, ids = _largest(logits, count)
+    kept, short = torch.ones_like(values, dtype=torch.bool), []
+    if any(o.top_p < 1 for o in rows):
+        probabilities = logits.softmax(-1)
+        top = probabilities.gather(1, ids)
+        cutoff = _cutoff(top, _column(rows, "top_p", logits))
+        kept = top >= cutoff
         # Beyond the last one there may be tokens as likely as itself.
-        if bool((_cutoff(values, options.top_p) > values[:, -1:]).all()):
-            return values, ids
-    return probabilities.sort(-1, descending=True)
+        beyond = (cutoff <= top[:, -1:])[:, 0].tolist()
+        short = [i for i, o in enumerate(rows) if beyond[i] and o.top_p < 1 and not o.top_k]
+    if any(o.top_k for o in rows):
+        limits = _column(rows, "top_k", logits)
+        kept &= (torch.arange(count, device=ids.device) < limits) | (limits == 0)
+    places = _draw(_tempered(values.where(kept, -torch.inf), rows), uniform)
+    chosen = ids.gather(1, places.clamp(min=0)[:, None])[:, 0].where(places >= 0, -1)
+    if count < logits.shape[-1]:
+        for i in short:
+            own = slice(i, i + 1)
+            chosen[own] = _draw_sorted(logits[own], probabilities[own], uniform[own], rows[i])
+    return chosen
 
 
-def _cutoff(probabilities: Tensor, top_p: float) -> Tensor:
-    """The probability with which the cumulated ones reach top_p: [B,N] falling -> [B,1]."""
-    before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
-    return probabilities.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+def _draw_sorted(
+    logits: Tensor, probabilities: Tensor, uniform: Tensor, options: Sampling
+) -> Tensor:
+    """The same with top_p alone and however many tokens it keeps: [1,V], [1,V], [1] -> [1]."""
+    if probabilities.is_cpu:  # ten times as fast as torch
+        falling = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)
+    else:
+        falling = probabilities.sort(-1, descending=True).values
+    cutoff = _cutoff(falling, _column([options], "top_p", logits))
+    kept = logits.where(probabilities >= cutoff, -torch.inf)
+    return _draw(_tempered(kept, [options]), uniform)
+
+
+def _cutoff(probabilities: Tensor, top_p: Tensor) -> Tensor:
+    """The probability with which the cumulated ones reach top_p: [B,N] falling, [B,1] -> [B,1].
+
+    0 where all are wanted: rounded sums may reach 1 before the end.
+    """
+    reached = torch.searchsorted(probabilities.cumsum(-1), top_p)
+    last = reached.clamp_(max=probabilities.shape[-1] - 1)
+    return probabilities.gather(1, last).where(top_p < 1, 0)
+
+
+def _largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What x.topk(count) gives, on the way of a table: [B,N] -> values and ids [B,count].
+
+    The largest are in the columns with the largest maxima, and the maxima of columns are found
+    several times as fast as anything is sorted.
+    """
+    size = x.shape[-1]
+    depth = math.isqrt(size // count)
+    if depth < 4:
+        return x.topk(count)
+    width = size // depth
+    columns = x[:, : depth * width].unflatten(1, (depth, width)).amax(1)
+    best = columns.topk(count, sorted=False).indices
+    below = width * torch.arange(depth, device=x.device)[:, None]
+    rest = torch.arange(depth * width, size, device=x.device).expand(len(x), -1)
+    ids = torch.cat([(best[:, None] + below).flatten(1), rest], 1)
+    values, places = x.gather(1, ids).topk(count)
+    return values, ids.gather(1, places)
+
+
+# ---- drawing ------------------------------------------------------------------------------------
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """The index where the cumulated weights pass uniform times their sum: [B,N], [B] -> [B]."""
-    cumulated = weights.cumsum(-1, dtype=torch.float64)
-    threshold = uniform.double()[:, None] * cumulated[:, -1:]
-    index = torch.searchsorted(cumulated, threshold, right=True)[:, 0]
-    # Rounding may leave the threshold at the very end, behind weights that are zero.
-    last = weights.shape[-1] - 1 - (weights > 0).flip(-1).int().argmax(-1)
-    return torch.minimum(index, last)
+    """Where the cumulated weights pass uniform times their sum: [B,N], [B] -> [B], or -1.
+
+    Of many weights the sums of blocks are cumulated, and then the weights of one block.
+    """
+    size = weights.shape[-1]
+    many = size > 2 * _BLOCK
+    cumulated = (_block_sums(weights) if many else weights).cumsum(-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    threshold = uniform.double()[:, None] * total
+    index = _passed(cumulated, threshold)
+    if many:
+        before = F.pad(cumulated, (1, 0)).gather(1, index)
+        places = index * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+        inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
+        within = inside.cumsum(-1, dtype=torch.float64)
+        index = index * _BLOCK + _passed(within, threshold - before)
+    return index.where(total > 0, -1)[:, 0]  # NaN is not
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """[B,N] -> [B,N/256], rounded up."""
+    blocks = weights.shape[-1] // _BLOCK
+    whole = weights[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).sum(-1)
+    return torch.cat([whole, weights[:, blocks * _BLOCK :].sum(-1, keepdim=True)], 1)
+
+
+def _passed(cumulated: Tensor, threshold: Tensor) -> Tensor:
+    """The first place beyond the threshold: [B,N], [B,1] -> [B,1]."""
+    # A threshold that rounding has moved to the end would pass the last weight.
+    threshold = torch.minimum(threshold, cumulated[:, -1:] * _LESS_THAN_ONE)
+    return torch.searchsorted(cumulated, threshold, right=True).clamp_(max=cumulated.shape[-1] - 1)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Natural logarithms of all probabilities: [B,V] -> [B,V] float32."""
+    return logits.log_softmax(-1, dtype=torch.float32)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,11 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from receptance.data.batches import Batch
+from receptance.engine.base import Engine
 from receptance.model import Model
+from receptance.state import State
 
 # Rows are pieces of one long text, read side by side with their states carried along.
 _ROWS = 16
 _CHUNK = 256
+# Positions whose logits are in memory at once.
+_HEAD_CHUNK = 512
 # What torch's cross entropy passes over.
 _IGNORED = -100
 
@@ -36,29 +43,54 @@ def text_rows(tokens: np.ndarray | Tensor, *, start: int = 0) -> Batch:
 
 @torch.no_grad()
 def negative_log_likelihood(
-    model: Model, tokens: np.ndarray | Tensor, *, start: int = 0, dtype: torch.dtype | None = None
+    engine: Engine,
+    tokens: np.ndarray | Tensor,
+    *,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> float:
     """Total, in nats, of a text's tokens [N], each predicted from all before it.
 
     The text is cut into a few long pieces that are read side by side; each begins from nothing
-    but the token `start`, so the figure is at most a little worse than that of one piece.
+    but the token `start`, so the figure is at most a little worse than that of one piece. dtype
+    is that of a `Model`'s activations; a model in training mode is scored without dropout.
     """
     whole, state, total = text_rows(tokens, start=start), None, 0.0
-    training, device = model.training, model.emb.weight.device
-    model.eval()
-    try:
+    with _evaluating(engine, dtype) as features:
         for at in range(0, whole.inputs.shape[1], _CHUNK):
-            piece = whole.part(time=slice(at, at + _CHUNK)).to(device)
-            logits, state = model(piece.inputs, state, dtype=dtype)
+            piece = whole.part(time=slice(at, at + _CHUNK)).to(engine.device)
+            x, state = features(piece.inputs, state)
             assert piece.mask is not None
             counted = piece.targets.masked_fill(~piece.mask, _IGNORED)
-            losses = F.cross_entropy(
-                logits.float().flatten(0, 1), counted.flatten(), reduction="sum"
-            )
-            total += float(losses)
-    finally:
-        model.train(training)
+            total += _total_loss(engine, x.flatten(0, 1), counted.flatten())
     return total
+
+
+@contextmanager
+def _evaluating(
+    engine: Engine, dtype: torch.dtype | None
+) -> Iterator[Callable[[Tensor, State | None], tuple[Tensor, State]]]:
+    """The engine's `features`, without dropout if it is a model."""
+    if not isinstance(engine, Model):
+        if dtype is not None:
+            raise ValueError(f"dtype is {dtype}; only a Model takes one, this engine has its own")
+        yield engine.features
+        return
+    training = engine.training
+    engine.eval()
+    try:
+        yield partial(engine.features, dtype=dtype)
+    finally:
+        engine.train(training)
+
+
+def _total_loss(engine: Engine, features: Tensor, targets: Tensor) -> float:
+    """Nats of the targets [N] that are counted: the head a few positions at a time."""
+    pieces = zip(features.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True)
+    losses = (
+        F.cross_entropy(engine.head(x).float(), wanted, reduction="sum") for x, wanted in pieces
+    )
+    return sum(float(loss) for loss in losses)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

@@ -19,6 +19,7 @@ from receptance.adapters import (
 )
 from receptance.apps.chat import Chat, Options
 from receptance.apps.merge import _check
+from receptance.engine.adapted import AdaptedModel
 from receptance.generation import Generation, generate, prefill
 from receptance.sampling import Sampling
 from receptance.tokenizer import ByteTokenizer
@@ -144,18 +145,17 @@ class TestGenerate:
 
 class TestChat:
     def test_a_conversation_begins_in_the_tuned_state(self, model):
-        with load_adapter("state", model).attach(model) as adapter:
-            chat = Chat(model, BYTES, Options(model="", max_tokens=6), adapter)
-            for _ in range(2):
-                reply = "".join(chat.answer("hi"))
-                text = BYTES.encode(f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
-                _, wanted = prefill(model, [text], adapter.initial_state())
-                assert chat.state is not None
-                for name, tensor in wanted.tensors.items():
-                    torch.testing.assert_close(
-                        chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4
-                    )
-                chat.reset()
+        adapter = load_adapter("state", model)
+        chat = Chat(AdaptedModel(model, adapter), BYTES, Options(model="", max_tokens=6))
+        for _ in range(2):
+            reply = "".join(chat.answer("hi"))
+            text = BYTES.encode(f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
+            _, wanted = prefill(model, [text], adapter.initial_state())
+            assert chat.state is not None
+            for name, tensor in wanted.tensors.items():
+                torch.testing.assert_close(chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+            chat.reset()
+        adapter.detach()
 
     @every_kind
     def test_through_the_command(self, kind, monkeypatch):

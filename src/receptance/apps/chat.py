@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from receptance.adapters import Adapter, load_adapter
-from receptance.checkpoint import load
+from receptance.engine import load_engine
+from receptance.engine.base import Engine
 from receptance.generation import Generation, prefill
-from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
 from receptance.templates import TEMPLATES, TURN_END, Template
@@ -53,8 +51,12 @@ class Options:
     """A tokenizer file, or "bytes", instead of the one beside the weights."""
     device: str = "cpu"
     """Where to run: cpu, cuda, ..."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; as in the file if not given."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
+    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What computes: auto takes the native kernels on a CPU where they were built."""
+    threads: int | None = None
+    """Threads of the native kernels; as many as torch has if not given."""
 
 
 class Chat:
@@ -62,15 +64,12 @@ class Chat:
 
     def __init__(
         self,
-        model: Model,
+        engine: Engine,
         tokenizer: Tokenizer,
         options: Options,
-        adapter: Adapter | None = None,
     ) -> None:
-        """The adapter, if there is one, is attached to the model."""
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.template = _template(options)
-        self.adapter = adapter
         self.state: State | None = None  # nothing has been said
         self.draws = 0
         self._last: tuple[State | None, str] | None = None
@@ -80,16 +79,16 @@ class Chat:
         prompt = self.tokenizer.encode(self.template.prompt(message))
         before = self.state
         self._last = (before, message)
-        start = self.adapter.initial_state() if self.adapter and before is None else before
         generation = Generation(
-            self.model,
+            self.engine,
             self.tokenizer,
             [prompt],
             sampling=self.options.sampling,
             max_tokens=self.options.max_tokens,
             stop=(TURN_END,),
             seed=self.options.seed + self.draws,
-            state=start,
+            log_probabilities=False,
+            state=before,
         )
         self.draws += 1
         reply = ""
@@ -100,7 +99,7 @@ class Chat:
         finally:  # also when interrupted: the history then holds what was shown
             # Whatever the model wrote behind the stop is not part of the conversation.
             turn = prompt + self.tokenizer.encode(reply.rstrip() + TURN_END)
-            _, self.state = prefill(self.model, [turn], start)
+            _, self.state = prefill(self.engine, [turn], before)
 
     def retry(self) -> Iterator[str]:
         """Another answer to the last message."""
@@ -117,16 +116,12 @@ class Chat:
         """Store the conversation's state."""
         if self.state is None:
             raise ValueError("nothing has been said yet")
-        self.state.save(Path(path).expanduser(), self._fingerprint())
+        self.state.save(Path(path).expanduser(), self.engine.fingerprint())
 
     def load(self, path: str) -> None:
         """Continue from a stored state."""
-        state = State.load(Path(path).expanduser(), self._fingerprint())
-        self.state, self._last = state.to(self.options.device), None
-
-    def _fingerprint(self) -> str:
-        own = self.model.fingerprint()
-        return self.adapter.fingerprint(own) if self.adapter else own
+        state = State.load(Path(path).expanduser(), self.engine.fingerprint())
+        self.state, self._last = state.to(self.engine.device), None
 
 
 def _template(options: Options) -> Template:
@@ -141,12 +136,16 @@ def _template(options: Options) -> Template:
 def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
     options = tyro.cli(Options, args=argv, prog="receptance chat")
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    model, tokenizer = load(
-        options.model, tokenizer=options.tokenizer, device=options.device, dtype=dtype
+    engine, tokenizer = load_engine(
+        options.model,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        backend=options.backend,
+        threads=options.threads,
     )
-    adapter = load_adapter(options.adapter, model).attach(model) if options.adapter else None
-    chat = Chat(model, tokenizer, options, adapter)
+    chat = Chat(engine, tokenizer, options)
     print(f"{options.model}: type a message, or /help.")
     while (line := _ask(f"\n{chat.template.user}: ")) is not None:
         try:

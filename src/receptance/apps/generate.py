@@ -11,10 +11,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from receptance.adapters import Adapter, load_adapter
-from receptance.checkpoint import load
+from receptance.engine import load_engine
 from receptance.generation import Generation
-from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
 
@@ -40,8 +38,12 @@ class Options:
     """A tokenizer file, or "bytes", instead of the one beside the weights."""
     device: str = "cpu"
     """Where to run: cpu, cuda, ..."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; as in the file if not given."""
+    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
+    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What computes: auto takes the native kernels on a CPU where they were built."""
+    threads: int | None = None
+    """Threads of the native kernels; as many as torch has if not given."""
     adapter: Path | None = None
     """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
     load_state: Path | None = None
@@ -57,16 +59,20 @@ def main(argv: list[str]) -> None:
         raise ValueError("a state file holds one text; give one prompt")
     if options.load_state and options.prompts == ("",):
         raise ValueError("a state has read all of its text; give a prompt that continues it")
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    model, tokenizer = load(
-        options.model, tokenizer=options.tokenizer, device=options.device, dtype=dtype
+    engine, tokenizer = load_engine(
+        options.model,
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+        adapter=options.adapter,
+        backend=options.backend,
+        threads=options.threads,
     )
-    adapter = load_adapter(options.adapter, model).attach(model) if options.adapter else None
-    state = adapter.initial_state(len(options.prompts)) if adapter else None
+    state = None
     if options.load_state:
-        state = State.load(options.load_state, _fingerprint(model, adapter)).to(options.device)
+        state = State.load(options.load_state, engine.fingerprint()).to(options.device)
     generation = Generation(
-        model,
+        engine,
         tokenizer,
         [tokenizer.encode(os.fsencode(p)) for p in options.prompts],  # they need not be UTF-8
         sampling=options.sampling,
@@ -74,20 +80,14 @@ def main(argv: list[str]) -> None:
         stop=options.stop,
         seed=options.seed,
         state=state,
+        log_probabilities=False,
     )
     _print(generation, options.prompts)
     if options.save_state and (after := generation.states[0]) is not None:
         with torch.no_grad():
-            _, after = model.features(
-                torch.tensor([generation.unread[0]], device=options.device), after
-            )
-        after.save(options.save_state, _fingerprint(model, adapter))
-
-
-def _fingerprint(model: Model, adapter: Adapter | None) -> str:
-    """Whose the states are."""
-    own = model.fingerprint()
-    return adapter.fingerprint(own) if adapter else own
+            unread = torch.tensor([generation.unread[0]], device=options.device)
+            _, after = engine.features(unread, after)
+        after.save(options.save_state, engine.fingerprint())
 
 
 def _print(generation: Generation, prompts: tuple[str, ...]) -> None:

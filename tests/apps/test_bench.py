@@ -1,0 +1,157 @@
+"""receptance bench: what it measures, and what is left when it is stopped."""
+
+import json
+import time
+
+import pytest
+import torch
+from tiny import make_model
+
+from receptance import config, measure
+from receptance.apps import bench
+from receptance.checkpoint import save
+from receptance.config import ModelConfig
+from receptance.formats.names import tensor_shapes
+from receptance.model import Model
+from receptance.tokenizer import ByteTokenizer
+
+QUICK = ["--seconds", "0.001", "--batches", "1", "2", "--prefill", "5", "--threads", "1"]
+FIGURES = {"bandwidth", "load s", "first token s", "weights", "bytes per token", "resident"}
+FIGURES |= {"batch 1 tokens/s", "batch 2 tokens/s", "prompt of 5 tokens/s"}
+
+
+@pytest.fixture(autouse=True)
+def small_bandwidth_buffer(monkeypatch):
+    monkeypatch.setattr(measure, "_BANDWIDTH_BYTES", 1 << 16)
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    save(make_model(), tmp_path / "model", ByteTokenizer())
+    return str(tmp_path / "model")
+
+
+def test_every_type_is_measured_in_a_process_of_its_own(model, tmp_path, capsys):
+    out = tmp_path / "figures.json"
+    bench.main([model, *QUICK, "--dtypes", "float32", "bfloat16", "--json", str(out)])
+    shown = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["model"] == model and found["sizes"]["width"] == 16
+    assert found["read bytes/s"] == max(x["bandwidth"] for x in found["results"].values())
+    for dtype in ("float32", "bfloat16"):
+        assert dtype in shown
+        figures = found["results"][dtype]
+        assert figures.keys() >= FIGURES
+        assert all(figures[name] > 0 for name in FIGURES)
+        step = figures["batch 2 tokens/s"] / 2 * figures["bytes per token"]
+        share = figures["batch 2 tokens/s, share of the memory limit"]
+        assert share == pytest.approx(step / found["read bytes/s"])
+    assert all(word in shown for word in ("GB/s", "batch 2", "memory limit", "prompt of 5"))
+
+
+def test_random_weights_of_a_published_size(monkeypatch):
+    small = ModelConfig(vocab_size=300, width=32, num_layers=2)
+    monkeypatch.setitem(config.PUBLISHED_SIZES, "tiny", small)
+    options = bench.Options(size="tiny", dtypes=("float32",), seconds=1e-3, prefill=(3,))
+    with bench._model(options) as source:
+        named = bench.Options(model=source, dtypes=("float32",), seconds=1e-3, prefill=(3,))
+        found = {}
+        for figures in bench.measure_one(named, "tiny"):
+            found |= figures
+    assert found["about"]["model"] == "random weights of tiny"
+    assert found["about"]["sizes"] == small.to_dict()
+    assert found["prompt of 3 tokens/s"] > 0
+
+
+def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, capsys):
+    def stopped(options, source, dtype):
+        if dtype == "int8":
+            raise KeyboardInterrupt
+        yield {"bandwidth": 1e9}
+        about = {"model": "x", "machine": {"cpu": "y", "instructions": "z", "threads": 1}}
+        yield {"load s": 0.25, "bytes per token": 10, "about": about}
+        yield {"batch 1 tokens/s": 5e7}
+
+    monkeypatch.setattr(bench, "_in_a_process", stopped)
+    out = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main([model, *QUICK, "--dtypes", "float32", "int8", "--json", str(out)])
+    assert "0.25" in (shown := capsys.readouterr().out) and "5e+07" in shown and " 50" in shown
+    result = json.loads(out.read_text())["results"]["float32"]
+    assert result["batch 1 tokens/s, share of the memory limit"] == 0.5
+    assert result["batch 2 tokens/s, share of the memory limit"] is None
+
+
+def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="absent"):
+        bench.main([str(tmp_path / "absent"), *QUICK])
+    with pytest.raises(ValueError, match="the published sizes are 169m"):
+        bench.main(["--size", "1t"])
+    monkeypatch.setattr(bench.sys, "executable", "false")
+    with pytest.raises(ValueError, match="measured float32 ended with 1; is there enough memory"):
+        bench.main([model, *QUICK])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prefill": (4, 0)}, "0 rows, tokens or threads"),
+        ({"threads": -1}, "-1 rows, tokens or threads"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+    ],
+)
+def test_options_are_checked(fields, words):
+    with pytest.raises(ValueError, match=words):
+        bench._check(bench.Options(**fields))
+
+
+# ---- the measurements ---------------------------------------------------------------------------
+
+
+class Slow(Model):
+    """Takes two milliseconds more for every call, whatever is in it."""
+
+    def features(self, *arguments, **options):
+        time.sleep(2e-3)
+        return super().features(*arguments, **options)
+
+
+def test_speeds_are_tokens_over_time():
+    slow = Slow(ModelConfig(vocab_size=64, width=4, num_layers=1)).eval()
+    assert 10 < measure.decode_speed(slow, 1, 0.02) <= 500
+    assert 30 < measure.decode_speed(slow, 3, 0.02) <= 1500
+    assert 100 < measure.prefill_speed(slow, 100, 0.02) <= 50_000
+    assert measure.first_token(slow) >= 2e-3
+
+
+def test_bytes_of_a_token_are_those_of_all_but_the_embedding():
+    model = make_model(300, width=16)
+    every = sum(4 * x.numel() for x in model.parameters())
+    assert measure.weight_bytes(model) == every
+    assert measure.bytes_per_token(model) == every - 4 * 300 * 16
+
+
+def test_without_kernels_torch_reads_the_memory(monkeypatch):
+    monkeypatch.setattr(measure.native, "library", lambda: None)
+    speed, how = measure.read_bandwidth()
+    assert speed > 0 and "torch" in how
+
+
+def test_random_weights_are_those_of_a_model_in_use():
+    sizes = ModelConfig(vocab_size=300, width=64, num_layers=3)
+    tensors = measure.random_tensors(sizes, seed=1)
+    assert {name: x.shape for name, x in tensors.items()} == tensor_shapes(sizes)
+    assert all(x.isfinite().all() and x.all() for x in tensors.values())
+    model = Model.from_tensors(sizes, tensors)
+    with torch.no_grad():
+        logits, _ = model(torch.randint(300, (1, 50)))
+    assert 0.1 < logits.std() < 10
+    again = measure.random_tensors(sizes, seed=1)
+    assert all(torch.equal(x, again[name]) for name, x in tensors.items())
+
+
+def test_numbered_tokens_are_a_vocabulary_of_any_size():
+    tokenizer = measure.NumberedTokens(70_000)
+    assert tokenizer.vocab_size == 70_000
+    assert tokenizer.encode(tokenizer.decode([7, 69_999])) == [7, 69_999]
