@@ -14,6 +14,8 @@ APPS = {
     "generate": "continue a prompt, or several as one batch",
     "chat": "talk with a model in the terminal",
     "merge": "write a model with an adapter's changes in its weights",
+    "quantize": "write a model with its matrices as int8 or int4",
+    "bench": "measure how fast a model runs on this machine",
     "doctor": "say what this machine and installation can do",
 }
 

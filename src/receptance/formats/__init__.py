@@ -10,11 +10,12 @@ from torch import Tensor
 from receptance.config import ModelConfig
 from receptance.formats import hf, hub
 from receptance.formats.files import reason
+from receptance.formats.ggmf import is_ggmf, read_ggmf
 from receptance.formats.names import conform, infer_config, is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
 
-__all__ = ["Weights", "infer_config", "read", "read_pth", "read_safetensors"]
+__all__ = ["Weights", "infer_config", "read", "read_ggmf", "read_pth", "read_safetensors"]
 
 _READERS = {
     ".pth": read_pth,
@@ -41,7 +42,8 @@ class Weights:
 def read(source: str | Path, *, revision: str | None = None) -> Weights:
     """The RWKV-4 weights in a file, a directory or a hub model owner/name.
 
-    Files: .pth, .pt, .bin, .safetensors. Directories: of transformers, or with a single such file.
+    Files: .pth, .pt, .bin, .safetensors, and those of rwkv.cpp, whatever their suffix.
+    Directories: of transformers, or with a single .pth or .safetensors file.
     Revision is for hub models alone. ValueError says what was found instead and what to do.
     """
     try:
@@ -82,9 +84,11 @@ def _read_file(path: Path) -> Weights:
         raise ValueError(
             f"no such file or directory: {path}; nor is it a hub id, which looks like owner/name"
         )
-    if path.suffix not in _READERS:
+    # The usual suffix, .bin, is that of many formats.
+    reader = read_ggmf if is_ggmf(path) else _READERS.get(path.suffix)
+    if reader is None:
         raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
-    tensors = _READERS[path.suffix](path)
+    tensors = reader(path)
     if is_hf(tensors) and (path.parent / "config.json").is_file():
         fields = hf.read_config(path.parent)
         return _weights(hf.complete(path.parent, fields, tensors), path)

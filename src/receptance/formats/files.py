@@ -10,7 +10,7 @@ _SOMETHING_ELSE = {
     b"<!doctype": "a web page, not weights: download the file itself",
     b"<html": "a web page, not weights: download the file itself",
     b"GGUF": "a GGUF file, which this release does not read",
-    b"fmgg": "an rwkv.cpp (ggml) file, which this release does not read",
+    b"fmgg": "an rwkv.cpp file; read it with formats.read",
     b"lmgg": "an rwkv.cpp (ggml) file, which this release does not read",
 }
 

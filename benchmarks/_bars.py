@@ -1,0 +1,153 @@
+"""What cpu_inference.py is compared with: ratios of medians of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Results = dict[str, Any]
+Verdict = dict[str, Any]
+
+# Our type, rwkv.cpp's, and the least ratio of tokens per second.
+DECODING = {
+    "float32": ("FP32", 1.0),
+    "bfloat16": ("FP16", 1.0),
+    "float16": ("FP16", 1.0),
+    "int8": ("Q8_0", 1.5),
+    "int4": ("Q4_0", 2.2),
+}
+OF_BANDWIDTH = 0.95
+BATCHED = 6.0
+PREFILL = {"rwkv bfloat16": 1.3, "rwkv.cpp": 3.0}
+FIRST_TOKEN_SECONDS = 1.0
+FIRST_TOKEN_SIZE = "430m"
+MEMORY_ABOVE_WEIGHTS = 150e6
+
+
+def bars(results: Results) -> list[Verdict]:
+    """Every bar that something was measured for."""
+    found = []
+    for size, sections in results.items():
+        for section, judge in _JUDGES.items():
+            if section in sections:
+                found += [{"size": size} | bar for bar in judge(size, sections)]
+    return found
+
+
+def limit(contest: Results) -> float:
+    """Our tokens per second if reading all weights but the embedding took all the time."""
+    return float(contest["memory bus"]["rate"] / contest["receptance"]["bytes per token"])
+
+
+def read(contest: Results, sizes: dict[str, int]) -> float:
+    """The share of the weights that a token needed: less than all where activations are zero."""
+    width, hidden, layers = sizes["width"], sizes["ffn_width"], sizes["num_layers"]
+    ffn_value = layers * hidden * width
+    matrices = sizes["vocab_size"] * width + layers * 5 * width * width + 2 * ffn_value
+    return float(1 - contest["receptance"]["skipped"] * ffn_value / matrices)
+
+
+def _decode(size: str, sections: Results) -> Iterator[Verdict]:
+    for dtype, contest in sections["decode"].items():
+        ours, (theirs, least) = contest["receptance"], DECODING[dtype]
+        if "rwkv.cpp" in contest:
+            ratio = ours["rate"] / contest["rwkv.cpp"]["rate"]
+            yield _at_least(f"decode {dtype} / rwkv.cpp {theirs}", ratio, least)
+        if dtype not in ("int8", "int4"):
+            share = ours["rate"] / limit(contest)
+            yield _at_least(f"decode {dtype} / memory limit", share, OF_BANDWIDTH)
+            used = share * read(contest, sections["sizes"])
+            yield _at_least(f"decode {dtype}: bandwidth used / measured", used, OF_BANDWIDTH)
+
+
+def _sparse(size: str, sections: Results) -> Iterator[Verdict]:
+    for dtype, contest in sections["sparse"].items():
+        ours = contest["receptance"]
+        share, skipped = ours["rate"] / limit(contest), ours["skipped"]
+        yield _at_least(f"decode {dtype}, {skipped:.0%} zeros / dense memory limit", share, 1.0)
+
+
+def _batches(size: str, sections: Results) -> Iterator[Verdict]:
+    for dtype, contest in sections["batches"].items():
+        ratio = contest["16"]["rate"] / contest["1"]["rate"]
+        yield _at_least(f"decode {dtype}, batch 16 / batch 1", ratio, BATCHED)
+
+
+def _prefill(size: str, sections: Results) -> Iterator[Verdict]:
+    for length, contest in sections["prefill"].items():
+        for peer, least in PREFILL.items():
+            if peer in contest:
+                ratio = contest["receptance"]["rate"] / contest[peer]["rate"]
+                yield _at_least(f"prompt of {length} / {peer}", ratio, least)
+
+
+def _load(size: str, sections: Results) -> Iterator[Verdict]:
+    if size == FIRST_TOKEN_SIZE:
+        for dtype, found in sections["load"].items():
+            seconds = found["first token s"]
+            yield _at_most(f"load {dtype} to first token, s", seconds, FIRST_TOKEN_SECONDS)
+
+
+def _memory(size: str, sections: Results) -> Iterator[Verdict]:
+    for dtype, found in sections["memory"].items():
+        above = found["resident"] - found["weights"]
+        yield _at_most(f"memory {dtype}: process - weights, MB", above / 1e6, 150)
+        grown = above - found["bare"]
+        yield _at_most(f"memory {dtype}: the same - Python and torch, MB", grown / 1e6, 150)
+
+
+_JUDGES = {
+    "decode": _decode,
+    "sparse": _sparse,
+    "batches": _batches,
+    "prefill": _prefill,
+    "load": _load,
+    "memory": _memory,
+}
+
+
+def _at_least(what: str, found: float, wanted: float) -> Verdict:
+    return {"what": what, "found": found, "wanted": f">= {wanted:g}", "passed": found >= wanted}
+
+
+def _at_most(what: str, found: float, wanted: float) -> Verdict:
+    return {"what": what, "found": found, "wanted": f"<= {wanted:g}", "passed": found <= wanted}
+
+
+def show(console: Console, results: Results, verdicts: list[Verdict]) -> None:
+    """Decoding against the memory limit, then the bars."""
+    for size, sections in results.items():
+        if "decode" in sections:
+            console.print(_decoding_table(size, sections))
+    table = Table("size", "bar", title="bars", title_justify="left", box=None, pad_edge=False)
+    for column in ("found", "wanted"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for bar in verdicts:
+        verdict = "[green]passed[/]" if bar["passed"] else "[red]failed[/]"
+        table.add_row(bar["size"], bar["what"], f"{bar['found']:.3g}", bar["wanted"], verdict)
+    console.print(table)
+
+
+def _decoding_table(size: str, sections: Results) -> Table:
+    title = f"{size}: tokens/s at batch 1"
+    table = Table("weights", title=title, title_justify="left", box=None, pad_edge=False)
+    peers = ["receptance", "rwkv.cpp", "rwkv", "transformers"]
+    for column in ("GB/s", "limit", *peers, "of the limit", "zeros", "of the GB/s"):
+        table.add_column(column, justify="right")
+    for dtype, contest in sections["decode"].items():
+        most, ours = limit(contest), contest["receptance"]
+        rates = [f"{contest[p]['rate']:.1f}" if p in contest else "" for p in peers]
+        share = ours["rate"] / most
+        used = share * read(contest, sections["sizes"])
+        table.add_row(
+            dtype,
+            f"{contest['memory bus']['rate'] / 1e9:.1f}",
+            f"{most:.1f}",
+            *rates,
+            *(f"{x:.0%}" for x in (share, ours["skipped"], used)),
+        )
+    return table

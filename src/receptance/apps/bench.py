@@ -1,0 +1,283 @@
+"""receptance bench: how fast a model runs on this machine, and what its memory would allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from receptance import measure
+from receptance.config import published
+from receptance.data.ondisk import written
+from receptance.engine import load_engine
+from receptance.engine.files import is_quantised
+from receptance.engine.packing import Kind
+from receptance.ops import native
+from receptance.progress import progress_bar, say
+
+_MEMORY_TOKENS = 100  # read and generated before memory is looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measure how fast a model runs on this machine, and compare it with what memory allows."""
+
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    """What `receptance generate` takes; without it random weights of a published size."""
+    size: str = "169m"
+    """The size of the random weights: 169m, 430m, 1.5b, 3b, 7b or 14b."""
+    dtypes: tuple[Kind | Literal["stored"], ...] = ()
+    """Types of the weights to compare; "stored" is that of the files. If not given: float32,
+    bfloat16, int8 and int4, as far as there are kernels for them; of a quantised model its own."""
+    batches: tuple[int, ...] = (1, 4, 16)
+    """Rows that are decoded together."""
+    prefill: tuple[int, ...] = (256, 2048)
+    """Lengths of prompts to read."""
+    threads: int | None = None
+    """Threads to compute with; torch's own number if not given."""
+    seconds: float = 2.0
+    """The least time for each measurement."""
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    json: Path | None = None
+    """Write all figures to this file, too."""
+
+
+def _check(options: Options) -> None:
+    counts = (*options.batches, *options.prefill, options.threads or 1)
+    if least := [n for n in counts if n < 1]:
+        raise ValueError(f"{least[0]} rows, tokens or threads; give at least 1")
+    if not 0 < options.seconds < 3600:
+        raise ValueError(f"seconds is {options.seconds}; it must be above 0 and below an hour")
+
+
+@dataclass
+class Findings:
+    """What was measured up to now."""
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By type of the weights, then by the name of a figure."""
+    about: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def bandwidth(self) -> float:
+        """The fastest that memory was read, in bytes per second."""
+        return max((found["bandwidth"] for found in self.results.values()), default=0.0)
+
+
+def main(argv: list[str]) -> None:
+    """Parse, measure every type in a process of its own, report; also what Ctrl-C left."""
+    options = tyro.cli(Options, args=argv, prog="receptance bench")
+    _check(options)
+    console, findings = Console(), Findings()
+    with _model(options) as source, _reporting(console, options, findings):
+        _measure_all(options, source, findings)
+
+
+@contextmanager
+def _model(options: Options) -> Iterator[str]:
+    """What to load: the model that was named, or a file of random weights for the time being."""
+    if options.model is not None:
+        yield options.model
+        return
+    from safetensors.torch import save_file
+
+    tensors = measure.random_tensors(published(options.size), dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory(prefix="receptance-bench-") as folder:
+        path = Path(folder, "random.safetensors")
+        save_file(tensors, path)
+        del tensors
+        yield str(path)
+
+
+@contextmanager
+def _reporting(console: Console, options: Options, findings: Findings) -> Iterator[None]:
+    """Show and write what there is in the end, whatever the end is."""
+    try:
+        yield
+    finally:
+        if findings.about:
+            say(console, _title(findings), style="bold")
+            console.print(table(options, findings))
+        if findings.about and options.json:
+            with written(options.json) as file:
+                file.write(json.dumps(summary(options, findings), indent=1).encode() + b"\n")
+
+
+def _usual_dtypes(source: str) -> tuple[str, ...]:
+    if is_quantised(Path(source).expanduser()):
+        return ("stored",)
+    return ("float32", "bfloat16", *(("int8", "int4") if native.is_available() else ()))
+
+
+def _measure_all(options: Options, source: str, findings: Findings) -> None:
+    steps = 3 + len(options.batches) + len(options.prefill)
+    dtypes = options.dtypes or _usual_dtypes(source)
+    with progress_bar(Console(stderr=True)) as bar:
+        task = bar.add_task("bench", total=steps * len(dtypes), note="")
+        for dtype in dtypes:
+            bar.update(task, note=f"{dtype}: loading")
+            for figures in _in_a_process(options, source, dtype):
+                findings.about = figures.pop("about", findings.about)
+                findings.results.setdefault(dtype, {}).update(figures)
+                bar.update(task, advance=1, note=f"{dtype}: {next(iter(figures))}")
+
+
+# ---- one type, in a process of its own, so that its memory is its own ----------------------------
+
+
+def _in_a_process(options: Options, source: str, dtype: str) -> Iterator[dict[str, Any]]:
+    """What `measure_one` finds in a new process, as it comes."""
+    fields = dataclasses.asdict(options) | {"model": source, "dtypes": [dtype], "json": None}
+    command = [sys.executable, "-c", "from receptance.apps.bench import worker; worker()"]
+    process = subprocess.Popen(
+        [*command, json.dumps(fields), options.size if options.model is None else ""],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+    )
+    assert process.stdout is not None
+    with process:
+        try:
+            yield from map(_checked, process.stdout)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ValueError(
+            f"the process that measured {dtype} ended with {process.returncode}; "
+            "is there enough memory for the model?"
+        )
+
+
+def _checked(line: str) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(line)
+    if "error" in figures:
+        raise ValueError(figures["error"])
+    return figures
+
+
+def worker() -> None:
+    """Measure what the arguments say; a line of JSON for every figure."""
+    fields, size = json.loads(sys.argv[1]), sys.argv[2]
+    try:
+        for figures in measure_one(Options(**fields), size or None):
+            print(json.dumps(figures), flush=True)
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+
+
+def measure_one(options: Options, size: str | None = None) -> Iterator[dict[str, Any]]:
+    """The figures for the first of the types; size if the weights are random ones of that size."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bandwidth, how = measure.read_bandwidth()
+    yield {"bandwidth": bandwidth}
+    tokenizer = measure.NumberedTokens(published(size).vocab_size) if size else options.tokenizer
+    dtype = None if options.dtypes[0] == "stored" else options.dtypes[0]
+    began = time.perf_counter()
+    engine, _ = load_engine(str(options.model), tokenizer=tokenizer, dtype=dtype)
+    yield {
+        "load s": time.perf_counter() - began,
+        "first token s": measure.first_token(engine),
+        "weights": measure.weight_bytes(engine),
+        "bytes per token": measure.bytes_per_token(engine),
+        "about": {
+            "model": options.model if size is None else f"random weights of {size}",
+            "sizes": engine.config.to_dict(),
+            "machine": measure.machine(),
+            "memory was read by": how,
+        },
+    }
+    measure.decoder(engine)(_MEMORY_TOKENS)
+    yield {"resident": measure.resident_bytes()}
+    for batch in options.batches:
+        yield {_batch(batch): measure.decode_speed(engine, batch, options.seconds)}
+    for length in options.prefill:
+        yield {_prompt(length): measure.prefill_speed(engine, length, options.seconds)}
+
+
+# ---- what is shown ------------------------------------------------------------------------------
+
+
+def _batch(rows: int) -> str:
+    return f"batch {rows} tokens/s"
+
+
+def _prompt(length: int) -> str:
+    return f"prompt of {length} tokens/s"
+
+
+def table(options: Options, findings: Findings) -> Table:
+    """A row for each figure, a column for each type of weights."""
+    columns = [_column(found, options, findings.bandwidth) for found in findings.results.values()]
+    shown = Table("", box=None, pad_edge=False)
+    for dtype in findings.results:
+        shown.add_column(dtype, justify="right")
+    for name in columns[0]:
+        values = (column[name] for column in columns)
+        shown.add_row(name, *("" if x is None else f"{x:,.4g}" for x in values))
+    return shown
+
+
+def _column(found: dict[str, Any], options: Options, bandwidth: float) -> dict[str, float | None]:
+    column = {
+        "weights, MB": _scaled(found.get("weights"), 1e-6),
+        "load, s": found.get("load s"),
+        "first token after that, ms": _scaled(found.get("first token s"), 1e3),
+        "memory of the process, MB": _scaled(found.get("resident"), 1e-6),
+    }
+    for batch in options.batches:
+        column[_batch(batch)] = found.get(_batch(batch))
+        share = share_of_limit(found, batch, bandwidth)
+        column[f"  % of the memory limit, {batch}"] = _scaled(share, 100)
+    return column | {_prompt(length): found.get(_prompt(length)) for length in options.prefill}
+
+
+def share_of_limit(found: dict[str, Any], batch: int, bandwidth: float) -> float | None:
+    """The rate at which weights were used by steps over so many rows, by that of reading memory.
+
+    Above 1 if enough activations were zero, so that the weights they meet were not read.
+    """
+    speed = found.get(_batch(batch))
+    return None if speed is None else speed / batch * found["bytes per token"] / bandwidth
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _title(findings: Findings) -> str:
+    machine = findings.about["machine"]
+    assert isinstance(machine, dict)
+    return (
+        f"{findings.about['model']}; {machine['cpu']} ({machine['instructions']}), "
+        f"{machine['threads']} threads, memory read at {findings.bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+def summary(options: Options, findings: Findings) -> dict[str, Any]:
+    """All of it, ready for JSON: sizes in bytes, times in seconds, speeds in tokens per second."""
+    results = {}
+    for dtype, found in findings.results.items():
+        shares = {
+            f"{_batch(batch)}, share of the memory limit": share_of_limit(
+                found, batch, findings.bandwidth
+            )
+            for batch in options.batches
+        }
+        results[dtype] = found | shares
+    return findings.about | {"read bytes/s": findings.bandwidth, "results": results}
