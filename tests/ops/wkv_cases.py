@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from receptance.ops import WKVState, native, reference, wkv4
+from receptance.ops import WKVState, native, reference, triton_wkv4, wkv4
 
 CHUNK = native.CHUNK  # the kernels keep the state at the start of every so many tokens
 NO_NATIVE = "the C++ kernels were not built"
 
 
+# Triton's kernels run on a GPU, or else, slowly, in its interpreter: test_triton_wkv4.py.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = ["triton-serial", "triton-chunked"]
+ON_GPU = ["triton", *TRITON] if DEVICE == "cuda" and triton_wkv4.is_available() else []
+
+
 def _kernels() -> list:
     """Every piece of code that computes the operator on this machine."""
     if not native.is_available():
-        return ["chunked", pytest.param("native", marks=pytest.mark.skip(reason=NO_NATIVE))]
+        skipped = pytest.param("native", marks=pytest.mark.skip(reason=NO_NATIVE))
+        return ["chunked", skipped, *ON_GPU]
     # The public name `native` runs the fastest instruction set; the others need asking for.
     slower = [f"native-{name}" for name in native.instruction_sets()[1:]]
-    return ["chunked", "native", *slower]
+    return ["chunked", "native", *slower, *ON_GPU]
 
 
 def _backends() -> list:
     missing = pytest.mark.skipif(not native.is_available(), reason=NO_NATIVE)
-    return ["chunked", pytest.param("native", marks=missing)]
+    return ["chunked", pytest.param("native", marks=missing), *ON_GPU[:1]]
 
 
 every_kernel = pytest.mark.parametrize("kernel", _kernels())
@@ -59,6 +70,11 @@ class Inputs(NamedTuple):
 
     def clone(self) -> Inputs:
         return Inputs(*(None if x is None else x.clone() for x in self))
+
+    def placed(self, kernel: str) -> Inputs:
+        """The same where the kernel can read it."""
+        device = DEVICE if kernel.startswith("triton") else "cpu"
+        return Inputs(*(None if x is None else x.to(device) for x in self))
 
 
 GRADIENTS = Inputs._fields[:6]
@@ -98,32 +114,76 @@ def draw(
     ).to(dtype)
 
 
-class _OneInstructionSet(torch.autograd.Function):
-    """The C++ kernels of an instruction set that the public operator would not choose."""
+class _Chosen(torch.autograd.Function):
+    """An instruction set, or a variant, that the public operator would not choose."""
 
     @staticmethod
-    def forward(ctx, name, *inputs):
-        *outputs, starts = native.forward(*inputs, name)
+    def forward(ctx, module, name, *inputs):
+        *outputs, starts = module.forward(*inputs, name)
         log_decay, bonus, key, value, _, _, _, resets, lengths = inputs
         ctx.save_for_backward(log_decay, bonus, key, value, starts, resets, lengths)
-        ctx.name = name
+        ctx.module, ctx.name = module, name
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_out, grad_numerator, grad_denominator, _):
-        grads = native.backward(
+        grads = ctx.module.backward(
             grad_out, grad_numerator, grad_denominator, *ctx.saved_tensors, ctx.name
         )
-        return None, *grads, None, None, None
+        return None, None, *grads, None, None, None
 
 
 def run(kernel: str, x: Inputs) -> tuple[Tensor, WKVState]:
     """The operator through one of the kernels."""
-    backend, _, instruction_set = kernel.partition("-")
-    if instruction_set:
-        out, *after = _OneInstructionSet.apply(instruction_set, *x)
-        return out, WKVState(*after)
-    return wkv4(*x[:4], x.state, resets=x.resets, lengths=x.lengths, backend=backend)
+    backend, _, choice = kernel.partition("-")
+    x = x.placed(kernel)
+    if choice:
+        module = {"native": native, "triton": triton_wkv4}[backend]
+        out, *after = _Chosen.apply(module, choice, *x)
+    elif backend == "triton":  # not by wkv4, which knows of no interpreter
+        out, *after = torch.ops.receptance.wkv4.default(*x, backend)[:4]
+    else:
+        return wkv4(*x[:4], x.state, resets=x.resets, lengths=x.lengths, backend=backend)
+    return out.cpu(), WKVState(*(part.cpu() for part in after))
+
+
+def interpreted_triton() -> ModuleType:
+    """The kernels for GPUs, to be run in numpy on CPU tensors, whoever imported Triton before."""
+    triton = importlib.import_module("triton")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    class Quick(interpreter.InterpretedFunction):
+        """Calls from inside a kernel, for which Triton would once more patch its whole language."""
+
+        def __call__(self, *args, **kwargs):
+            return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        kernels = importlib.import_module("receptance.ops.triton_wkv4_kernels")
+    for function in vars(kernels).values():
+        if type(function) is interpreter.InterpretedFunction:
+            function.__class__ = Quick
+    assert not isinstance(kernels.replay, triton.JITFunction), "imported for a GPU before"
+    return kernels
+
+
+@contextlib.contextmanager
+def rounding_like_a_gpu() -> Iterator[None]:
+    """Triton's interpreter cuts off what does not fit into bfloat16."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    tl, builder = interpreter.tl, interpreter.InterpreterBuilder
+    cut = builder.cast_impl
+
+    def rounded(self, source, to):
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cut(self, source, to)
+        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)
+        return interpreter.TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "cast_impl", rounded)
+        yield
 
 
 def serial(x: Inputs) -> tuple[Tensor, WKVState]:

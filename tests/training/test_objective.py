@@ -52,7 +52,7 @@ def reference(
 
 @pytest.fixture(params=[1, 300, 3000, 1 << 24])
 def _parts(request, monkeypatch) -> None:
-    monkeypatch.setattr(objective, "_LOGITS_AT_ONCE", request.param)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", request.param)
 
 
 @pytest.mark.usefixtures("_parts")
@@ -175,7 +175,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_logits_never_exist_as_a_whole(monkeypatch):
-    monkeypatch.setattr(objective, "_LOGITS_AT_ONCE", 2000)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", 2000)
     features, weight, targets = draw(vocab=400)
     with Largest() as all_at_once:
         reference(features, weight, targets)[0].backward()

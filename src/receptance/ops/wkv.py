@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from receptance.ops import chunked, native, reference
+from receptance.ops import chunked, native, reference, triton_wkv4
 from receptance.ops.reference import EMPTY_EXPONENT
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -27,7 +27,7 @@ class Kernel(Protocol):
     backward: Callable[..., Gradients]
 
 
-KERNELS: dict[str, Kernel] = {"native": native, "chunked": chunked}
+KERNELS: dict[str, Kernel] = {"native": native, "triton": triton_wkv4, "chunked": chunked}
 
 
 class WKVState(NamedTuple):
@@ -56,20 +56,26 @@ class WKVState(NamedTuple):
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
     """Names that `wkv4(backend=...)` accepts on this device, the fastest first."""
-    on_cpu = torch.device(device).type == "cpu"
-    return ["native"] * (on_cpu and native.is_available()) + ["chunked", "reference"]
+    return [*_compiled(torch.device(device)), "chunked", "reference"]
 
 
 def choose_backend(device: torch.device, requested: str | None) -> str:
     """The fastest backend, or the requested one; ValueError if that one cannot run here."""
-    if requested is None:
-        return "native" if device.type == "cpu" and native.is_available() else "chunked"
     available = available_backends(device)
+    if requested is None:
+        return available[0]
     if requested not in available:
         raise ValueError(
             f"no wkv4 backend {requested!r} on {device.type}; available: {', '.join(available)}"
         )
     return requested
+
+
+def _compiled(device: torch.device) -> list[str]:
+    """The backend made for this kind of device, if it is there."""
+    if device.type == "cpu":
+        return ["native"] * native.is_available()
+    return ["triton"] * (device.type == "cuda" and triton_wkv4.is_available())
 
 
 def wkv4(

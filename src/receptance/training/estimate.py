@@ -10,6 +10,7 @@ from rich.table import Table
 
 from receptance.config import ModelConfig
 from receptance.training.devices import THIS_MACHINE, Device, find_device
+from receptance.training.objective import LOGITS_AT_ONCE
 from receptance.training.options import TrainOptions
 
 # From RWKV-LM's README: 1.5B with context 1024, 106,000 tokens/s on 8 A100 of 312 TFLOP/s each.
@@ -18,8 +19,6 @@ DEFAULT_UTILISATION = 0.36
 
 _SECONDS_PER_DAY = 86_400
 _FLOAT32 = 4
-# Logits that exist at one time, in elements (objective.py).
-_LOGITS_AT_ONCE = 1 << 24
 # FSDP gathers a block while it computes the one before.
 _GATHERED_BLOCKS = 2
 
@@ -191,7 +190,7 @@ def _weights(config: ModelConfig, options: TrainOptions, *, sharded: bool) -> fl
 
 def _head(config: ModelConfig, options: TrainOptions, positions: int) -> float:
     element, matrix = _element_bytes(options), config.vocab_size * config.width
-    logits = min(_LOGITS_AT_ONCE, positions * config.vocab_size)
+    logits = min(LOGITS_AT_ONCE, positions * config.vocab_size)
     gradients = 2 * _FLOAT32 * matrix + element * positions * config.width
     if element == _FLOAT32:
         return 2 * _FLOAT32 * logits + gradients

@@ -17,7 +17,7 @@ from receptance.state import State
 from receptance.training.options import TrainOptions
 
 # Elements of the logits that exist at one time.
-_LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 24
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -44,10 +44,10 @@ class _HeadLoss(torch.autograd.Function):
         exact = torch.promote_types(matrix.dtype, torch.float32)
         entropy = torch.zeros((), dtype=exact, device=x.device)
         penalty = torch.zeros_like(entropy)
-        rows = max(1, _LOGITS_AT_ONCE // weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for at in range(0, x.shape[0], rows):
             part, wanted = x[at : at + rows].to(matrix.dtype), targets[at : at + rows, None]
-            logits = (part @ matrix.T).to(exact)
+            logits = _wide_product(part, matrix.T, exact)
             scores = torch.log_softmax(logits, dim=-1)
             entropy -= scores.gather(1, wanted).sum()
             # Pulls on the largest logit, and in proportion to the probabilities.
@@ -70,8 +70,7 @@ class _HeadLoss(torch.autograd.Function):
                 if grad_x is not None:
                     torch.mm(error, matrix, out=grad_x[at : at + rows])
                 if grad_weight is not None:
-                    pair = error.T.to(weight.dtype), part.to(weight.dtype)
-                    grad_weight.addmm_(*pair, beta=float(at > 0))  # 0 overwrites
+                    _add_product(grad_weight, error.T, part, first=at == 0)
         if grad_weight is not None and not x.shape[0]:
             grad_weight.zero_()
         ctx.save_for_backward(grad_x, grad_weight)
@@ -87,6 +86,25 @@ class _HeadLoss(torch.autograd.Function):
             grad_x, grad_weight = (x if x is None else x * grads[0] for x in (grad_x, grad_weight))
         grad_x = None if grad_x is None else grad_x.to(ctx.dtype)
         return grad_x, grad_weight, None, None, None, None
+
+
+def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix product in a type that may be wider than that of its factors.
+
+    A GPU sums products of narrow numbers in float32; they need not be widened first.
+    """
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total += left right; the first time total holds nothing yet."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=float(not first))  # 0 overwrites
+    else:
+        product = _wide_product(left, right, total.dtype)
+        total.copy_(product) if first else total.add_(product)
 
 
 def head_loss(

@@ -1,0 +1,205 @@
+"""A model's weights as the Triton kernels read them, and the torch model that shares them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from receptance.config import ModelConfig
+from receptance.engine.packing import FLOATS, Packed, unpack
+from receptance.model import Model
+from receptance.ops.triton_steps import Norm
+from receptance.ops.triton_weights import Weights, dequantise
+from receptance.quantize import Quantised
+
+Matrix = Tensor | Quantised | Packed
+
+# As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
+_FINAL_EPSILON = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class GpuLayer:
+    """What a block reads; vectors are float32."""
+
+    ln1: Norm
+    att_shares: Tensor
+    """[3,C], of key, value and receptance."""
+    projections: Weights
+    """Key, value and receptance of time mixing."""
+    log_decay: Tensor
+    bonus: Tensor
+    output: Weights
+    ln2: Norm
+    ffn_shares: Tensor
+    """[2,C], of key and receptance."""
+    channel: Weights
+    """Key and receptance of channel mixing."""
+    value: Weights
+
+
+@dataclass(frozen=True, eq=False)
+class GpuWeights:
+    """A whole model."""
+
+    embedding: Weights
+    ln0: Norm
+    layers: list[GpuLayer]
+    ln_out: Norm
+    head: Weights
+
+    def matrices(self) -> Iterator[Weights]:
+        """All of them, the embedding first."""
+        yield self.embedding
+        for layer in self.layers:
+            yield from (layer.projections, layer.output, layer.channel, layer.value)
+        yield self.head
+
+
+def gpu_weights(
+    config: ModelConfig,
+    matrices: Mapping[str, Matrix],
+    vectors: Mapping[str, Tensor],
+    device: torch.device,
+) -> GpuWeights:
+    """Everything on the device, by official name; matrices are repacked one after another."""
+
+    def stack(*names: str) -> Weights:
+        return stacked([matrices[f"{name}.weight"] for name in names], device)
+
+    def vector(name: str) -> Tensor:
+        return vectors[name].detach().to(device, torch.float32).flatten().contiguous()
+
+    def norm(name: str, epsilon: float = config.layer_norm_epsilon) -> Norm:
+        return vector(f"{name}.weight"), vector(f"{name}.bias"), epsilon
+
+    def layer(i: int) -> GpuLayer:
+        att, ffn = f"blocks.{i}.att", f"blocks.{i}.ffn"
+        return GpuLayer(
+            ln1=norm(f"blocks.{i}.ln1"),
+            att_shares=torch.stack([vector(f"{att}.time_mix_{x}") for x in "kvr"]),
+            projections=stack(f"{att}.key", f"{att}.value", f"{att}.receptance"),
+            log_decay=-vector(f"{att}.time_decay").exp(),
+            bonus=vector(f"{att}.time_first"),
+            output=stack(f"{att}.output"),
+            ln2=norm(f"blocks.{i}.ln2"),
+            ffn_shares=torch.stack([vector(f"{ffn}.time_mix_{x}") for x in "kr"]),
+            channel=stack(f"{ffn}.key", f"{ffn}.receptance"),
+            value=stack(f"{ffn}.value"),
+        )
+
+    return GpuWeights(
+        embedding=stack("emb"),
+        ln0=norm("blocks.0.ln0"),
+        layers=[layer(i) for i in range(config.num_layers)],
+        ln_out=norm("ln_out", _FINAL_EPSILON),
+        head=stack("head"),
+    )
+
+
+def stacked(parts: list[Matrix], device: torch.device) -> Weights:
+    """Matrices of one kind and as many inputs under each other; all but the first of one size."""
+    plain = [unpack(x) if isinstance(x, Packed) else x for x in parts]
+    first, rest = plain[0].shape[0], plain[1].shape[0] if len(plain) > 1 else 0
+    sizes = first, rest, plain[0].shape[1]
+    if all(isinstance(x, Tensor) for x in plain):
+        data = torch.cat([x.detach().to(device) for x in plain])  # type: ignore[union-attr]
+        kind = next(kind for kind, dtype in FLOATS.items() if dtype == data.dtype)
+        return Weights(kind, 0, *sizes, data, data, data)
+    codes = [x for x in plain if isinstance(x, Quantised)]
+    assert len(codes) == len(plain)
+    data = torch.cat([_in_groups(x).to(device) for x in codes])
+    scale = torch.cat([x.scale.to(device) for x in codes])
+    least = [x.minimum.to(device) for x in codes if x.minimum is not None]
+    minimum = torch.cat(least) if least else scale
+    return Weights(codes[0].kind, codes[0].group, *sizes, data, scale, minimum)
+
+
+def _in_groups(x: Quantised) -> Tensor:
+    """Codes in whole groups; the halves of int4 groups share bytes: [N,K] -> [N,K'] or [N,K'/2]."""
+    codes = F.pad(x.codes, (0, -x.codes.shape[1] % x.group))
+    if x.kind == "int8":
+        return codes
+    halves = codes.unflatten(1, (-1, 2, x.group // 2))
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1)
+
+
+# ---- the torch model ----------------------------------------------------------------------------
+
+
+def times(weights: Weights, rows: slice, x: Tensor) -> Tensor:
+    """Large products, of some outputs: [P,K] float32 -> [P,N'] float32.
+
+    The products' type is that of the weights; codes become bfloat16, a matrix at a time.
+    """
+    dtype = FLOATS.get(weights.kind, torch.bfloat16)  # type: ignore[call-overload]
+    matrix = dequantise(weights, rows, dtype)
+    if dtype != torch.float16:
+        return F.linear(x.to(dtype), matrix).float()
+    # The square of a relu leaves float16's range, so the largest of a row becomes 1.
+    largest = x.abs().amax(-1, keepdim=True).clamp_(min=1)
+    return F.linear((x / largest).to(dtype), matrix).float().mul_(largest)
+
+
+class _Product(nn.Module):
+    """Some outputs of a matrix in the place of a `Linear`."""
+
+    def __init__(self, weights: Weights, rows: slice) -> None:
+        super().__init__()
+        self._weights, self._rows = weights, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N'] float32."""
+        return times(self._weights, self._rows, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class _Rows(nn.Module):
+    """The embedding."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [...,C] float32; NaN for what is no token, where torch would end the process."""
+        known, all_of = (tokens >= 0) & (tokens < self._weights.outputs), self._weights
+        ids = tokens.where(known, 0).flatten()
+        data = all_of.data[ids]
+        coded = all_of.kind not in FLOATS
+        params = [x[ids] if coded else data for x in all_of.arguments()[1:]]
+        picked = Weights(all_of.kind, all_of.group, len(ids), 0, all_of.inputs, data, *params)
+        rows = dequantise(picked, slice(None), torch.float32).unflatten(0, tokens.shape)
+        return rows.where(known[..., None], torch.nan)
+
+
+def torch_model(
+    config: ModelConfig, weights: GpuWeights, vectors: Mapping[str, Tensor], device: torch.device
+) -> Model:
+    """A `Model` with these weights, in float32 but for its products; for whole passes only."""
+    with torch.device("meta"):
+        model = Model(config).eval().requires_grad_(False)
+    float32 = {name: x.detach().to(device, torch.float32) for name, x in vectors.items()}
+    shaped = {name: float32[name].view_as(model.get_parameter(name)) for name in float32}
+    model.load_state_dict(shaped, strict=False, assign=True)
+    for name, module in _modules(config, weights):
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, module)
+    return model
+
+
+def _modules(config: ModelConfig, weights: GpuWeights) -> Iterator[tuple[str, nn.Module]]:
+    yield "emb", _Rows(weights.embedding)
+    yield "head", _Product(weights.head, slice(None))
+    width, hidden = config.width, config.ffn_width
+    for i, layer in enumerate(weights.layers):
+        for place, name in enumerate(("key", "value", "receptance")):
+            rows = slice(place * width, (place + 1) * width)
+            yield f"blocks.{i}.att.{name}", _Product(layer.projections, rows)
+        yield f"blocks.{i}.att.output", _Product(layer.output, slice(None))
+        yield f"blocks.{i}.ffn.key", _Product(layer.channel, slice(hidden))
+        yield f"blocks.{i}.ffn.receptance", _Product(layer.channel, slice(hidden, None))
+        yield f"blocks.{i}.ffn.value", _Product(layer.value, slice(None))

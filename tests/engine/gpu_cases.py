@@ -1,0 +1,100 @@
+"""A GPU for these tests: Triton's interpreter on a machine without one."""
+
+import copy
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from receptance.config import ModelConfig
+from receptance.engine.native import layouts
+from receptance.engine.packing import FLOATS
+from receptance.model import Model
+from receptance.quantize import Quantised, quantise
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton comes with torch for CUDA", allow_module_level=True)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+
+
+def interpret() -> None:
+    """Kernels that are imported next run in numpy, whoever imported Triton before."""
+    import triton.language as tl
+    from triton import JITFunction
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # When it is imported, it wants all of Triton's functions to be of one kind.
+    importlib.import_module("triton.experimental.gluon")
+    for name in ("cdiv", "sum", "zeros", "_sum_combine"):  # those that our kernels call
+        function = getattr(tl.standard, name)
+        if isinstance(function, JITFunction):
+            for module in (tl, tl.standard):
+                setattr(module, name, InterpretedFunction(function.fn))
+
+
+with pytest.MonkeyPatch.context() as patch:
+    if not ON_GPU:
+        patch.setenv("TRITON_INTERPRET", "1")
+        interpret()
+    from receptance.engine.gpu import GpuEngine, Run, gpu_engine
+    from receptance.ops.triton_products import Tiles
+
+KINDS = ["float32", "bfloat16", "float16", "int8", "int4"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+# What products of few rows and of many round their inputs to, as a share of large logits. One row
+# is multiplied in float32.
+ROUNDING = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2, "int8": 2e-2, "int4": 2e-2}
+EXACT = 2e-5
+# The interpreter is quickest with few programs, and torch is quicker.
+LARGE = Tiles(rows=128, dot_rows=128, groups=1)
+TORCH = Tiles(rows=128, dot_rows=128, groups=1, most_floats=1, most_codes=1)
+
+
+def fake_graph(run: Run) -> Run:
+    """As a recording: the step is run before it counts."""
+    run()
+    return run
+
+
+def engine_of(model: Model, kind: str, *, tiles: Tiles = LARGE, **options: object) -> GpuEngine:
+    graphs = {} if ON_GPU else {"capture": fake_graph}
+    tensors = dict(model.state_dict())
+    return gpu_engine(
+        model.config, tensors, kind, device=DEVICE, tiles=tiles, **{**graphs, **options}
+    )
+
+
+def narrow(weight: Tensor, kind: str, group: int | None = None) -> Tensor | Quantised:
+    """A matrix as an engine stores it."""
+    return weight.to(FLOATS[kind]) if kind in FLOATS else quantise(weight, kind, group)
+
+
+def widened(matrix: Tensor | Quantised) -> Tensor:
+    return matrix.dequantise() if isinstance(matrix, Quantised) else matrix.float()
+
+
+def rounded(model: Model, kind: str) -> Model:
+    """A float32 model with the weights that the engine has."""
+    model = copy.deepcopy(model)
+    for name in layouts(model.config):
+        weight = model.get_parameter(name)
+        weight.data = widened(narrow(weight.detach(), kind))
+    return model
+
+
+def tokens(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def assert_near(found: Tensor, wanted: Tensor, limit: float) -> None:
+    """Relative to the largest number wanted, or to 1."""
+    found, wanted = found.cpu().float(), wanted.cpu().float()
+    assert found.shape == wanted.shape
+    error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+    assert error < limit, f"{error:.1e}"
