@@ -1,9 +1,17 @@
-"""receptance doctor: what there is, and what to do about what there is not."""
+"""receptance doctor: what there is, and the command for what there is not; it never fails."""
 
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
 import torch
 from command import call
 
-from receptance.apps.doctor import findings
+from receptance.apps import doctor
+from receptance.apps.doctor import Finding, findings
 from receptance.ops import native
 
 
@@ -14,15 +22,93 @@ def test_it_reports_versions_and_kernels():
         assert word in result.out
 
 
-def test_without_native_kernels_it_says_what_to_install(monkeypatch):
+def test_json_is_the_same():
+    result = call("doctor", "--json")
+    assert (result.code, result.err) == (0, "")
+    found = {name: Finding(**fields) for name, fields in json.loads(result.out).items()}
+    assert found == findings()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux says what it has")
+def test_kernels_use_what_the_processor_has():
+    has = findings()["CPU"].found
+    used = native.instruction_sets()
+    assert ("avx2" in used) <= ("avx2" in has)
+    assert ("avx512" in used) <= ("avx512f" in has)
+
+
+def test_without_native_kernels_it_says_what_to_do(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     found = findings()
-    assert "not built, so the chunked torch path is used" in found["native kernels"]
-    assert "g++" in found["native kernels"] and "reinstall" in found["native kernels"]
-    assert found["wkv4 on cpu"] == "chunked, reference"
+    assert "not built" in found["native kernels"].found
+    assert found["native kernels"].fix == "pip install --force-reinstall --no-deps receptance"
+    assert found["wkv4 on cpu"].found == "chunked, reference"
     assert call("doctor").code == 0
+
+
+@pytest.mark.parametrize(
+    ("system", "command"), [("Linux", "sudo apt install g++"), ("Darwin", "xcode-select --install")]
+)
+def test_without_a_compiler_it_says_which_to_install(system, command, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("platform.system", lambda: system)
+    assert findings()["compiler"].fix == command
+    assert f"; {command}" in call("doctor").out
 
 
 def test_without_an_optional_package_it_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert findings()["matplotlib"] == "absent (loss plots); pip install 'receptance[plot]'"
+    assert findings()["matplotlib"] == Finding("absent (plots)", "pip install 'receptance[plot]'")
+    assert findings()["triton"].found.startswith("absent")
+
+
+@pytest.fixture
+def nvidia(tmp_path, monkeypatch) -> Path:
+    """A driver's program that does what the test writes into it."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setattr("shutil.which", lambda name: str(program))
+    return program
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo 580.12; echo 580.12", "580.12"),
+        ("echo broken >&2; exit 9", "nvidia-smi does not answer"),
+        ("exec sleep 60", "nvidia-smi does not answer"),
+        ("printf '\\377\\n'", "\ufffd"),
+    ],
+)
+def test_a_driver_is_asked_but_not_waited_for(nvidia, script, words, monkeypatch):
+    monkeypatch.setattr(doctor, "_PATIENCE", 0.2)
+    nvidia.write_text(f"#!/bin/sh\n{script}\n")
+    nvidia.chmod(0o755)
+    assert findings()["GPU driver"].found == words
+
+
+def test_a_gpu_without_a_torch_for_it(nvidia, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert findings()["GPU"].fix == "pip install --force-reinstall torch"
+
+
+def test_a_driver_that_fails_is_no_failure(monkeypatch):
+    def fail() -> bool:
+        raise RuntimeError("CUDA driver initialization failed\nand more")
+
+    monkeypatch.setattr("torch.cuda.is_available", fail)
+    assert findings()["GPU"].found == "not usable: CUDA driver initialization failed"
+
+
+def test_bandwidth_is_measured_when_asked(monkeypatch):
+    monkeypatch.setattr(doctor, "read_bandwidth", lambda: (12.3e9, "a test"))
+    assert "read at 12.3 GB/s" in call("doctor", "--bandwidth").out
+    assert "GB/s" not in call("doctor").out
+
+
+def test_it_is_quick():
+    began = time.perf_counter()
+    findings()
+    assert time.perf_counter() - began < 1
+    subprocess.run([sys.executable, "-m", "receptance", "doctor"], check=True, timeout=60,
+                   capture_output=True)  # fmt: skip

@@ -1,12 +1,15 @@
 """Hub ids, against a server on this machine that speaks what we use of the hub's protocol."""
 
 import hashlib
+import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -20,7 +23,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """One model, `owner/tiny`, with these files; counts which of them are fetched."""
+    """One model, `owner/tiny`, with these files; counts which of them are fetched.
+
+    `owner/private` is the same model for those who have the token.
+    """
 
     daemon_threads = True
 
@@ -28,6 +34,12 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = files
         self.fetched: list[str] = []
+        self.revisions: set[str] = set()
+        """What was asked for."""
+        self.sent: list[tuple[str, int, int]] = []
+        """Of each file that was fetched its name, where it was begun, and how much was sent."""
+        self.cuts: list[int] = []
+        """After so many bytes of a body the connection breaks, once for each."""
 
     @property
     def url(self) -> str:
@@ -45,7 +57,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
-        path = self.path.split("?")[0]
+        path = unquote(self.path.split("?")[0])
+        if "owner/private" in path and self.headers["Authorization"] == "Bearer hf_secret":
+            path = path.replace("owner/private", "owner/tiny")
+        if found := re.match(r"/api/models/owner/tiny/revision/(.*)", path):
+            self.server.revisions.add(found[1])
         api, resolve = "/api/models/owner/tiny", f"/owner/tiny/resolve/{COMMIT}/"
         file = path.removeprefix(resolve)
         if path.startswith("/api/models/owner/gated"):
@@ -62,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.fetched += [file] * with_body
             etag = self.entry(file)["oid"]
             headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
-            self.send(200, self.server.files[file], headers, with_body)
+            self.send_file(file, headers, with_body)
         else:
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
@@ -71,13 +87,36 @@ class Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha1(content).hexdigest()
         return {"type": "file", "path": name, "oid": digest, "size": len(content)}
 
-    def send(self, status: int, body: bytes, headers=None, with_body: bool = True) -> None:
+    def send_file(self, file: str, headers: dict[str, str], with_body: bool) -> None:
+        content = self.server.files[file]
+        begin = int(re.sub(r"\D", "", self.headers["Range"] or "0"))
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        body = content[begin:]
+        sent = len(body)
+        if with_body:
+            fits = [cut for cut in self.server.cuts if cut < len(body)]
+            for cut in fits[:1]:
+                self.server.cuts.remove(cut)
+                sent = cut
+            self.server.sent.append((file, begin, sent))
+        self.send(206 if begin else 200, body, headers, with_body, sent)
+        self.close_connection = sent < len(body)
+
+    def send(
+        self,
+        status: int,
+        body: bytes,
+        headers=None,
+        with_body: bool = True,
+        sent: int | None = None,
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if with_body:
-            self.wfile.write(body)
+            self.wfile.write(body[:sent])
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -135,7 +174,8 @@ def test_every_failure_says_what_to_do(server, tmp_path):
         with pytest.raises(ValueError) as caught:
             hub.resolve(name, revision=revision, endpoint=url, cache=tmp_path)
         message = str(caught.value)
-        assert type(caught.value) is ValueError and "\n" not in message and name in message
+        assert type(caught.value) is ValueError and "\n" not in message
+        assert re.split("@|/other", name)[0] in message
         return message
 
     assert "check the spelling" in refusal("owner/absent")
@@ -144,8 +184,13 @@ def test_every_failure_says_what_to_do(server, tmp_path):
     assert "not a hub id" in refusal("tiny")
     assert "not a hub id" in refusal("../owner/tiny")
     assert "out of reach" in refusal("owner/tiny", url="http://127.0.0.1:9")
-    server.files = {"rwkv-4.pth": b""}
-    assert "has .pth files" in refusal("owner/tiny")
+    assert "is no revision" in refusal("owner/tiny", "../../elsewhere")
+    assert "is no revision" in refusal("owner/tiny@a//b")
+    assert "disagree" in refusal("owner/tiny@main", "v1")
+    assert (
+        "has no file 'other.pth'; name one of its files: owner/tiny/model.safetensors"
+        in refusal("owner/tiny/other.pth")
+    )
 
 
 def test_offline_mode_is_heeded(server, tmp_path, monkeypatch):
@@ -160,6 +205,105 @@ def test_offline_mode_is_heeded(server, tmp_path, monkeypatch):
     assert resolve() == directory
 
 
+def test_a_repository_without_weights_says_so(server, tmp_path):
+    server.files = {"README.md": b""}
+    with pytest.raises(ValueError, match=r"'owner/tiny' .* there are no weights in it"):
+        hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+
+
+def save_pth(tensors: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+NAMES = ["RWKV-4-Pile-169M-20220807-8023.pth", "RWKV-4-Raven-7B-v12-Eng98%-Other2%.pth"]
+
+
+def test_of_several_pth_files_one_is_named(server, tmp_path, official):
+    server.files = {"README.md": b""}
+    for number, name in enumerate(NAMES):  # files of the same content would be one in the cache
+        server.files[name] = save_pth(official | {"ln_out.bias": torch.full((8,), float(number))})
+    resolve = partial(hub.resolve, endpoint=server.url, cache=tmp_path)
+    with pytest.raises(ValueError, match="name one of its files") as caught:
+        resolve("owner/tiny")
+    assert all(f"owner/tiny/{name}" in str(caught.value) for name in NAMES)
+    assert server.fetched == []
+    for name in NAMES:
+        file = resolve(f"owner/tiny/{name}")
+        assert (file.name, server.fetched) == (name, [name])
+        assert receptance.formats.read(file).config.width == 8
+        server.fetched.clear()
+    server.shutdown()
+    server.server_close()
+    assert resolve(f"owner/tiny/{NAMES[0]}") == file.with_name(NAMES[0])
+    with pytest.raises(ValueError, match="name one of its files") as caught:
+        resolve("owner/tiny")
+    assert all(f"owner/tiny/{name}" in str(caught.value) for name in NAMES)
+
+
+def test_a_single_pth_file_is_taken_with_the_tokenizer_beside_it(server, tmp_path, official):
+    files = {"rwkv_vocab_v20230424.txt": b"1", "it.pth": save_pth(official), "README.md": b""}
+    server.files = files
+    file = hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+    assert sorted(server.fetched) == ["it.pth", "rwkv_vocab_v20230424.txt"]
+    weights = receptance.formats.read(file)
+    assert weights.tokenizer == file.with_name("rwkv_vocab_v20230424.txt")
+    server.shutdown()
+    server.server_close()
+    assert hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path) == file
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "asked"),
+    [
+        ("owner/tiny", None, "main"),
+        ("owner/tiny@v1.0", None, "v1.0"),
+        ("owner/tiny", "v1.0", "v1.0"),
+        ("owner/tiny@refs/pr/7", "refs/pr/7", "refs/pr/7"),
+        ("owner/tiny/model.safetensors@v1.0", None, "v1.0"),
+    ],
+)
+def test_a_revision_is_asked_for(server, tmp_path, name, revision, asked):
+    found = hub.resolve(name, revision=revision, endpoint=server.url, cache=tmp_path)
+    assert server.revisions == {asked}
+    assert COMMIT in found.parts
+
+
+def test_a_commit_is_asked_for_as_it_is(server, tmp_path):
+    hub.resolve(f"owner/tiny@{COMMIT}", endpoint=server.url, cache=tmp_path)
+    assert server.revisions == set()
+
+
+def test_the_token_is_that_of_huggingface_hub(server, tmp_path, monkeypatch):
+    fetch = partial(hub.resolve, "owner/private", endpoint=server.url, cache=tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(ValueError, match="`hf auth login` if it is private"):
+        fetch()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert (fetch() / "model.safetensors").is_file()
+
+
+def test_a_broken_download_goes_on_where_it_broke(
+    server, tmp_path, official, assert_same, monkeypatch
+):
+    # It keeps whole blocks of what it got, usually of 10 MB.
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    whole = len(server.files["model.safetensors"])
+    server.cuts = [whole // 2]
+    directory = hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+    sent = [(begin, count) for file, begin, count in server.sent if file == "model.safetensors"]
+    assert sent[0] == (0, whole // 2)
+    assert sent[1] == (whole // 2 // 1000 * 1000, whole - sent[1][0])
+    assert_same(receptance.formats.read(directory).tensors, official)
+
+
+def test_progress_goes_to_stderr(server, tmp_path, capfd):
+    hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+    out, err = capfd.readouterr()
+    assert out == "" and "100%" in err
+
+
 def test_read_takes_names_of_this_form_for_hub_ids(monkeypatch, tmp_path):
     asked = []
 
@@ -171,6 +315,10 @@ def test_read_takes_names_of_this_form_for_hub_ids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="not today"):
         receptance.formats.read("RWKV/rwkv-4-169m-pile", revision="main")
+    for name in ("RWKV/rwkv-4-169m-pile@v1", "BlinkDL/rwkv-4-pile-169m/x.pth"):
+        with pytest.raises(ValueError, match="not today"):
+            receptance.formats.read(name)
+        assert asked.pop() == (name, None)
     assert asked == [("RWKV/rwkv-4-169m-pile", "main")]
     for local in ("models/absent.pth", Path("RWKV/rwkv-4-169m-pile"), "/RWKV/model", "./a/b", "a"):
         with pytest.raises(ValueError, match="no such file or directory"):

@@ -431,5 +431,6 @@ def test_no_other_module_unpickles():
     }
     guilty = {path: what for path, what in found.items() if what}
     assert guilty == {
-        "formats/pth.py": ["pickle", "pickletools", "torch.load", "weights_only"],
+        "formats/pickles.py": ["pickletools"],  # which only names instructions
+        "formats/pth.py": ["pickle", "torch.load", "weights_only"],
     }

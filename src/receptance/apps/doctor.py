@@ -2,64 +2,208 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
+import json
+import os
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from receptance import __version__
+from receptance.measure import read_bandwidth
 from receptance.ops import available_backends, native
+from receptance.progress import say
 
-# Optional packages, what each is for, and the extra that brings it.
+# Optional packages, what each is for, and the command that brings it.
 _OPTIONAL = {
-    "matplotlib": ("loss plots", "pip install 'receptance[plot]'"),
+    "matplotlib": ("plots", "pip install 'receptance[plot]'"),
     "datasets": ("hub datasets, parquet", "pip install 'receptance[data]'"),
     "tensorboard": ("figures of a run", "pip install 'receptance[logs]'"),
     "wandb": ("figures of a run", "pip install 'receptance[logs]'"),
-    "triton": ("GPU kernels", "comes with a CUDA build of torch"),
     "transformers": ("comparisons", "pip install transformers"),
 }
+_COMPILERS = ("c++", "g++", "clang++")
+_REINSTALL = "pip install --force-reinstall --no-deps receptance"
+_CUDA_TORCH = "pip install --force-reinstall torch"  # on Linux the default build is one for CUDA
+# What the native kernels are made for, or could be, as Linux calls it.
+_INSTRUCTIONS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
+    *("asimd", "asimddp", "i8mm", "sve"),
+)
+_PATIENCE = 2.0  # seconds for a program that is asked for its version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Say what this machine and installation can do, and how to get what is missing."""
+
+    bandwidth: bool = False
+    """Measure how fast memory is read, too: that limits how fast a model can write."""
+    json: bool = False
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Say what this machine and installation can do."""
+class Finding:
+    """One line of the report."""
+
+    found: str
+    fix: str | None = None
+    """The command that would bring what is missing; None if nothing is."""
 
 
 def main(argv: list[str]) -> None:
-    """Parse (there is only --help) and print the table."""
-    tyro.cli(Options, args=argv, prog="receptance doctor")
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, finding in findings().items():
-        table.add_row(name, finding)
-    Console().print(table)
+    """Parse, look around, print."""
+    options = tyro.cli(Options, args=argv, prog="receptance doctor")
+    found = findings()
+    if options.bandwidth:
+        found["memory"] = _bandwidth()
+    if options.json:
+        print(json.dumps({name: dataclasses.asdict(x) for name, x in found.items()}, indent=1))
+        return
+    for name, finding in found.items():
+        fix = "" if finding.fix is None else f"; {finding.fix}"
+        say(Console(), f"{name:16} {finding.found}{fix}")
 
 
-def findings() -> dict[str, str]:
-    """What there is to report, one line each."""
-    found = {
-        "receptance": f"{__version__} on Python {platform.python_version()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+def findings() -> dict[str, Finding]:
+    """What there is to report, in its order."""
+    return {
+        "receptance": Finding(f"{__version__} on Python {platform.python_version()}"),
+        "CPU": _cpu(),
+        "torch": _torch(),
+        "compiler": _compiler(),
         "native kernels": _native(),
-        "wkv4 on cpu": ", ".join(available_backends("cpu")),
-        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "wkv4 on cpu": Finding(", ".join(available_backends("cpu"))),
+        "GPU": _gpu(),
+        "GPU driver": _driver(),
+        "triton": _triton(),
+        **{package: _optional(package) for package in _OPTIONAL},
     }
-    for package, (purpose, remedy) in _OPTIONAL.items():
-        present = importlib.util.find_spec(package) is not None
-        found[package] = f"present ({purpose})" if present else f"absent ({purpose}); {remedy}"
-    return found
 
 
-def _native() -> str:
+# ---- the processor ------------------------------------------------------------------------------
+
+
+def _cpu() -> Finding:
+    about = _cpuinfo()
+    name = about.get("model name") or platform.processor() or platform.machine()
+    flags = (about.get("flags") or about.get("Features") or "").split()
+    known = ", ".join(x for x in _INSTRUCTIONS if x in flags)
+    has = known or f"what torch calls {torch.backends.cpu.get_cpu_capability()}"
+    return Finding(f"{name}, {os.cpu_count()} cores; has {has}")
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says about a processor; elsewhere nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _torch() -> Finding:
+    build = "CPU build"
+    if torch.version.cuda is not None:
+        build = f"CUDA {torch.version.cuda}"
+    elif torch.version.hip is not None:
+        build = f"ROCm {torch.version.hip}"
+    return Finding(f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+
+
+def _compiler() -> Finding:
+    for name in _COMPILERS:
+        if (path := shutil.which(name)) is not None:
+            return Finding(_first_line(path, "--version") or path)
+    mac = platform.system() == "Darwin"
+    command = "xcode-select --install" if mac else "sudo apt install g++"
+    return Finding("none, and the native kernels want one for C++17", command)
+
+
+def _native() -> Finding:
     module = native.library()
     if module is None:
-        return (
-            "not built, so the chunked torch path is used; install a C++17 compiler (g++ or "
-            "clang++) and reinstall receptance"
+        return Finding("not built, so torch does it all, slower: with a compiler", _REINSTALL)
+    threads = "share torch's threads" if module.shares_torch_threads() else "have their own threads"
+    return Finding(f"use {', '.join(native.instruction_sets())} (the first of them); {threads}")
+
+
+def _bandwidth() -> Finding:
+    speed, how = read_bandwidth()
+    return Finding(f"read at {speed / 1e9:.1f} GB/s by {torch.get_num_threads()} threads ({how})")
+
+
+# ---- the GPU ------------------------------------------------------------------------------------
+
+
+def _gpu() -> Finding:
+    try:
+        if torch.cuda.is_available():
+            return Finding("; ".join(map(_one_gpu, range(torch.cuda.device_count()))))
+    except RuntimeError as error:  # a driver that does not answer
+        return Finding(f"not usable: {str(error).splitlines()[0]}")
+    if shutil.which("nvidia-smi") is not None and torch.version.cuda is None:
+        return Finding("there is an NVIDIA driver, but this torch was built without CUDA",
+                       _CUDA_TORCH)  # fmt: skip
+    return Finding("none that torch can use")
+
+
+def _one_gpu(index: int) -> str:
+    about = torch.cuda.get_device_properties(index)
+    backends = ", ".join(available_backends(f"cuda:{index}"))
+    size = about.total_memory / 2**30
+    return f"{about.name}, {size:.0f} GiB, sm_{about.major}{about.minor}, wkv4 {backends}"
+
+
+def _driver() -> Finding:
+    if (path := shutil.which("nvidia-smi")) is None:
+        return Finding("none of NVIDIA's")
+    version = _first_line(path, "--query-gpu=driver_version", "--format=csv,noheader")
+    return Finding(version or "nvidia-smi does not answer")
+
+
+def _triton() -> Finding:
+    if importlib.util.find_spec("triton") is not None:
+        return Finding(f"{_version('triton')} (GPU kernels)")
+    if torch.version.cuda is None:
+        return Finding("absent (GPU kernels): it comes with a CUDA build of torch")
+    return Finding("absent (GPU kernels)", "pip install triton")
+
+
+# ---- packages and programs ----------------------------------------------------------------------
+
+
+def _optional(package: str) -> Finding:
+    purpose, command = _OPTIONAL[package]
+    if importlib.util.find_spec(package) is None:
+        return Finding(f"absent ({purpose})", command)
+    return Finding(f"{_version(package)} ({purpose})")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "present"
+
+
+def _first_line(*command: str) -> str | None:
+    """What a program prints first; None if it fails or takes too long."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
         )
-    threads = "shares torch's threads" if module.shares_torch_threads() else "has its own threads"
-    return f"{', '.join(native.instruction_sets())}; {threads}"
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if lines and done.returncode == 0 else None

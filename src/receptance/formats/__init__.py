@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from receptance.config import ModelConfig
 from receptance.formats import hf, hub
 from receptance.formats.files import reason
-from receptance.formats.ggmf import is_ggmf, read_ggmf
+from receptance.formats.ggmf import is_ggmf, open_ggmf, read_ggmf
 from receptance.formats.names import conform, infer_config, is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
@@ -22,6 +23,7 @@ _READERS = {
     ".pt": read_pth,
     ".bin": read_pth,
     ".safetensors": read_safetensors,
+    ".st": read_safetensors,
 }
 _SUFFIXES = ", ".join(_READERS)
 
@@ -31,8 +33,11 @@ class Weights:
     """A model as some file or directory gave it."""
 
     config: ModelConfig
-    tensors: dict[str, Tensor]
-    """By official name, in official shapes and the file's dtypes; mapped to it where possible."""
+    tensors: Mapping[str, Tensor]
+    """By official name, in official shapes and the file's dtypes; mapped to it where possible.
+
+    Those of an rwkv.cpp file are made when they are asked for, each time.
+    """
     tokenizer: Path | None
     """The tokenizer's file beside the weights, if there is one."""
     source: Path
@@ -40,15 +45,15 @@ class Weights:
 
 
 def read(source: str | Path, *, revision: str | None = None) -> Weights:
-    """The RWKV-4 weights in a file, a directory or a hub model owner/name.
+    """The RWKV-4 weights in a file, a directory or a hub model (see `hub.resolve`).
 
-    Files: .pth, .pt, .bin, .safetensors, and those of rwkv.cpp, whatever their suffix.
-    Directories: of transformers, or with a single .pth or .safetensors file.
+    Files: .pth, .pt, .bin, .safetensors, .st, and those of rwkv.cpp, whatever their suffix.
+    Directories: of transformers, or with a single .pth, .safetensors or .st file.
     Revision is for hub models alone. ValueError says what was found instead and what to do.
     """
     try:
         if isinstance(source, str) and _means_hub(source):
-            return _read_directory(hub.resolve(source, revision=revision))
+            return _read_path(hub.resolve(source, revision=revision), None)
         return _read_path(Path(source), revision)
     except OSError as error:
         raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
@@ -61,19 +66,18 @@ def _read_path(path: Path, revision: str | None) -> Weights:
 
 
 def _means_hub(source: str) -> bool:
-    return (
-        hub.is_hub_id(source) and not Path(source).exists() and Path(source).suffix not in _READERS
-    )
+    return hub.is_hub_id(source) and not Path(source).exists()
 
 
 def _read_directory(directory: Path) -> Weights:
     if (directory / "config.json").is_file():
         return _weights(hf.read_hf(directory), directory)
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".pth", ".safetensors"))
+    suffixes = ".pth", ".safetensors", ".st"
+    files = sorted(path for path in directory.iterdir() if path.suffix in suffixes)
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
         raise ValueError(
-            f"{directory}: wanted a config.json or a single .pth or .safetensors file in it; "
+            f"{directory}: wanted a config.json or a single .pth, .safetensors or .st file in it; "
             f"found {found or 'neither'}"
         )
     return _read_file(files[0])
@@ -84,8 +88,13 @@ def _read_file(path: Path) -> Weights:
         raise ValueError(
             f"no such file or directory: {path}; nor is it a hub id, which looks like owner/name"
         )
-    # The usual suffix, .bin, is that of many formats.
-    reader = read_ggmf if is_ggmf(path) else _READERS.get(path.suffix)
+    # Its usual suffix, .bin, is that of many formats.
+    if is_ggmf(path):
+        file = open_ggmf(path)
+        return Weights(
+            file.config, file, hf.find_tokenizer(path.parent, file.config.vocab_size), path
+        )
+    reader = _READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
     tensors = reader(path)

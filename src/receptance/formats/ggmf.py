@@ -22,6 +22,7 @@ from receptance.directories import one_line
 from receptance.formats.files import check_file
 from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantise, quantise
 from receptance.formats.names import Shape, infer_config, some, tensor_shapes
+from receptance.formats.writing import chunks
 
 Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
 """What the matrices of a written file are; vectors are always FP32."""
@@ -72,6 +73,10 @@ class GGMFFile(Mapping[str, Tensor]):
         """The types of its tensors, such as FP32 and Q5_1."""
         return {entry.kind for entry in self._entries.values()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor comes; known without reading it."""
+        return torch.float16 if self._entries[name].kind == "FP16" else torch.float32
+
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         data = self._data[entry.offset : entry.offset + entry.size]
@@ -81,8 +86,11 @@ class GGMFFile(Mapping[str, Tensor]):
             values = dequantise(data, entry.kind, old=self.version == _VERSIONS[0])
         tensor = torch.from_numpy(values).view(self._shapes[name])
         if name.endswith(".att.time_decay"):
-            return _decay_parameter(tensor, f"{self.path}: {name}")
+            return decay_parameter(tensor, f"{self.path}: {name}")
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -230,7 +238,7 @@ def _cut_short() -> NoReturn:
     raise ValueError("it ends in the middle of a tensor: cut short or damaged; get it again")
 
 
-def _decay_parameter(stored: Tensor, what: str) -> Tensor:
+def decay_parameter(stored: Tensor, what: str) -> Tensor:
     """log(-stored), the parameter `time_decay` of a file's -exp of it: [C] -> [C] float32.
 
     Near zero several parameters have the same exponential in float32. Most were narrow numbers
@@ -244,7 +252,7 @@ def _decay_parameter(stored: Tensor, what: str) -> Tensor:
     parameter = decay.log().float()
     for narrow in (torch.float16, torch.bfloat16):
         candidate = parameter.to(narrow).float()
-        same = _decay(candidate) == -decay.float()
+        same = stored_decay(candidate) == -decay.float()
         parameter = torch.where(same, candidate, parameter)
     return parameter
 
@@ -263,37 +271,43 @@ def _check_kind(config: ModelConfig, kind: Stored) -> None:
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """The tensor in float32, a vector as a vector."""
+    """The tensor with the values to store, a vector as a vector."""
     if name not in tensors:
         raise ValueError(f"{name} is missing; a whole model is wanted")
-    tensor = tensors[name].detach().cpu().float()
+    tensor = tensors[name].detach().cpu()
     if tensor.numel() != math.prod(shape):
         raise ValueError(f"{name} is {list(tensor.shape)}; the configuration wants {list(shape)}")
     vector = shape[:-1] in ((), (1, 1))
     tensor = tensor.reshape(-1) if vector else tensor.reshape(shape)
-    return _decay(tensor) if name.endswith(".att.time_decay") else tensor
+    return stored_decay(tensor) if name.endswith(".att.time_decay") else tensor
 
 
-def _decay(parameter: Tensor) -> Tensor:
+def stored_decay(parameter: Tensor) -> Tensor:
+    """What a file has in place of the parameter `time_decay`: its -exp, [C] -> [C] float32."""
     # By way of float64, so that it is the same on every machine, and reading can tell.
     return (-parameter.double().exp()).float()
 
 
+def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:
+    """What a tensor becomes in a file of this kind: only matrices are anything but FP32."""
+    if len(shape) != 2:
+        return "FP32"
+    return "FP16" if kind in KINDS and name in _NOT_QUANTISED else kind
+
+
 def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> None:
-    stored = "FP32" if tensor.dim() == 1 else kind
-    if stored in KINDS and name in _NOT_QUANTISED:
-        stored = "FP16"
-    label = name.encode()
+    stored, label = stored_kind(name, tensor.shape, kind), name.encode()
     file.write(_TENSOR.pack(tensor.dim(), len(label), _CODES[stored]))
     file.write(struct.pack(f"<{tensor.dim()}i", *tensor.shape[::-1]))
     file.write(label)
-    file.write(_encoded(name, tensor.contiguous().numpy(), stored))
+    for values in chunks(tensor):
+        file.write(_encoded(name, values.float().numpy(), stored))
 
 
 def _encoded(name: str, values: np.ndarray, kind: str) -> memoryview:
     if kind in KINDS:
         try:
-            return quantise(values.reshape(-1), kind).data
+            return quantise(values, kind).data
         except ValueError as error:
             raise ValueError(f"{name} cannot be written as {kind}: {error}") from None
     with np.errstate(over="ignore"):

@@ -1,21 +1,28 @@
-"""A directory that transformers' RwkvForCausalLM was saved to."""
+"""Directories of transformers' RwkvForCausalLM, read and written.
+
+Tensors have their official names outside of these directories, going in and coming out.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from receptance.config import WORLD_VOCAB_SIZE, ModelConfig
 from receptance.formats.files import reason
-from receptance.formats.names import conform, some, to_official
+from receptance.formats.names import conform, some, to_hf, to_official
 from receptance.formats.pth import read_pth
-from receptance.formats.safetensors import read_safetensors
+from receptance.formats.safetensors import read_safetensors, write_safetensors
+from receptance.formats.writing import Layout
 
 Reader = Callable[[Path], dict[str, Tensor]]
 
@@ -26,6 +33,9 @@ _FILES: tuple[tuple[str, Reader], ...] = (
     ("pytorch_model.bin", read_pth),
     ("pytorch_model.bin.index.json", read_pth),
 )
+
+# What transformers divides by two after, unless told otherwise.
+RESCALE_EVERY = 6
 
 # Fields of config.json that the tensors decide too.
 _SIZES = {
@@ -50,8 +60,7 @@ class HFWeights:
 def read_hf(directory: str | Path) -> HFWeights:
     """The RWKV-4 model in a transformers directory: safetensors or .bin, whole or in shards.
 
-    transformers divides the output matrices by powers of two during its first evaluation; weights
-    saved after that can't be told from others, and are read as they are.
+    Weights that transformers saved after an evaluation are read as they are (see rescaling.py).
     ValueError, starting with the path, when something is missing, damaged, inconsistent or not
     RWKV-4.
     """
@@ -67,14 +76,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     model_type = fields.get("model_type")
     if model_type != "rwkv":
         raise ValueError(
-            f"{path}: the model_type is {model_type!r}; "
+            f"{path}: the model_type is {reprlib.repr(model_type)}; "
             "this release reads RWKV-4, whose model_type is 'rwkv'"
         )
     width, attention = fields.get("hidden_size"), fields.get("attention_hidden_size")
     if attention not in (None, width):
         raise ValueError(
-            f"{path}: attention_hidden_size is {attention!r} and hidden_size {width!r}; "
-            "this release reads models where they are equal, as in every published RWKV-4"
+            f"{path}: attention_hidden_size is {reprlib.repr(attention)} and hidden_size "
+            f"{reprlib.repr(width)}; this release reads models where they are equal, as in every "
+            "published RWKV-4"
         )
     return fields
 
@@ -88,8 +98,8 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
     for theirs, ours in _SIZES.items():
         if fields.get(theirs) not in (None, getattr(config, ours)):
             raise ValueError(
-                f"{path}: {theirs} is {fields[theirs]!r}, but the tensors beside it have "
-                f"{getattr(config, ours)}; the two files do not belong together"
+                f"{path}: {theirs} is {reprlib.repr(fields[theirs])}, but the tensors beside it "
+                f"have {getattr(config, ours)}; the two files do not belong together"
             )
     config = _with_epsilon(config, fields.get("layer_norm_epsilon"), path)
     return HFWeights(config, official, find_tokenizer(directory, config.vocab_size))
@@ -115,7 +125,7 @@ def _with_epsilon(config: ModelConfig, epsilon: object, path: Path) -> ModelConf
         return config
     if not isinstance(epsilon, float):
         raise ValueError(
-            f"{path}: layer_norm_epsilon is {epsilon!r}; it must be a number like 1e-5"
+            f"{path}: layer_norm_epsilon is {reprlib.repr(epsilon)}; it must be a number like 1e-5"
         )
     try:
         return dataclasses.replace(config, layer_norm_epsilon=epsilon)
@@ -149,9 +159,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         raise ValueError(f"{index}: there is no weight_map of tensor names to files in it")
     for file in files.values():
         # The index comes with the weights: it must not reach for files elsewhere.
-        if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
+        plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
+        if not plain or not file.isprintable() or len(file) > 255:
             raise ValueError(
-                f"{index}: it names the file {file!r}; shards must lie in the same directory"
+                f"{index}: it names the file {reprlib.repr(file)}; "
+                "shards must lie in the same directory"
             )
     return files
 
@@ -164,3 +176,86 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: it holds a JSON {type(fields).__name__}; wanted an object")
     return fields
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def write_hf(
+    directory: Path,
+    config: ModelConfig,
+    layout: Layout,
+    tensors: Mapping[str, Tensor],
+    shard_bytes: int,
+) -> None:
+    """Put config.json and the tensors into a directory, in files of about shard_bytes at most.
+
+    Tensors are asked for one at a time, by the official names that the layout has, too.
+    ValueError when one has values too large for its type.
+    """
+    fields = config_fields(config, layout["emb.weight"][0])
+    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    shards = _shards(layout, shard_bytes)
+    files: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        renamed = {to_hf(name): layout[name] for name in names}
+        write_safetensors(directory / file, renamed, ((to_hf(n), tensors[n]) for n in names))
+        files |= dict.fromkeys(renamed, file)
+    if len(shards) > 1:
+        write_index(directory, "model", files, sum(map(_nbytes, layout.values())))
+
+
+def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json says of a model whose matrices are of this type."""
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        "attention_hidden_size": config.width,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        # Otherwise an evaluation divides weights, and epsilon acts on smaller numbers; but models
+        # overflow in float16 without.
+        "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def tokenizer_fields(end_of_text: str | None) -> dict[str, Any]:
+    """What tokenizer_config.json says beside a tokenizer.json."""
+    marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **(marks if end_of_text else {}),
+    }
+
+
+def _shards(layout: Layout, shard_bytes: int) -> list[list[str]]:
+    """The names in order, cut into lists of as many bytes; at least one tensor in each."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, planned in layout.items():
+        if shards[-1] and size + _nbytes(planned) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _nbytes(planned)
+    return shards
+
+
+def _nbytes(planned: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = planned
+    return math.prod(shape) * dtype.itemsize
+
+
+def write_index(directory: Path, stem: str, files: Mapping[str, str], size: int) -> str:
+    """Write which of the files of STEM holds each tensor, and the bytes of all; the file's name."""
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    name = f"{stem}.safetensors.index.json"
+    (directory / name).write_text(json.dumps(index, indent=2) + "\n")
+    return name

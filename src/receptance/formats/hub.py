@@ -1,29 +1,70 @@
-"""Models by the id they have on the Hugging Face hub."""
+"""Models by the name they have on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import glob
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from receptance.formats.files import reason
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_SUFFIXES = ("pth", "pt", "bin", "safetensors", "st")
+# Checked here because they become parts of addresses and of paths in the cache.
+_WORD = r"[A-Za-z0-9][\w.-]*"
+_FILE = rf"(?:[^/\\@\s.][^/\\@\x00-\x1f]*/)*[^/\\@\s.][^/\\@\x00-\x1f]*\.(?:{'|'.join(_SUFFIXES)})"
+_REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*", re.ASCII)
+_SOURCE = re.compile(rf"({_WORD}/{_WORD})(?:/({_FILE}))?(?:@(.+))?", re.ASCII)
 
+_TOKENIZERS = ("tokenizer.json", "20B_tokenizer.json", "rwkv_vocab*.txt")
 _WITH_SAFETENSORS = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer.json",
-    "20B_tokenizer.json",
-    "rwkv_vocab*.txt",
+    *_TOKENIZERS,
 )
 _WITH_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
+@dataclass(frozen=True)
+class HubSource:
+    """What "owner/name", "owner/name/file.pth" and either with "@revision" behind it mean."""
+
+    name: str
+    """owner/name."""
+    file: str | None = None
+    """One file of weights in the repository."""
+    revision: str | None = None
+    """A branch, a tag or a commit; None for the newest."""
+
+    @classmethod
+    def parse(cls, text: str, revision: str | None = None) -> HubSource:
+        """ValueError unless the text has one of these forms; revision is that given beside it."""
+        found = _SOURCE.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is not a hub id; one looks like 'RWKV/rwkv-4-169m-pile'")
+        name, file, own = found.groups()
+        if own is not None and revision not in (None, own):
+            raise ValueError(f"{text!r} and revision {revision!r} disagree; give one of them")
+        revision = own or revision
+        if revision is not None and _REVISION.fullmatch(revision) is None:
+            raise ValueError(
+                f"{revision!r} is no revision of hub model {name!r}; wanted is a branch, a tag or "
+                "a commit, such as 'main'"
+            )
+        return cls(name, file, revision)
+
+
 def is_hub_id(name: str) -> bool:
-    """Whether this has the form owner/name."""
-    return _ID.fullmatch(name) is not None
+    """Whether this has the form owner/name, owner/name/file.pth, or either with @revision."""
+    found = _SOURCE.fullmatch(name)
+    # Of two words, with such an ending, it is a path.
+    path_like = (
+        found is not None and not found[2] and name.endswith(tuple(f".{x}" for x in _SUFFIXES))
+    )
+    return found is not None and not path_like
 
 
 def resolve(
@@ -33,37 +74,86 @@ def resolve(
     endpoint: str | None = None,
     cache: str | Path | None = None,
 ) -> Path:
-    """A local directory with what we read of the model owner/name, downloaded when it is not there.
+    """A local copy of what we read of a hub model, downloaded when it is not there.
 
-    Pickled weights are fetched only if there are none as safetensors. Revision is a branch, a tag
-    or a commit; endpoint and cache replace huggingface_hub's own. Without a network the cached
-    copy is used, and so it is when HF_HUB_OFFLINE is set, which huggingface_hub heeds by itself.
+    Of owner/name a directory as transformers has it, or the file of weights if there is a single
+    one; of owner/name/file.pth that file, with the tokenizer's beside it. @revision behind either,
+    or revision, is a branch, a tag or a commit. Pickled weights are fetched only if they are named
+    or if there are none as safetensors. endpoint and cache replace huggingface_hub's own.
+    huggingface_hub shows progress on stderr, goes on where a connection broke, uses the token of
+    `hf auth login`, and the cached copy when there is no network or HF_HUB_OFFLINE is set.
     ValueError says what to do when there is no such model, no access or no network.
     """
-    if not is_hub_id(name):
-        raise ValueError(f"{name!r} is not a hub id; one looks like 'RWKV/rwkv-4-169m-pile'")
-    from huggingface_hub import snapshot_download
+    source = HubSource.parse(name, revision)
+    from huggingface_hub import HfApi, snapshot_download
 
-    fetch = partial(snapshot_download, name, revision=revision, endpoint=endpoint, cache_dir=cache)
+    where = {"revision": source.revision, "endpoint": endpoint, "cache_dir": cache}
+    fetch = partial(snapshot_download, source.name, **where)
+    names = partial(HfApi(endpoint=endpoint).list_repo_files, source.name, revision=source.revision)
     try:
-        directory = Path(fetch(allow_patterns=list(_WITH_SAFETENSORS)))
-        if not any(directory.glob("model*.safetensors")):
-            fetch(allow_patterns=[*_WITH_SAFETENSORS, *_WITH_BIN])
+        return _fetch(source, fetch, names)
+    except _Missing as missing:
+        raise ValueError(str(missing)) from None
     # Which exceptions a broken connection raises depends on huggingface_hub's HTTP library.
     except Exception as error:
-        raise ValueError(_advice(name, revision, error)) from None
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"hub model {name!r} has no config.json; if it has .pth files, "
-            "download the one you want and give its path"
+        raise ValueError(_advice(source, error)) from None
+
+
+class _Missing(ValueError):
+    """The repository is there, but not what was wanted of it."""
+
+
+def _fetch(source: HubSource, fetch: Callable[..., str], names: Callable[[], list[str]]) -> Path:
+    if source.file is not None:
+        return _fetch_file(source, source.file, fetch, names)
+    directory = Path(fetch(allow_patterns=list(_WITH_SAFETENSORS)))
+    if any(directory.glob("model*.safetensors")):
+        return directory
+    if (directory / "config.json").is_file():
+        return Path(fetch(allow_patterns=[*_WITH_SAFETENSORS, *_WITH_BIN]))
+    files = _weights(directory, names)
+    if len(files) != 1:
+        raise _Missing(
+            f"hub model {source.name!r} is no directory of transformers: it has no config.json; "
+            + _listed(source, files)
         )
-    return directory
+    return _fetch_file(source, files[0], fetch, names)
 
 
-def _advice(name: str, revision: str | None, error: Exception) -> str:
+def _fetch_file(
+    source: HubSource, file: str, fetch: Callable[..., str], names: Callable[[], list[str]]
+) -> Path:
+    directory = Path(fetch(allow_patterns=[glob.escape(file), *_TOKENIZERS]))
+    if not (directory / file).is_file():
+        listed = _listed(source, _weights(directory, names))
+        raise _Missing(f"hub model {source.name!r} has no file {file!r}; {listed}")
+    return directory / file
+
+
+def _weights(directory: Path, names: Callable[[], list[str]]) -> list[str]:
+    """Files of weights in the repository, or in the cached copy when it is out of reach."""
+    from huggingface_hub import errors
+
+    try:
+        found = names()
+    except (errors.OfflineModeIsEnabled, OSError):
+        found = [path.relative_to(directory).as_posix() for path in directory.rglob("*")]
+    return sorted(name for name in found if re.fullmatch(_FILE, name))
+
+
+def _listed(source: HubSource, files: list[str]) -> str:
+    if not files:
+        return "there are no weights in it"
+    shown = ", ".join(f"{source.name}/{file}" for file in files[:5])
+    more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+    return f"name one of its files: {shown}{more}"
+
+
+def _advice(source: HubSource, error: Exception) -> str:
     """What to tell someone who asked for this model and got this error."""
     from huggingface_hub import errors
 
+    name = source.name
     if isinstance(error, errors.GatedRepoError):
         return f"hub model {name!r} is gated: ask for access on its page, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -72,7 +162,9 @@ def _advice(name: str, revision: str | None, error: Exception) -> str:
             "check the spelling, or run `hf auth login` if it is private"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"hub model {name!r} has no revision {revision!r}; leave it out for the newest"
+        return (
+            f"hub model {name!r} has no revision {source.revision!r}; leave it out for the newest"
+        )
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             f"hub model {name!r} is not in the local cache, and the hub is out of reach; "

@@ -201,7 +201,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
 def _refuse_others(shapes: Mapping[str, Shape]) -> None:
     """ValueError that says what these tensors are, when they are recognisably not RWKV-4."""
     _refuse_adapters(shapes)
-    if version := _other_version(shapes):
+    if version := other_version(shapes):
         raise ValueError(f"this is an {version} file; this release reads RWKV-4")
     _refuse_variants(shapes)
     _refuse_prefixes(shapes)
@@ -240,7 +240,8 @@ _MARKS: dict[str, Callable[[str, Shape], bool]] = {
 }
 
 
-def _other_version(shapes: Mapping[str, Shape]) -> str | None:
+def other_version(shapes: Mapping[str, Shape]) -> str | None:
+    """What tensors of these official names and shapes are, "RWKV-6" say, if not RWKV-4."""
     for version, marked in _MARKS.items():
         if any(marked(name, shape) for name, shape in shapes.items()):
             return version

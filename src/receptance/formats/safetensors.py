@@ -1,12 +1,34 @@
-"""One safetensors file. The format runs no code on load; only damage has to be dealt with."""
+"""One safetensors file. The format runs no code on load; only damage has to be dealt with.
+
+The library's own writer wants all tensors in memory at once and aligns to 8 bytes; its reader, and
+everybody else's, reads what is written here too.
+Format: https://github.com/huggingface/safetensors#format
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from receptance.formats.files import check_file, reason
+from receptance.formats.writing import Layout, pieces
+
+ALIGNMENT = 64
+"""Bytes; the line of a cache."""
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -26,3 +48,43 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: damaged, cut short or no safetensors file ({reason(error)}); get it again"
         ) from None
+
+
+def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors one at a time, in any order, each as the layout has it; none may be missing.
+
+    Those with a multiple of 64 bytes begin at one; the format has no room between tensors.
+    ValueError when one has values too large for its type.
+    """
+    header, places = _header(layout)
+    missing = set(layout)
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in tensors:
+            dtype, shape = layout[name]
+            assert tuple(tensor.shape) == shape, name
+            assert tensor.dtype.is_floating_point == dtype.is_floating_point, name
+            file.seek(len(header) + places[name])
+            for piece in pieces(name, tensor, dtype):
+                file.write(piece)
+            missing.remove(name)
+            del tensor  # before the next one is made
+    assert not missing, missing
+
+
+def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of the file, and where behind them each tensor begins."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
+    for name in sorted(sizes, key=lambda name: sizes[name] % ALIGNMENT != 0):
+        places[name], end = end, end + sizes[name]
+        dtype, shape = layout[name]
+        fields[name] = {
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [places[name], end],
+        }
+    content = json.dumps(fields, separators=(",", ":")).encode()
+    content += b" " * (-(8 + len(content)) % ALIGNMENT)
+    return len(content).to_bytes(8, "little") + content, places

@@ -1,0 +1,92 @@
+"""receptance convert: weights in another format, compared with where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from receptance.conversion.converting import PASSES, Dtype, Format, Report, Target, check, convert
+from receptance.conversion.source import Note, Source, open_source
+from receptance.progress import progress_bar, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a model in another format, read that, and compare.
+
+    Nothing is kept unless every tensor and the logits are what they should be.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A file of weights, checkpoint directory, training run, Hugging Face directory or hub id."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """What to write; it must not exist. .pth, .st, .safetensors and .bin (rwkv.cpp) say what."""
+    to: Format | None = None
+    """The format, for directories (hf, receptance) and other names."""
+    dtype: Dtype | None = None
+    """Type of the weights; that of each tensor if not given. Q8_0 and Q4_0 are for rwkv.cpp."""
+    unscale: bool = False
+    """Undo that transformers divided weights before it saved them, after its config.json."""
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
+    shard_gb: float = 5.0
+    """hf: gigabytes above which the weights become several files."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse, convert, report."""
+    options = tyro.cli(Options, args=argv, prog="receptance convert")
+    console = Console()
+    target = Target(
+        path=options.out.expanduser(),
+        format=options.to,
+        dtype=options.dtype,
+        shard_bytes=int(options.shard_gb * 1e9),
+    )
+    source = _source(options, console)
+    check(source, target)
+    with progress_bar(console) as bar:
+        total = PASSES * source.config.num_parameters
+        task = bar.add_task("converting", total=total, note="")
+        note: Note = lambda name, values: bar.update(task, advance=values, note=name)  # noqa: E731
+        report = convert(source, target, note)
+    _show(console, source, target, report)
+
+
+def _source(options: Options, console: Console) -> Source:
+    source = open_source(options.model, tokenizer=options.tokenizer, revision=options.revision)
+    if options.unscale:
+        return source.unscaled()
+    if source.looks_rescaled():
+        say(
+            console,
+            f"{source.path}: the output matrices halve every {source.rescale_every} blocks, as "
+            "when transformers saves a model after evaluating it; if that was so, convert with "
+            "--unscale",
+            "yellow",
+        )
+    return source
+
+
+def _show(console: Console, source: Source, target: Target, report: Report) -> None:
+    found = report.difference
+    say(
+        console,
+        f"{target.path}: {report.bytes / 1e6:,.1f} MB, {', '.join(report.dtypes)}; largest "
+        f"difference of a logit {found.largest:.1e} ({found.relative:.1e} of the largest logit)",
+    )
+    if target.format == "st" and report.dtypes != ("float16",):
+        say(console, "Ai00 and web-rwkv read float16 only: for those, convert with --dtype float16")
+    if report.decays_rounded:
+        say(
+            console,
+            "rwkv.cpp keeps exponentials of decays: some differ in their last bit (float32)",
+        )
+    if source.tokenizer is None:
+        say(console, f"no tokenizer was found beside {source.path}, so none was written")

@@ -1,0 +1,104 @@
+"""receptance verify: does a model do on this machine what it has to?"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from receptance.checking.recorded import beside
+from receptance.checking.verifying import Check, Subject, record, verify
+from receptance.progress import progress_bar, say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Check a model on this machine: parallel = recurrent = batched, every kernel and engine.
+
+    Exit code 0 if all checks pass, 1 if one fails, 2 if there is no model to check.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """What `receptance generate` takes; a tokenizer is not needed."""
+    record: bool = False
+    """Write the logits of some fixed tokens beside the model, for other machines to compare."""
+    logits: Path | None = None
+    """The file of recorded logits, instead of MODEL.logits."""
+    device: str = "cpu"
+    """Where the torch model runs: cpu, cuda, ..."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse, check, report; leave with 1 if a check failed."""
+    options = tyro.cli(Options, args=argv, prog="receptance verify")
+    subject = Subject.open(options.model)
+    file = options.logits or beside(subject.path)
+    if options.record:
+        record(subject, file)
+    checks = _checked(options, subject)
+    if options.json:
+        print(json.dumps(as_json(subject, checks), indent=1))
+    else:
+        console = Console()
+        console.print(table(checks))
+        if options.record:
+            say(console, f"recorded {file}")
+    if not all(check.passed for check in checks):
+        raise SystemExit(1)
+
+
+def _checked(options: Options, subject: Subject) -> list[Check]:
+    checks = []
+    console = Console(stderr=True)
+    console.quiet = options.json or not console.is_terminal
+    with progress_bar(console) as bar:
+        task = bar.add_task("verify", total=None, note="")
+        for check in verify(subject, options.logits, options.device):
+            checks.append(check)
+            bar.update(task, advance=1, note=check.what)
+        bar.remove_task(task)
+    return checks
+
+
+def table(checks: list[Check]) -> Table:
+    """A row for each check."""
+    shown = Table(Column("check", no_wrap=True), box=None, pad_edge=False)
+    for title in ("difference", "bound"):
+        shown.add_column(title, justify="right")
+    shown.add_column("")
+    shown.add_column("")
+    for check in checks:
+        verdict = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
+        row = Text(check.what), _short(check.measured), _short(check.bound)
+        shown.add_row(*row, verdict, Text(check.note))
+    return shown
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value, 0) and math.isfinite(value) else f"{value:.1e}"
+
+
+def as_json(subject: Subject, checks: list[Check]) -> dict[str, Any]:
+    """Everything; a difference that is not finite is null, which JSON has no number for."""
+    rows = [
+        {
+            "check": check.what,
+            "difference": check.measured if math.isfinite(check.measured) else None,
+            "bound": check.bound,
+            "passed": check.passed,
+            "note": check.note,
+        }
+        for check in checks
+    ]
+    passed = all(check.passed for check in checks)
+    about = {"model": str(subject.path), "fingerprint": subject.fingerprint, "stored": subject.kind}
+    return about | {"passed": passed, "checks": rows}

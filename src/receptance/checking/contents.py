@@ -1,0 +1,247 @@
+"""What lies at a path: weights of any RWKV, a checkpoint, an adapter, a state, and in what format.
+
+Unlike `load` this also opens what no engine runs, as far as it can say what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from receptance import state
+from receptance.adapters import ADAPTER_FILE
+from receptance.adapters import base as adapters
+from receptance.checkpoint import FORMAT, read_tensors
+from receptance.config import ModelConfig
+from receptance.directories import existing, newest_checkpoint, step_directories
+from receptance.engine import files as quantised
+from receptance.formats import hf, hub, read_pth, read_safetensors
+from receptance.formats.files import check_file, reason
+from receptance.formats.ggmf import is_ggmf, open_ggmf
+from receptance.formats.names import conform, other_version, to_official
+
+_TRAINING = "training.json"
+_PICKLES = (b"PK\x03\x04", b"\x80")
+_WEIGHTS = ("*.pth", "*.pt", "*.bin", "*.safetensors", "*.st")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found; tensors are read when they are asked for, where the format allows it."""
+
+    path: Path
+    """The file or directory; of a run folder its newest whole checkpoint."""
+    kind: str
+    """Such as "weights", "checkpoint", "adapter"."""
+    format: str
+    files: tuple[Path, ...]
+    """Those that hold the tensors."""
+    tensors: Mapping[str, Tensor]
+    """By the names of the file."""
+    config: ModelConfig | None = None
+    """The sizes of a whole RWKV-4 model."""
+    version: str | None = None
+    """Such as "RWKV-4" or "RWKV-6"."""
+    problem: str | None = None
+    """Why no engine runs it."""
+    stored: str | None = None
+    """The type of the weights in the file, where the tensors have another one."""
+    tokenizer: str | None = None
+    """The kind of the tokenizer in the directory, where it says so itself."""
+    about: str | None = None
+    """What else there is to know."""
+
+
+def find(source: str | Path) -> Contents:
+    """What is at a path or a hub id. ValueError in one line when it is none of what we know."""
+    path = existing(Path(source).expanduser())
+    try:
+        if isinstance(source, str) and not path.exists() and hub.is_hub_id(source):
+            path = hub.resolve(source)
+        return _in_directory(path) if path.is_dir() else _in_file(path)
+    except OSError as error:
+        raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
+
+
+# ---- directories --------------------------------------------------------------------------------
+
+
+def _in_directory(path: Path) -> Contents:
+    fields = _fields(path / "config.json")
+    if fields.get("format") == FORMAT and not (path / ADAPTER_FILE).is_file():
+        return _checkpoint(path, fields)
+    if fields.get("format") == quantised.FORMAT:
+        return _quantised(path, fields)
+    if (path / ADAPTER_FILE).is_file():
+        return replace(_in_file(path / ADAPTER_FILE), path=path)
+    if steps := step_directories(path):
+        newest, _ = newest_checkpoint(path)
+        return replace(_in_directory(newest), about=f"the newest of {len(steps)} in {path}")
+    if (path / "config.json").is_file():
+        return _transformers(path)
+    return _in_file(_only_file(path))
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if there is none, or none that says anything."""
+    try:
+        fields = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _checkpoint(path: Path, fields: dict[str, Any]) -> Contents:
+    tensors = read_tensors(path, "model")
+    training = _fields(path / _TRAINING)
+    return _weights(
+        Contents(
+            path,
+            "training checkpoint" if training else "checkpoint",
+            f"receptance directory, version {fields.get('format_version')}",
+            tuple(sorted(path.glob("model*.safetensors"))),
+            tensors,
+            tokenizer=_kind(fields),
+            about=f"step {training['step']}" if "step" in training else None,
+        )
+    )
+
+
+def _kind(fields: dict[str, Any]) -> str | None:
+    tokenizer = fields.get("tokenizer")
+    return str(tokenizer.get("kind")) if isinstance(tokenizer, dict) else None
+
+
+def _quantised(path: Path, fields: dict[str, Any]) -> Contents:
+    found = quantised.open_quantised(path)
+    about = found.about
+    parts = {f"{name} (codes)": packed.data for name, packed in found.matrices.items()}
+    scales = {
+        f"{name} (scales)": packed.params
+        for name, packed in found.matrices.items()
+        if packed.params is not None
+    }
+    return Contents(
+        path,
+        "quantised weights",
+        f"receptance quantised directory, version {fields.get('format_version')}",
+        (path / quantised.WEIGHTS,),
+        {**found.vectors, **parts, **scales},
+        config=found.config,
+        version=f"RWKV-{found.config.version}",
+        stored=f"{about.kind} in groups of {about.group}, vectors float32",
+        tokenizer=found.tokenizer.kind,
+        about=f"made from model {about.source[:12]}",
+    )
+
+
+def _transformers(path: Path) -> Contents:
+    weights = tuple(sorted(path.glob("model*.safetensors")))
+    weights = weights or tuple(sorted(path.glob("pytorch_model*.bin")))
+    if not weights:
+        raise ValueError(f"{path}: there are no weights beside config.json")
+    tensors = {name: x for file in weights for name, x in _read(file)[1].items()}
+    found = _weights(Contents(path, "weights", "transformers directory", weights, tensors))
+    try:
+        config = hf.complete(path, hf.read_config(path), tensors).config
+    except ValueError as error:
+        return replace(found, config=None, problem=found.problem or str(error))
+    return replace(found, config=config, version=f"RWKV-{config.version}", problem=None)
+
+
+def _only_file(path: Path) -> Path:
+    files = sorted(file for pattern in _WEIGHTS for file in path.glob(pattern))
+    if len(files) != 1:
+        shown = ", ".join(file.name for file in files[:5]) + ", ..." * (len(files) > 5)
+        raise ValueError(f"{path}: name one of its files: {shown}" if files else _nothing(path))
+    return files[0]
+
+
+def _nothing(path: Path) -> str:
+    return f"{path}: there is no model in this directory, nor a file of weights"
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def _in_file(path: Path) -> Contents:
+    if not path.exists():
+        raise ValueError(f"no such file or directory: {path}")
+    if is_ggmf(path):
+        return _rwkv_cpp(path)
+    format_, tensors = _read(path)
+    contents = Contents(path, "weights", format_, (path,), tensors)
+    if format_ == "safetensors" and (own := _own(contents, _metadata(path))) is not None:
+        return own
+    return _weights(contents)
+
+
+def _read(path: Path) -> tuple[str, Mapping[str, Tensor]]:
+    """What kind of file this is, by its first bytes, and its tensors."""
+    check_file(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after a length, whose first byte may be that of a pickle
+        return "safetensors", read_safetensors(path)
+    if start.startswith(_PICKLES):
+        return f"PyTorch {'zip' if start[:2] == b'PK' else 'legacy'} file", read_pth(path)
+    raise ValueError(f"{path}: this is no file of weights that is known here")
+
+
+def _rwkv_cpp(path: Path) -> Contents:
+    file = open_ggmf(path)
+    return Contents(
+        path,
+        "weights",
+        f"rwkv.cpp file, version {file.version}",
+        (path,),
+        file,
+        config=file.config,
+        version=f"RWKV-{file.config.version}",
+        stored=", ".join(sorted(file.kinds)),
+    )
+
+
+def _weights(contents: Contents) -> Contents:
+    """The same with what the names and shapes of the tensors tell."""
+    try:
+        config, _ = conform(contents.tensors, contents.path)
+    except ValueError as error:
+        return replace(contents, problem=str(error), version=_version(contents.tensors))
+    return replace(contents, config=config, version=f"RWKV-{config.version}")
+
+
+def _version(tensors: Mapping[str, Tensor]) -> str | None:
+    try:
+        official = to_official(tensors)
+    except ValueError:
+        return None
+    return other_version({name: tuple(x.shape) for name, x in official.items()})
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _own(contents: Contents, metadata: dict[str, str]) -> Contents | None:
+    """An adapter or a state, which say so themselves."""
+    if metadata.get("format") == state.FORMAT:
+        rows = contents.tensors["tokens"].numel() if "tokens" in contents.tensors else 0
+        about = f"{rows} rows, of model {metadata.get('model', '')[:12]}"
+        return replace(contents, kind="state", about=about)
+    try:
+        about = json.loads(metadata.get(adapters.ABOUT, "{}"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(about, dict) or about.get("format") != adapters.FORMAT:
+        return None
+    words = f"{about.get('kind')}, of model {str(about.get('model'))[:12]}"
+    return replace(contents, kind="adapter", about=words)

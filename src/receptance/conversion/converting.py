@@ -1,0 +1,341 @@
+"""Weights from any format into another, tensor by tensor, and then the proof.
+
+What was written is read again by the ordinary reader and compared with where it came from, before
+it gets its name. Memory holds a few hundred megabytes besides the largest tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from receptance.checkpoint import write_description
+from receptance.conversion.comparing import (
+    Difference,
+    Same,
+    difference,
+    differing,
+    equal,
+    near,
+    probe,
+)
+from receptance.conversion.source import Note, Source, Streamed, open_source
+from receptance.directories import Draft, one_line
+from receptance.formats import hf
+from receptance.formats.ggmf import Stored, decay_parameter, stored_decay, stored_kind, write_ggmf
+from receptance.formats.ggml import BLOCK, KINDS
+from receptance.formats.names import Shape, some, tensor_shapes
+from receptance.formats.pth import write_pth
+from receptance.formats.safetensors import write_safetensors
+from receptance.formats.writing import Layout
+from receptance.manifest import sync, write_manifest
+from receptance.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+
+Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
+Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
+
+PASSES = 5
+"""How often a conversion reads the values of a model: three times there, two times here."""
+
+_SUFFIXES: dict[str, Format] = {
+    ".pth": "pth",
+    ".pt": "pth",
+    ".st": "st",
+    ".safetensors": "safetensors",
+    ".bin": "ggmf",
+}
+_DIRECTORIES = ("hf", "receptance")
+_FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
+_USUAL_EPSILON = 1e-5
+_DECAYS = (".att.time_decay", ".att.time_first")
+
+# Largest difference of a logit, by the largest there is, that the types excuse.
+_LIMITS = {"Q4_0": 1.0, "Q8_0": 0.2}
+_NARROWED, _EXACT = 0.1, 1e-5
+# The same for a value, by the largest one in its block: one step, and some for float16 scales.
+_STEPS = {"Q4_0": 1.01 / 8, "Q8_0": 1.01 / 127}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is to be written, and where."""
+
+    path: Path
+    """A file, or a directory for hf and receptance; nothing may be there."""
+    format: Format | None = None
+    """Read off the path's suffix if not given."""
+    dtype: Dtype | None = None
+    """Of the weights; None keeps that of each tensor, as far as the format has it."""
+    shard_bytes: int = 5_000_000_000
+    """hf: the size above which weights are cut into several files."""
+
+    def __post_init__(self) -> None:
+        by_suffix = _SUFFIXES.get(self.path.suffix)
+        if self.format is None:
+            object.__setattr__(self, "format", by_suffix)
+        _check_path(self.path, self.format, by_suffix)
+        _check_dtype(self.format, self.dtype)
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes is {self.shard_bytes}; 5,000,000,000 are usual")
+
+    def kind(self, source: Source) -> Stored:
+        """The kind of rwkv.cpp file that is written."""
+        if self.dtype in KINDS:
+            return cast(Stored, self.dtype)
+        shapes = tensor_shapes(source.config)
+        matrices = {source.dtypes[name] for name, shape in shapes.items() if len(shape) == 2}
+        narrow = self.dtype == "float16" or (self.dtype is None and matrices == {torch.float16})
+        return "FP16" if narrow else "FP32"
+
+    def layout(self, source: Source) -> Layout:
+        """Name, type and shape of each tensor to be written; of quantised ones, float32."""
+        shapes = tensor_shapes(source.config)
+        return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
+
+    def _dtype(self, source: Source, name: str, shape: Shape) -> torch.dtype:
+        if self.format == "ggmf":
+            stored = stored_kind(name, shape, self.kind(source))
+            return _FLOATS.get(stored, torch.float32)
+        own = source.dtypes[name]
+        if self.dtype is None:
+            return own
+        wanted: torch.dtype = getattr(torch, self.dtype)
+        # As when a model is loaded: bfloat16 rounds a decay of 0.999 to 1. Ai00 wants one type.
+        wide = name.endswith(_DECAYS) and own.itemsize >= 4 and self.format != "st"
+        return torch.float32 if wide else wanted
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a conversion."""
+
+    difference: Difference
+    """Of the logits, float32, there and here."""
+    bytes: int
+    """Of everything that was written."""
+    dtypes: tuple[str, ...]
+    """Of the matrices."""
+    decays_rounded: bool
+    """Whether an rwkv.cpp file's exponentials do not tell some decays from their neighbours."""
+
+
+def convert(source: Source, target: Target, note: Note = lambda name, values: None) -> Report:
+    """Write a model in another format, read that, compare, and only then give it its name.
+
+    The tokenizer goes along, into the directory or beside the file. ValueError when something is
+    in the way, when the format has no room for what the model is, or when the copy is not the
+    same model as far as its types allow; nothing is left of it then.
+    """
+    check(source, target)
+    with one_line(target.path):
+        draft = Draft.begin(target.path)
+        try:
+            return _convert(source, target, draft, note)
+        finally:
+            draft.discard()
+
+
+def check(source: Source, target: Target) -> None:
+    """ValueError when a conversion would fail for reasons that can be known before."""
+    _check_absent(target.path)
+    config = source.config
+    if target.format not in _DIRECTORIES and config.layer_norm_epsilon != _USUAL_EPSILON:
+        raise ValueError(
+            f"the layer_norm_epsilon of {source.path} is {config.layer_norm_epsilon}, and a file "
+            f"has no place for it: every reader takes {_USUAL_EPSILON}; use --to hf or receptance"
+        )
+    if target.format == "receptance" and source.tokenizer is None:
+        raise ValueError(
+            f"there is no tokenizer beside {source.path}, and a directory of ours holds one; pass "
+            "it with --tokenizer"
+        )
+    if target.format not in _DIRECTORIES:
+        _check_beside(source, target.path.parent)
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report:
+    layout = target.layout(source)
+    path = draft.folder if target.format in _DIRECTORIES else draft.folder / target.path.name
+    entries = None
+    try:
+        _write(source, target, path, Streamed(source, note))
+        if target.format == "receptance":
+            entries = draft.seal()
+            write_manifest(draft.folder, entries)
+        found = _compare(source, target, open_source(path), note)
+    except ValueError as error:
+        # What is wrong has its final name in the message, not the one it has until then.
+        raise ValueError(str(error).replace(str(path), str(target.path))) from None
+    size = sum(file.stat().st_size for file in draft.folder.iterdir())
+    if entries is not None:
+        draft.finish(entries)
+    else:
+        _publish(draft.folder, source, target)
+    rounded = target.format == "ggmf" and _decays_rounded(source.open())
+    return Report(found, size, _matrix_types(target, layout), rounded)
+
+
+def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> None:
+    layout = target.layout(source)
+    folder = path if target.format in _DIRECTORIES else path.parent
+    ordered = ((name, tensors[name]) for name in layout)
+    if target.format == "hf":
+        hf.write_hf(path, source.config, layout, tensors, target.shard_bytes)
+    elif target.format == "receptance":
+        assert source.tokenizer is not None
+        write_safetensors(path / "model.safetensors", layout, ordered)
+        write_description(source.config, path, source.tokenizer)
+    elif target.format == "ggmf":
+        write_ggmf(path, source.config, tensors, target.kind(source))
+    elif target.format == "pth":
+        write_pth(path, layout, tensors)
+    else:
+        write_safetensors(path, layout, ordered)
+    if source.tokenizer is not None and target.format != "receptance":
+        _write_tokenizer(folder, source.tokenizer, target)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, target: Target) -> None:
+    names = tokenizer.save(folder)
+    if target.format == "hf" and "tokenizer.json" in names:
+        known = tokenizer.decode([tokenizer.end_of_text]) == END_OF_TEXT
+        fields = hf.tokenizer_fields(END_OF_TEXT if known else None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def _compare(source: Source, target: Target, written: Source, note: Note) -> Difference:
+    if written.config != source.config:
+        raise ValueError(f"{written.path}: read back, it has other sizes; nothing was kept")
+    there, here = Streamed(source, note), Streamed(written, note)
+    found = _compare_logits(source, target, written, there, here)
+    if wrong := differing(source.config, there, here, _same(source, target)):
+        raise ValueError(
+            f"{written.path}: read back, these tensors differ: {some(wrong)}; nothing was kept"
+        )
+    return found
+
+
+def _compare_logits(
+    source: Source, target: Target, written: Source, there: Streamed, here: Streamed
+) -> Difference:
+    wanted = probe(source.config, there)
+    if not wanted.isfinite().all():
+        raise ValueError(
+            f"the logits of {source.path} are not all finite, so there is nothing to compare with;"
+            " receptance inspect names the tensors"
+        )
+    found = difference(wanted, probe(written.config, here))
+    if not found.relative <= (limit := _limit(source, target)):
+        raise ValueError(
+            f"{written.path}: its logits differ by {found.relative:.1e} of the largest, more than "
+            f"{limit:.0e}; nothing was kept; choose a wider --dtype"
+        )
+    return found
+
+
+def _limit(source: Source, target: Target) -> float:
+    if target.dtype in _LIMITS:
+        return _LIMITS[target.dtype]
+    for name, (dtype, _) in target.layout(source).items():
+        if torch.promote_types(dtype, source.dtypes[name]) != dtype:
+            return _NARROWED
+    return _EXACT
+
+
+def _same(source: Source, target: Target) -> Same:
+    """Whether what was written of a tensor is what should have been."""
+    layout = target.layout(source)
+
+    def same(name: str, there: Tensor, here: Tensor) -> bool:
+        dtype, shape = layout[name]
+        if target.format == "ggmf":
+            stored = stored_kind(name, shape, target.kind(source))
+            if stored in KINDS:
+                return near(there, here, BLOCK, _STEPS[stored])
+            if name.endswith(".att.time_decay"):
+                there = decay_parameter(stored_decay(there), name)
+        return equal(there, here, dtype)
+
+    return same
+
+
+def _decays_rounded(tensors: Mapping[str, Tensor]) -> bool:
+    decays = [(name, tensors[name]) for name in tensors if name.endswith(".att.time_decay")]
+    return any(not torch.equal(decay_parameter(stored_decay(x), n), x.float()) for n, x in decays)
+
+
+def _publish(folder: Path, source: Source, target: Target) -> None:
+    """Force to disk what is in the folder and give it its name, a file after its tokenizer."""
+    for file in folder.iterdir():
+        sync(file)
+    _check_absent(target.path)
+    parent = target.path.parent
+    if target.format in _DIRECTORIES:
+        sync(folder)
+        os.rename(folder, target.path)
+    else:
+        if hf.find_tokenizer(parent, source.config.vocab_size) is None:
+            for file in set(folder.iterdir()) - {folder / target.path.name}:
+                os.rename(file, parent / file.name)
+        os.rename(folder / target.path.name, target.path)
+    sync(parent)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check_path(path: Path, format_: str | None, by_suffix: str | None) -> None:
+    if format_ is None:
+        raise ValueError(
+            f"{path}: what it is to be can't be told from its name, which has none of the endings "
+            f"{', '.join(_SUFFIXES)}; choose with --to one of {', '.join(get_args(Format))}"
+        )
+    if format_ not in get_args(Format):
+        raise ValueError(f"there is no format {format_!r}; choose of {', '.join(get_args(Format))}")
+    endings = [suffix for suffix, meant in _SUFFIXES.items() if meant == format_]
+    if by_suffix not in (None, format_) or (by_suffix is None and endings and format_ != "ggmf"):
+        wanted = f"one that ends in {' or '.join(endings)}" if endings else "a directory's"
+        raise ValueError(f"{path}: wrong name for {format_}; give {wanted}")
+
+
+def _check_dtype(format_: str | None, dtype: str | None) -> None:
+    if dtype not in (None, *get_args(Dtype)):
+        raise ValueError(f"there is no dtype {dtype!r}; choose of {', '.join(get_args(Dtype))}")
+    if format_ == "ggmf" and dtype == "bfloat16":
+        raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which holds it all")
+    if format_ != "ggmf" and dtype in KINDS:
+        raise ValueError(f"only files of rwkv.cpp (--to ggmf) hold {dtype}")
+
+
+def _check_absent(path: Path) -> None:
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists; give another name")
+
+
+def _check_beside(source: Source, folder: Path) -> None:
+    """ValueError when a file in the folder would be read with the wrong tokenizer."""
+    if source.tokenizer is None or not folder.is_dir():
+        return
+    beside = hf.find_tokenizer(folder, source.config.vocab_size)
+    if beside is not None and load_tokenizer(beside).fingerprint != source.tokenizer.fingerprint:
+        raise ValueError(
+            f"{beside} is the tokenizer of another model and would be taken for that of this one; "
+            "write to a folder of its own"
+        )
+
+
+def _matrix_types(target: Target, layout: Layout) -> tuple[str, ...]:
+    if target.dtype in KINDS:
+        return (str(target.dtype),)
+    types = {dtype for dtype, shape in layout.values() if len(shape) == 2}
+    return tuple(sorted(str(dtype).removeprefix("torch.") for dtype in types))

@@ -1,0 +1,78 @@
+"""Weights that transformers divided by powers of two, and saved like that.
+
+Its RwkvModel, when it is evaluated for the first time, divides the output matrices of block i by
+2**(i // rescale_every) in place (modeling_rwkv.py, _rescale_layers); saved after that, a model is
+another one. Nothing in the directory says so. What can be seen is that the matrices halve where
+they should not; a model could have been trained to that, so undoing it is for the user to decide.
+Multiplying by the same powers gives back every bit, except those that float16 had no room for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+from torch import Tensor
+
+# Those that add to the residual stream.
+_OUTPUTS = ("att.output.weight", "ffn.value.weight")
+# How far a step between neighbours may be from a factor of 2, or of 1, as a power of two.
+_MARGIN = 0.4
+
+
+def exponent(name: str, every: int) -> int:
+    """The power of two by which transformers divides a tensor of this official name."""
+    if not name.endswith(_OUTPUTS):
+        return 0
+    return int(name.split(".")[1]) // every
+
+
+class Unscaled(Mapping[str, Tensor]):
+    """The tensors as they were before transformers divided them; made when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], every: int) -> None:
+        self._tensors = tensors
+        self._every = every
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor, power = self._tensors[name], exponent(name, self._every)
+        return tensor * 2**power if power else tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def looks_rescaled(tensors: Mapping[str, Tensor], num_layers: int, every: int) -> bool:
+    """Whether the output matrices halve at every block where transformers would have halved them.
+
+    They must do so at each of these blocks, in both kinds of matrices, and on average nowhere else.
+    False for models of a single group of blocks: there is nothing to be seen, and nothing changed.
+    """
+    if not 0 < every < num_layers:
+        return False
+    return all(_halves(tensors, kind, num_layers, every) for kind in _OUTPUTS)
+
+
+def _halves(tensors: Mapping[str, Tensor], kind: str, num_layers: int, every: int) -> bool:
+    sizes = [_log_size(tensors[f"blocks.{layer}.{kind}"]) for layer in range(num_layers)]
+    if not all(map(math.isfinite, sizes)):
+        return False
+    steps = {layer: after - before for layer, (before, after) in enumerate(pairwise(sizes), 1)}
+    borders = [step for layer, step in steps.items() if layer % every == 0]
+    others = [step for layer, step in steps.items() if layer % every]
+    inside = sum(others) / len(others) if others else 0.0
+    return abs(inside) < _MARGIN and all(abs(step + 1) < _MARGIN for step in borders)
+
+
+def _log_size(matrix: Tensor) -> float:
+    """log2 of the root mean square of some rows."""
+    rows = matrix[:: max(1, len(matrix) // 256)].double()
+    square = float(rows.square().mean())
+    return math.log2(square) / 2 if square > 0 else -math.inf

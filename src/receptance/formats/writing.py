@@ -1,0 +1,35 @@
+"""What every writer does: tensors go to disk a few values at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from receptance.formats.names import Shape
+
+Layout = Mapping[str, tuple[torch.dtype, Shape]]
+"""The tensors of a file by name, in the order in which they are written: type and shape."""
+
+_AT_ONCE = 1 << 22  # values
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """The values in order, some millions at a time, a multiple of 32: [...] -> [n] each."""
+    return iter(tensor.detach().reshape(-1).split(_AT_ONCE))
+
+
+def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of the values as another type, some megabytes at a time.
+
+    ValueError when a finite value becomes infinite.
+    """
+    for values in chunks(tensor):
+        converted = values.to("cpu", dtype)
+        if bool((converted.isinf() & values.cpu().isfinite()).any()):
+            raise ValueError(
+                f"{name} has values too large for {str(dtype).removeprefix('torch.')}; "
+                "choose another --dtype"
+            )
+        yield converted.contiguous().view(torch.uint8).numpy().data

@@ -1,0 +1,258 @@
+"""Verification: good models pass in every format, and each kind of wrong is found where it is."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import make_model, small_bpe
+
+from receptance import save
+from receptance.checking import recorded
+from receptance.checking.verifying import (
+    Check,
+    Subject,
+    difference,
+    logits,
+    probe_tokens,
+    record,
+    verify,
+)
+from receptance.engine.files import About, write_quantised
+from receptance.engine.native import NativeEngine
+from receptance.formats.ggmf import write_ggmf
+from receptance.model import Model
+from receptance.ops import chunked, native
+from receptance.quantize.weights import quantise_tensors
+
+MODEL = make_model(300, width=32)
+with_kernels = pytest.mark.skipif(not native.is_available(), reason="no native kernels here")
+
+
+def as_bfloat16(path: Path) -> None:
+    torch.save({name: x.bfloat16() for name, x in MODEL.state_dict().items()}, path)
+
+
+def as_quantised(path: Path) -> None:
+    about = About(kind="int4", group=32, source=MODEL.fingerprint())
+    weights = quantise_tensors(MODEL.state_dict(), "int4", 32)
+    write_quantised(path, MODEL.config, small_bpe(), about, weights)
+
+
+WRITERS = {
+    "checkpoint": lambda path: save(MODEL, path, small_bpe()),
+    "model.pth": lambda path: torch.save(MODEL.state_dict(), path),
+    "narrow.pth": as_bfloat16,
+    "fp16.bin": lambda path: write_ggmf(path, MODEL.config, MODEL.state_dict(), "FP16"),
+    "q8_0.bin": lambda path: write_ggmf(path, MODEL.config, MODEL.state_dict(), "Q8_0"),
+    "small": as_quantised,
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with the model in every format; not to be changed."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, write in WRITERS.items():
+        write(folder / name)
+    return folder
+
+
+@pytest.fixture
+def subject(tmp_path) -> Subject:
+    torch.save(MODEL.state_dict(), tmp_path / "model.pth")
+    return Subject.open(tmp_path / "model.pth")
+
+
+def failed(subject: Subject, file: Path | None = None) -> set[str]:
+    return {check.what for check in verify(subject, file) if not check.passed}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_good_model_passes_in_every_format(name, written):
+    checks = list(verify(Subject.open(written / name)))
+    assert [check.what for check in checks if not check.passed] == []
+    exact = {check.what: check for check in checks if check.bound == 0}
+    assert all(check.measured == 0 for check in exact.values())
+    for instruction_set in native.instruction_sets():
+        assert f"native {instruction_set}: cut at random" in exact
+    assert "wkv4 chunked = reference" in {check.what for check in checks}
+
+
+@with_kernels
+def test_engines_have_the_type_of_the_file(written):
+    kinds = {"checkpoint": "float32", "narrow.pth": "bfloat16", "fp16.bin": "float16"}
+    for name, kind in (kinds | {"small": "int4", "q8_0.bin": "float32"}).items():
+        assert Subject.open(written / name).kind == kind
+
+
+# ---- what is wrong is found ---------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    tensors = {name: x.clone() for name, x in MODEL.state_dict().items()}
+    tensors["ln_out.bias"][3] = torch.nan
+    torch.save(tensors, tmp_path / "bad.pth")
+    first, second, *others = verify(Subject.open(tmp_path / "bad.pth"))
+    assert (first.what, first.measured, first.note) == ("weights finite", 1, "'ln_out.bias'")
+    assert (second.what, second.passed) == ("logits finite", False)
+    assert not any(check.passed for check in others)
+
+
+def test_a_wrong_kernel_of_the_recurrence(subject, monkeypatch):
+    forward = chunked.forward
+
+    def wrong(*arguments: object) -> tuple[torch.Tensor, ...]:
+        out, *state = forward(*arguments)
+        return out * 1.001, *state
+
+    monkeypatch.setattr(chunked, "forward", wrong)
+    if native.is_available():
+        assert failed(subject) == {"wkv4 chunked = reference"}
+    else:
+        assert "wkv4 chunked = reference" in failed(subject)
+
+
+@with_kernels
+def test_an_engine_that_computes_something_else(subject):
+    weight = subject.matrices["blocks.1.ffn.key.weight"]
+    weight.data[0] += 0.01
+    names = {f"native {name} = torch" for name in native.instruction_sets()}
+    assert failed(subject) == names
+
+
+@with_kernels
+def test_an_engine_that_depends_on_where_a_text_is_cut(subject, monkeypatch):
+    def forgetful(self: NativeEngine, tokens: torch.Tensor, state=None, *, lengths=None):
+        out, state = features(self, tokens, state, lengths=lengths)
+        state.tensors["numerator"].mul_(2)
+        return out, state
+
+    features = NativeEngine.features
+    monkeypatch.setattr(NativeEngine, "features", forgetful)
+    found = failed(subject)
+    for name in native.instruction_sets():
+        assert {f"native {name}: token by token", f"native {name}: cut at random"} <= found
+        assert f"native {name} = torch" not in found
+
+
+def test_a_model_that_sees_its_neighbours(subject, monkeypatch):
+    features = Model.features
+
+    def wrong(self: Model, tokens: torch.Tensor, state=None, **options):
+        out, state = features(self, tokens, state, **options)
+        return out + 0.01 * out.mean(0, keepdim=True) * (len(out) > 1), state
+
+    monkeypatch.setattr(Model, "features", wrong)
+    assert failed(subject) == {"torch on cpu: in a ragged batch"}
+
+
+def test_nan_never_passes():
+    assert not Check("", float("nan"), 1e9).passed
+    assert Check("", 0, 0).passed and not Check("", 1e-30, 0).passed
+    values = torch.tensor([1.0, torch.nan])
+    assert not difference(values, torch.ones(2)) <= 1e9
+
+
+# ---- tokens, and how they are read ---------------------------------------------------------------
+
+
+@given(st.integers(1, 70000))
+def test_tokens_are_a_function_of_the_vocabulary(size):
+    tokens = probe_tokens(size)
+    assert tokens.tolist() == [(n * n + 7919 * n) % size for n in range(1, 41)]
+
+
+@given(st.lists(st.integers(1, 50), max_size=5))
+def test_reading_in_pieces_reads_all(pieces):
+    with torch.no_grad():
+        tokens = probe_tokens(300)
+        wanted = MODEL(tokens[None])[0][0]
+        assert difference(logits(MODEL, tokens, pieces), wanted) < 1e-5
+
+
+# ---- recorded logits -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(subject) -> Iterator[Path]:
+    path = recorded.beside(subject.path)
+    record(subject, path)
+    return path
+
+
+def test_what_is_recorded_are_the_models_logits(subject, file):
+    found = recorded.read(file)
+    with torch.no_grad():
+        wanted = MODEL(found.tokens[None])[0][0, found.positions]
+    assert torch.allclose(found.logits, wanted, rtol=1e-5, atol=1e-5)
+    assert (found.model, found.stored) == (MODEL.fingerprint(), "float32")
+    assert file.name == "model.pth.logits"
+    assert failed(subject) == set()
+    assert list(verify(subject))[-1].what == "logits as recorded"
+
+
+def test_recording_never_overwrites(subject, file):
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="exists; verify against it, or remove it"):
+        record(subject, file)
+    assert file.read_bytes() == before
+    file.unlink()
+    record(subject, file)
+    assert file.read_bytes() == before
+
+
+def test_other_weights_do_not_match(file, tmp_path):
+    torch.save(make_model(300, width=32, seed=2).state_dict(), tmp_path / "other.pth")
+    *_, last = verify(Subject.open(tmp_path / "other.pth"), file)
+    assert (last.passed, last.note) == (False, "of other weights")
+
+
+def test_a_machine_that_computes_something_else_is_noticed(subject, file):
+    found = recorded.read(file)
+    file.unlink()
+    size = found.logits.abs().max()
+    whole = torch.zeros(40, 300).index_copy_(0, found.positions, found.logits + 2e-4 * size)
+    recorded.write(file, found.tokens, whole, model=found.model, stored=found.stored)
+    assert failed(subject) == {"logits as recorded"}
+
+
+@pytest.mark.parametrize("name", ["narrow.pth", "small"])
+def test_narrower_weights_of_the_same_model_have_wider_bounds(name, written, file):
+    *_, last = verify(Subject.open(written / name), file)
+    assert last.passed and last.bound > 1e-4 and "recorded of float32" in last.note
+
+
+def test_every_truncation_of_a_record_is_noticed(file):
+    for size in range(0, file.stat().st_size, 37):
+        content = file.read_bytes()
+        os.truncate(file, size)
+        with pytest.raises(ValueError, match=r"model\.pth\.logits"):
+            recorded.read(file)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": torch.zeros(40)},
+        {"positions": torch.tensor([0, 1, 20, 40])},
+        {"positions": torch.tensor([-1, 0, 1, 2])},
+        {"positions": torch.tensor([], dtype=torch.int64), "logits": torch.zeros(0, 300)},
+        {"logits": torch.zeros(3, 300)},
+        {"logits": torch.zeros(300)},
+    ],
+)
+def test_records_that_do_not_fit_together_are_refused(change, file):
+    from safetensors.torch import save_file
+
+    found = dataclasses.asdict(recorded.read(file)) | change
+    about = '{"format": "receptance-logits", "format_version": "1"}'
+    tensors = {name: found[name] for name in ("tokens", "positions", "logits")}
+    save_file(tensors, file, metadata={"about": about})
+    with pytest.raises(ValueError, match="holds no logits of format 1"):
+        recorded.read(file)
