@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
+from receptance.measure import machine
 
 
 def time_in_turns(
@@ -25,21 +23,6 @@ def time_in_turns(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def machine() -> dict[str, str | int]:
-    """The hardware a figure belongs to."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return {
-        "cpu": name,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
 
 
 def report(results: dict[str, Any]) -> None:

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from _bars import bars, show
-from _common import machine
 from _weights import QUANTISED, SIZES, Files
 from _workers import Way, in_turns, working
 from rich.console import Console
+
+from receptance.measure import machine
 
 OURS, TORCH, CPP, PACKAGE, HF = "receptance", "torch", "rwkv.cpp", "rwkv", "transformers"
 # Our type of weights, and what of each peer it is compared with.

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,6 +33,7 @@ from receptance.data.batches import Batch
 from receptance.engine.files import About, dequantised_tensors, read_quantised, write_quantised
 from receptance.engine.native import layouts
 from receptance.engine.packing import pack
+from receptance.measure import machine
 from receptance.model import Model
 from receptance.quantize import Quantised, quantise
 from receptance.quantize.calibration import Calibration

@@ -105,5 +105,5 @@ def test_epsilon_must_be_small_and_positive(value):
 
 @pytest.mark.parametrize("version", [5, 7, "4", None])
 def test_versions_to_come_are_refused(version):
-    with pytest.raises(ValueError, match=f"version {version} is not supported; this release build"):
+    with pytest.raises(ValueError, match=f"version {version!r} is not supported; this"):
         ModelConfig(**SIZES, version=version)

@@ -14,7 +14,10 @@ APPS = {
     "generate": "continue a prompt, or several as one batch",
     "chat": "talk with a model in the terminal",
     "merge": "write a model with an adapter's changes in its weights",
+    "convert": "write a model in another format, and check it",
     "quantize": "write a model with its matrices as int8 or int4",
+    "inspect": "say what a file or directory of weights is",
+    "verify": "check a model on this machine: every form, kernel and engine",
     "bench": "measure how fast a model runs on this machine",
     "doctor": "say what this machine and installation can do",
 }

@@ -18,6 +18,7 @@ from receptance.engine.base import Engine
 from receptance.rows import Left, Prompt, Request, Row, Token
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
+from receptance.transfer import upload
 
 # Positions of prompts in one call of the engine: memory stays bounded whatever there is to read.
 CHUNK = 512
@@ -259,14 +260,14 @@ class Slots:
         # Before the penalties, which work in place.
         scores = None
         if asked:
-            own = logits if len(asked) == len(rows) else logits[torch.tensor(asked)]
+            own = logits if len(asked) == len(rows) else logits[_index(asked, logits)]
             scores = sampling.log_probabilities(own)
         sampling.penalise(logits, [row.seen for row in rows], options)
-        uniform = torch.tensor([row.uniform() for row in rows], device=logits.device)
+        uniform = upload(torch.tensor([row.uniform() for row in rows]), logits.device)
         ids = sampling.choose(logits, uniform, options)
         found: list[float | None] = [None] * len(rows)
         if scores is not None:
-            chosen = scores.gather(1, ids[asked].clamp(min=0)[:, None])
+            chosen = scores.gather(1, ids[_index(asked, ids)].clamp(min=0)[:, None])
             for i, score in zip(asked, chosen[:, 0].tolist(), strict=True):
                 found[i] = score
         return ids.tolist(), found
@@ -290,3 +291,7 @@ class Slots:
         }
         self._running = group.pick(going)
         return sorted(tokens, key=lambda token: token.row)
+
+
+def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+    return upload(torch.tensor(rows), like.device)

@@ -6,8 +6,10 @@ How a directory becomes one that loses nothing is told in directories.py and man
 from __future__ import annotations
 
 import json
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from receptance.directories import (
     write_directory,
 )
 from receptance.formats import hf
+from receptance.formats.names import conform
 from receptance.manifest import MANIFEST, verify
 from receptance.model import Model
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored_tokenizer
 
 FORMAT = "receptance"
 FORMAT_VERSION = 1
@@ -68,8 +71,8 @@ def read_description(directory: Path) -> tuple[ModelConfig, Tokenizer]:
     config = _own_config(directory)
     if config is None:
         raise ValueError(f"{directory} holds no model of ours")
-    return ModelConfig.from_dict(config["model"]), _own_tokenizer(
-        directory, config["tokenizer"], None
+    return ModelConfig.from_dict(config.get("model")), _own_tokenizer(
+        directory, config.get("tokenizer"), None
     )
 
 
@@ -99,13 +102,9 @@ def write_tensors(
 def write_index(directory: Path, stem: str, shards: Iterable[str]) -> str:
     """Write which shard holds which tensor, as transformers does; the file's name."""
     held = {shard: formats.read_safetensors(directory / shard) for shard in sorted(shards)}
-    index = {
-        "metadata": {"total_size": sum(x.nbytes for part in held.values() for x in part.values())},
-        "weight_map": {name: shard for shard, tensors in held.items() for name in tensors},
-    }
-    name = f"{stem}.safetensors.index.json"
-    (directory / name).write_text(json.dumps(index, indent=1))
-    return name
+    size = sum(x.nbytes for part in held.values() for x in part.values())
+    files = {name: shard for shard, tensors in held.items() for name in tensors}
+    return hf.write_index(directory, stem, files, size)
 
 
 def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
@@ -180,9 +179,9 @@ def read_model(
         tensors = files.dequantised_tensors(quantised)
         return quantised.config, tensors, check_same(path, quantised.tokenizer, tokenizer)
     if (config := _own_config(path)) is not None:
-        sizes = ModelConfig.from_dict(config["model"])
-        tensors = read_tensors(path, "model")
-        tokenizer = _own_tokenizer(path, config["tokenizer"], tokenizer)
+        sizes = ModelConfig.from_dict(config.get("model"))
+        tensors = _belonging(path, sizes, read_tensors(path, "model"))
+        tokenizer = _own_tokenizer(path, config.get("tokenizer"), tokenizer)
     else:
         weights = formats.read(path if path.exists() else str(source), revision=revision)
         sizes, tensors = weights.config, dict(weights.tensors)
@@ -203,6 +202,14 @@ def _checked(path: Path) -> Path:
     return path
 
 
+def _belonging(path: Path, sizes: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors; ValueError unless they have these sizes, before a model is made that has."""
+    found, official = conform(tensors, path)
+    if replace(found, layer_norm_epsilon=sizes.layer_norm_epsilon) != sizes:
+        raise ValueError(f"{path}: config.json and the tensors beside it do not belong together")
+    return official
+
+
 def _own_config(directory: Path) -> dict[str, Any] | None:
     """The config.json of a directory that we wrote, else None."""
     file = directory / "config.json"
@@ -210,22 +217,20 @@ def _own_config(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
-    if config.get("format_version") != FORMAT_VERSION:
+    if (version := config.get("format_version")) != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {config.get('format_version')}; this release reads "
+            f"{file} has format version {reprlib.repr(version)}; this release reads "
             f"{FORMAT_VERSION}, so update receptance"
         )
     return config
 
 
-def _own_tokenizer(directory: Path, about: dict[str, Any], given: Tokenizer | None) -> Tokenizer:
-    if about["kind"] == "bytes":
-        return check_same(directory, ByteTokenizer(), given)
-    return check_same(directory, load_tokenizer(directory / about["files"][0]), given)
+def _own_tokenizer(directory: Path, about: Any, given: Tokenizer | None) -> Tokenizer:
+    return check_same(directory, stored_tokenizer(directory, about), given)
 
 
 def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Tokenizer:

@@ -7,6 +7,7 @@ L layers, V vocabulary, F feed-forward width.
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.version not in VERSIONS:
             raise ValueError(
-                f"RWKV version {self.version} is not supported; this release builds version 4"
+                f"RWKV version {reprlib.repr(self.version)} is not supported; "
+                "this release builds version 4"
             )
         for name in ("vocab_size", "width", "num_layers", "ffn_width"):
             value = getattr(self, name)
@@ -41,10 +43,12 @@ class ModelConfig:
                 value = 4 * self.width
                 object.__setattr__(self, name, value)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+                found = reprlib.repr(value)
+                raise ValueError(f"{name} is {found}; it must be a whole number of at least 1")
         epsilon = self.layer_norm_epsilon
         if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
-            raise ValueError(f"layer_norm_epsilon is {epsilon!r}; it must lie between 0 and 1")
+            found = reprlib.repr(epsilon)
+            raise ValueError(f"layer_norm_epsilon is {found}; it must lie between 0 and 1")
 
     @property
     def num_parameters(self) -> int:
@@ -74,11 +78,15 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, fields: Any) -> ModelConfig:
         """The inverse of to_dict; ValueError names fields that are missing or unknown."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"the sizes of the model are a {type(fields).__name__}, not named")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
-            raise ValueError(f"unknown model fields {unknown}; known ones are {sorted(known)}")
+            raise ValueError(
+                f"unknown model fields {reprlib.repr(unknown)}; known ones are {sorted(known)}"
+            )
         if missing := sorted({"vocab_size", "width", "num_layers"} - set(fields)):
             raise ValueError(f"model fields {missing} are missing")
         return cls(**fields)

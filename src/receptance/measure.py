@@ -18,7 +18,7 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.engine.base import Engine
-from receptance.engine.native import NativeEngine
+from receptance.engine.memory import allocate
 from receptance.formats.names import tensor_shapes
 from receptance.generation import prefill
 from receptance.model import Model
@@ -35,9 +35,10 @@ def read_bandwidth(threads: int | None = None) -> tuple[float, str]:
     """Bytes per second at which threads (None: torch's) read memory, and what measured it."""
     threads = threads or torch.get_num_threads()
     library = native.library()
+    data = allocate(_BANDWIDTH_BYTES).fill_(1).view(torch.int64)
     if library is not None:
-        return library.read_bandwidth(_BANDWIDTH_BYTES, threads) * 1e9, "native kernel"
-    data = torch.ones(_BANDWIDTH_BYTES // 8, dtype=torch.int64)
+        speed = library.read_bandwidth(data.data_ptr(), data.nbytes, threads)
+        return speed * 1e9, "native kernel"
     best = min(seconds(data.sum) for _ in range(7))
     return data.nbytes / best, "torch.sum of int64"
 
@@ -51,18 +52,16 @@ def seconds(run: Callable[[], object]) -> float:
 
 def weight_bytes(engine: Engine) -> int:
     """Memory of an engine's weights."""
-    if isinstance(engine, NativeEngine):
-        return engine.weight_bytes
-    assert isinstance(engine, Model)
-    return sum(x.nbytes for x in engine.parameters())
+    if isinstance(engine, Model):
+        return sum(x.nbytes for x in engine.parameters())
+    return int(engine.weight_bytes)  # type: ignore[attr-defined]
 
 
 def bytes_per_token(engine: Engine) -> int:
     """Bytes of weights that a step at batch 1 reads: all but the embedding."""
-    if isinstance(engine, NativeEngine):
-        return engine.bytes_per_token
-    assert isinstance(engine, Model)
-    return weight_bytes(engine) - engine.emb.weight.nbytes
+    if isinstance(engine, Model):
+        return weight_bytes(engine) - engine.emb.weight.nbytes
+    return int(engine.bytes_per_token)  # type: ignore[attr-defined]
 
 
 def decode_speed(engine: Engine, batch: int = 1, at_least: float = 1.0) -> float:
@@ -113,7 +112,8 @@ def machine() -> dict[str, object]:
         models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     sets = native.instruction_sets()
-    return {
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return gpu | {
         "cpu": name,
         "instructions": sets[0] if sets else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

@@ -6,12 +6,13 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
 Buffer = bytes | mmap.mmap
@@ -33,15 +34,11 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     Reads a bounded part of a long file, and appears at once as a whole. ValueError if there is no
     training step to draw yet, or if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("no plot without matplotlib: pip install 'receptance[plot]'") from None
+    figure = _figure()
     records = _records(metrics)
     losses = _points(records, "loss")
     if not losses:
         raise ValueError(f"no training step in {metrics} yet")
-    figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=[3, 1])
     _curve(upper, losses, "training loss, nats per token", "tab:blue")
     _dots(upper.twinx(), _points(records, _VALIDATION), "validation, bits per byte")
@@ -51,6 +48,36 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     lower.set_xlabel("tokens read")
     upper.set_title(picture.resolve().parent.name)
     upper.grid(alpha=0.3)
+    _save(figure, picture)
+
+
+def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> None:
+    """What a channel keeps from a token to the next, layer by layer: a PNG.
+
+    Channels of a layer are in descending order, as in figure 10 of arXiv 2305.13048v2. ValueError
+    if matplotlib is not installed.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    for layer, shares in sorted(retentions.items()):
+        shade = 0.9 * layer / max(1, *retentions)
+        axes.plot(shares, color=(shade, 0.2, 1 - shade), linewidth=1, label=f"layer {layer + 1}")
+    axes.set_xlabel("channels, those that remember longest first")
+    axes.set_ylabel("kept from a token to the next, exp(-w)")
+    axes.legend(fontsize="x-small", ncols=2)
+    axes.grid(alpha=0.3)
+    _save(figure, picture)
+
+
+def _figure() -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("no plot without matplotlib: pip install 'receptance[plot]'") from None
+    return Figure(figsize=(8, 6), layout="constrained")
+
+
+def _save(figure: Figure, picture: Path) -> None:
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     os.replace(partial, picture)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from receptance.engine.base import Engine
 from receptance.state import State
+from receptance.transfer import upload
 
 
 def padded(pieces: Sequence[Tensor]) -> tuple[Tensor, list[int] | None]:
@@ -30,10 +31,10 @@ def read(
     """
     device = engine.device
     if sizes is None:
-        features, state = engine.features(tokens.to(device), state)
+        features, state = engine.features(upload(tokens, device), state)
         return features[:, -1], state
-    lengths = torch.tensor(sizes, device=device)
-    features, state = engine.features(tokens.to(device), state, lengths=lengths)
+    lengths = upload(torch.tensor(sizes), device)
+    features, state = engine.features(upload(tokens, device), state, lengths=lengths)
     return features[torch.arange(len(tokens), device=device), lengths - 1], state
 
 

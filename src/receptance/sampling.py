@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from receptance.transfer import upload
+
 # Tokens considered before the whole vocabulary is sorted; top_p rarely needs more.
 _SHORTLIST = 128
 # Dividing float32 logits by less than this would overflow; nothing but the likeliest is left.
@@ -122,7 +124,8 @@ def penalise(logits: Tensor, seen: Sequence[Seen], options: Sequence[Sampling]) 
     counts = np.concatenate([seen[row].counts for row in rows])
     less = spread("presence_penalty") + counts * spread("frequency_penalty")
     at, factor, subtracted = (
-        torch.from_numpy(x).to(logits.device) for x in (places, spread("repetition_penalty"), less)
+        upload(torch.from_numpy(x), logits.device)
+        for x in (places, spread("repetition_penalty"), less)
     )
     flat = logits.view(-1)
     values = flat[at]
@@ -141,12 +144,13 @@ def choose(logits: Tensor, uniform: Tensor, options: Sampling | Sequence[Samplin
     """
     rows = [options] * len(logits) if isinstance(options, Sampling) else options
     logits = logits.float()
-    methods = _by_method(rows, logits.shape[-1])
+    # Looking at a part of the tokens only, and asking whether it was enough, is for CPUs.
+    methods = _by_method(rows, logits.shape[-1], _SHORTLIST if logits.is_cpu else logits.shape[-1])
     if len(methods) == 1:
         return _choose_by(*next(iter(methods)), logits, uniform, rows)
     ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for (method, count), some in methods.items():
-        index = torch.tensor(some, device=logits.device)
+        index = upload(torch.tensor(some), logits.device)
         own = [rows[row] for row in some]
         ids[index] = _choose_by(method, count, logits.index_select(0, index), uniform[index], own)
     return ids
@@ -162,7 +166,9 @@ def _choose_by(
     return _draw_truncated(logits, uniform, rows, count)
 
 
-def _by_method(rows: Sequence[Sampling], vocabulary: int) -> dict[tuple[str, int], list[int]]:
+def _by_method(
+    rows: Sequence[Sampling], vocabulary: int, shortlist: int
+) -> dict[tuple[str, int], list[int]]:
     """Rows by how they are drawn, and by the number of their likeliest tokens to look at."""
     found: dict[tuple[str, int], list[int]] = {}
     for row, o in enumerate(rows):
@@ -171,7 +177,7 @@ def _by_method(rows: Sequence[Sampling], vocabulary: int) -> dict[tuple[str, int
         elif o.top_p >= 1 and o.top_k == 0:
             key = ("all", vocabulary)
         else:
-            key = ("truncated", min(max(_SHORTLIST, o.top_k), vocabulary))
+            key = ("truncated", min(max(shortlist, o.top_k), vocabulary))
         found.setdefault(key, []).append(row)
     return found
 
@@ -190,7 +196,7 @@ def _likeliest(logits: Tensor) -> Tensor:
 def _column(rows: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
     """An option of every row: [B,1] float32."""
     values = [float(getattr(o, name)) for o in rows]
-    return torch.tensor(values, device=like.device)[:, None]
+    return upload(torch.tensor(values), like.device)[:, None]
 
 
 def _tempered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
@@ -213,18 +219,18 @@ def _draw_truncated(
         top = probabilities.gather(1, ids)
         cutoff = _cutoff(top, _column(rows, "top_p", logits))
         kept = top >= cutoff
-        # Beyond the last one there may be tokens as likely as itself.
-        beyond = (cutoff <= top[:, -1:])[:, 0].tolist()
-        short = [i for i, o in enumerate(rows) if beyond[i] and o.top_p < 1 and not o.top_k]
+        if count < logits.shape[-1]:
+            # Beyond the last one there may be tokens as likely as itself.
+            beyond = (cutoff <= top[:, -1:])[:, 0].tolist()
+            short = [i for i, o in enumerate(rows) if beyond[i] and o.top_p < 1 and not o.top_k]
     if any(o.top_k for o in rows):
         limits = _column(rows, "top_k", logits)
         kept &= (torch.arange(count, device=ids.device) < limits) | (limits == 0)
     places = _draw(_tempered(values.where(kept, -torch.inf), rows), uniform)
     chosen = ids.gather(1, places.clamp(min=0)[:, None])[:, 0].where(places >= 0, -1)
-    if count < logits.shape[-1]:
-        for i in short:
-            own = slice(i, i + 1)
-            chosen[own] = _draw_sorted(logits[own], probabilities[own], uniform[own], rows[i])
+    for i in short:
+        own = slice(i, i + 1)
+        chosen[own] = _draw_sorted(logits[own], probabilities[own], uniform[own], rows[i])
     return chosen
 
 

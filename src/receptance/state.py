@@ -108,15 +108,19 @@ class State:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable state file: {error}") from error
+        # Besides its own error it passes on those of torch, asked for an impossible view.
+        except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+            found = str(error).partition("\n")[0][:200]
+            raise ValueError(f"{path} is not a readable state file: {found}") from error
         ours = about.get("format") == FORMAT and about.get("format_version") == FORMAT_VERSION
         if not ours or "model" not in about or "tokens" not in tensors:
             raise ValueError(f"{path} is not a Receptance state of format {FORMAT_VERSION}")
         if about["model"] != fingerprint:
+            other = about["model"][:12]
+            other = other if other.isalnum() else repr(other)
             raise ValueError(
-                f"{path} belongs to model {about['model'][:12]}, not to this one "
-                f"({fingerprint[:12]}); load it with the model that wrote it"
+                f"{path} belongs to model {other}, not to this one ({fingerprint[:12]}); load it "
+                "with the model that wrote it"
             )
         tokens = tensors.pop("tokens")
         return cls(tensors, tokens)

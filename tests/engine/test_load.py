@@ -48,6 +48,11 @@ def test_native_kernels_are_the_choice_on_a_cpu(saved, kind):
     assert error < limits.get(kind, 1e-4)
 
 
+def test_gpu_kernels_are_refused_on_a_cpu(saved):
+    with pytest.raises(ValueError, match="run on an NVIDIA GPU, not on cpu"):
+        load_engine(saved[0], backend="triton")
+
+
 def test_torch_when_asked_for(saved):
     engine, _ = load_engine(saved[0], backend="torch", dtype="bfloat16")
     assert isinstance(engine, Model)

@@ -178,12 +178,12 @@ class TestDamage:
             ({"quantisation": {"kind": "int4", "group": 32, "source": ""}}, "of the wrong shape"),
             ({"quantisation": {"kind": "int8", "group": 128, "source": ""}}, "of the wrong shape"),
             ({"quantisation": {"kind": "int2", "group": 64, "source": ""}}, "'int2'"),
-            ({"quantisation": {"kind": "int4"}}, "config.json lacks a field"),
-            ({"quantisation": None}, "config.json lacks a field"),
+            ({"quantisation": {"kind": "int4"}}, "config.json: a field is wrong"),
+            ({"quantisation": None}, "config.json: a field is wrong"),
             ({"model": {"width": 24}}, "are missing"),
             ({"model": {"width": 24, "num_layers": 3, "vocab_size": 300}}, "blocks.2"),
             ({"model": {"width": 24, "num_layers": 1, "vocab_size": 300}}, "blocks.1"),
-            ({"tokenizer": {"kind": "bpe"}}, "config.json lacks a field"),
+            ({"tokenizer": {"kind": "bpe"}}, "does not say which tokenizer it holds"),
         ],
     )
     def test_a_description_that_does_not_fit_is_refused(self, changes, words, written):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import reprlib
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from receptance.adapters.base import ABOUT, FORMAT, FORMAT_VERSION, Adapter
 from receptance.adapters.lora import LoRA, LoRAOptions
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
 from receptance.directories import newest_checkpoint, step_directories
+from receptance.formats.files import reason
 from receptance.model import Model
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -45,7 +48,7 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
     path = path / ADAPTER_FILE if path.is_dir() else path
     about, tensors = _read(path)
     _check_model(path, about["model"], model)
-    adapter = make_adapter(model, _options(path, about))
+    adapter = make_adapter(model, _options(path, about, tensors))
     wanted = adapter.tensors()
     if _shapes(tensors) != _shapes(wanted):
         raise ValueError(f"{path} does not hold the tensors that its options ask for; get it again")
@@ -68,10 +71,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable adapter file: {error}") from None
+    # Besides its own error it passes on those of torch, asked for an impossible view.
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable adapter file: {reason(error)}") from None
     ours = isinstance(about, dict) and about.get("format") == FORMAT
-    ours = ours and {"kind", "options", "model"} <= about.keys()
+    ours = ours and all(isinstance(about.get(x), str) for x in ("kind", "options", "model"))
     if not ours or about.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} is not a Receptance adapter of format {FORMAT_VERSION}")
     return about, tensors
@@ -80,21 +84,39 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def _check_model(path: Path, wanted: str, model: Model) -> None:
     found = model.fingerprint()
     if found != wanted:
+        other = wanted[:12] if wanted[:12].isalnum() else repr(wanted[:12])
         raise ValueError(
-            f"{path} was trained on model {wanted[:12]}, and this one is {found[:12]}; "
+            f"{path} was trained on model {other}, and this one is {found[:12]}; "
             "give the model that it was trained on"
         )
 
 
-def _options(path: Path, about: dict[str, str]) -> Options:
+def _options(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> Options:
+    """Those it was made with; ValueError also if they ask for more than is in the file."""
     if about["kind"] not in _OPTIONS:
         raise ValueError(
-            f"{path} is an adapter of kind {about['kind']!r}; this release reads "
+            f"{path} is an adapter of kind {reprlib.repr(about['kind'])}; this release reads "
             f"{' and '.join(_OPTIONS)}"
         )
     try:
         fields = json.loads(about["options"])
         lists = {name: tuple(x) for name, x in fields.items() if isinstance(x, list)}
-        return _OPTIONS[about["kind"]](**fields | lists)
-    except (ValueError, TypeError, AttributeError) as error:
+        options = _OPTIONS[about["kind"]](**fields | lists)
+        _check_options(options, max((n for x in tensors.values() for n in x.shape), default=0))
+    except ValueError as error:
         raise ValueError(f"{path} has damaged options: {error}") from None
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged options: {reason(error)}") from None
+    return options
+
+
+def _check_options(options: Options, largest: int) -> None:
+    """ValueError if a field is of another type, or a rank above every axis in the file."""
+    for field in dataclasses.fields(options):
+        found, wanted = getattr(options, field.name), type(field.default)
+        if not isinstance(found, wanted) and not (wanted is float and isinstance(found, int)):
+            raise ValueError(f"{field.name} is a {type(found).__name__}, not a {wanted.__name__}")
+        if isinstance(found, tuple) and not all(isinstance(x, str) for x in found):
+            raise ValueError(f"{field.name} are not all words")
+    if isinstance(options, LoRAOptions) and options.rank > largest:
+        raise ValueError(f"rank is {reprlib.repr(options.rank)}, and no tensor is as wide")

@@ -6,6 +6,7 @@ y = W x + (alpha / r) B A x        A [r,in], B [out,r], W frozen
 from __future__ import annotations
 
 import fnmatch
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -147,6 +148,6 @@ def _targets(model: Model, patterns: tuple[str, ...]) -> list[str]:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             first = ", ".join(name for name in names if name.startswith("blocks.0."))
             raise ValueError(
-                f"target {pattern!r} fits no matrix of the blocks; those are {first} …"
+                f"target {reprlib.repr(pattern)} fits no matrix of the blocks; those are {first} …"
             )
     return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]

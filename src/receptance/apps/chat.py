@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from receptance.engine import load_engine
+from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
 from receptance.generation import Generation, prefill
 from receptance.sampling import Sampling
@@ -38,8 +38,6 @@ class Options:
     """Name of your side, instead of the template's."""
     assistant: str | None = None
     """Name of the model's side, instead of the template's."""
-    adapter: Path | None = None
-    """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
     max_tokens: int = 500
     """Longest answer."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
@@ -47,16 +45,7 @@ class Options:
     )
     seed: int = 0
     """Decides the random choices; each answer has its own numbers."""
-    tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, ..."""
-    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
-    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
-    backend: Literal["auto", "native", "torch"] = "auto"
-    """What computes: auto takes the native kernels on a CPU where they were built."""
-    threads: int | None = None
-    """Threads of the native kernels; as many as torch has if not given."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
 
 class Chat:
@@ -136,15 +125,7 @@ def _template(options: Options) -> Template:
 def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
     options = tyro.cli(Options, args=argv, prog="receptance chat")
-    engine, tokenizer = load_engine(
-        options.model,
-        tokenizer=options.tokenizer,
-        device=options.device,
-        dtype=options.dtype,
-        adapter=options.adapter,
-        backend=options.backend,
-        threads=options.threads,
-    )
+    engine, tokenizer = options.engine.load(options.model)
     chat = Chat(engine, tokenizer, options)
     print(f"{options.model}: type a message, or /help.")
     while (line := _ask(f"\n{chat.template.user}: ")) is not None:

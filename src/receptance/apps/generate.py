@@ -6,12 +6,12 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
-from receptance.engine import load_engine
+from receptance.engine import EngineOptions
 from receptance.generation import Generation
 from receptance.sampling import Sampling
 from receptance.state import State
@@ -34,18 +34,7 @@ class Options:
     """Decides the random choices; every prompt uses it for itself."""
     stop: tuple[str, ...] = ()
     """Strings that end a text."""
-    tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, ..."""
-    dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] | None = None
-    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
-    backend: Literal["auto", "native", "torch"] = "auto"
-    """What computes: auto takes the native kernels on a CPU where they were built."""
-    threads: int | None = None
-    """Threads of the native kernels; as many as torch has if not given."""
-    adapter: Path | None = None
-    """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
     load_state: Path | None = None
     """Continue from a state file that --save-state wrote (for one prompt)."""
     save_state: Path | None = None
@@ -59,18 +48,10 @@ def main(argv: list[str]) -> None:
         raise ValueError("a state file holds one text; give one prompt")
     if options.load_state and options.prompts == ("",):
         raise ValueError("a state has read all of its text; give a prompt that continues it")
-    engine, tokenizer = load_engine(
-        options.model,
-        tokenizer=options.tokenizer,
-        device=options.device,
-        dtype=options.dtype,
-        adapter=options.adapter,
-        backend=options.backend,
-        threads=options.threads,
-    )
+    engine, tokenizer = options.engine.load(options.model)
     state = None
     if options.load_state:
-        state = State.load(options.load_state, engine.fingerprint()).to(options.device)
+        state = State.load(options.load_state, engine.fingerprint()).to(engine.device)
     generation = Generation(
         engine,
         tokenizer,
@@ -85,7 +66,7 @@ def main(argv: list[str]) -> None:
     _print(generation, options.prompts)
     if options.save_state and (after := generation.states[0]) is not None:
         with torch.no_grad():
-            unread = torch.tensor([generation.unread[0]], device=options.device)
+            unread = torch.tensor([generation.unread[0]], device=engine.device)
             _, after = engine.features(unread, after)
         after.save(options.save_state, engine.fingerprint())
 

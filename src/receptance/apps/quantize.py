@@ -37,7 +37,7 @@ _BYTES_PER_TOKEN = 16
 class Options:
     """Write a model with its matrices as small integers.
 
-    All else stays float32. The directory that is written loads in a moment, by memory map.
+    All else stays float32. The directory that is written loads in a moment.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 import numpy as np
@@ -64,8 +65,10 @@ def map_npy(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, EOFError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole .npy file: {error}") from None
+    # numpy reads the header as Python, and passes on what that has to say.
+    except (ValueError, EOFError, OverflowError, SyntaxError, TokenError, MemoryError) as error:
+        about = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path} is not a whole .npy file: {about}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "ui":
         shape = getattr(array, "shape", "no shape")
         raise ValueError(

@@ -15,8 +15,8 @@ from receptance.data.encode import ReadOptions, texts
 from receptance.data.files import check_share
 from receptance.data.ondisk import written
 from receptance.data.sources import PIECE_BYTES, Piece, Source, stream_pieces
-from receptance.data.tokens import LAYOUTS, store_tokenizer, stored_tokenizer
-from receptance.tokenizer import Tokenizer
+from receptance.data.tokens import LAYOUTS, store_tokenizer
+from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 PLAN_VERSION = 1
 SAMPLE_BYTES = 64 << 20

@@ -16,8 +16,7 @@ from pathlib import Path
 from receptance.data.encode import ReadOptions, tokenize_piece
 from receptance.data.parts import PartReport
 from receptance.data.sources import Piece
-from receptance.data.tokens import stored_tokenizer
-from receptance.tokenizer import Tokenizer
+from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 
 def in_processes(

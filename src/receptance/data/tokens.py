@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 from receptance.data.binidx import read_binidx, stem_of
 from receptance.data.files import check_share
 from receptance.data.ondisk import blocks, map_npy, written
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 FORMAT = "receptance tokens"
 FORMAT_VERSION = 1
@@ -141,13 +142,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     """The content of a corpus folder's data.json; ValueError if it is none of ours."""
     try:
         about = json.loads((folder / "data.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"no readable token files in {folder}: {error}") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"no readable token files in {folder}: data.json is of another kind")
-    if about.get("format_version") != FORMAT_VERSION:
+    if (version := about.get("format_version")) != FORMAT_VERSION:
         raise ValueError(
-            f"no readable token files in {folder}: format version {about.get('format_version')}; "
+            f"no readable token files in {folder}: format version {reprlib.repr(version)}; "
             f"this release reads {FORMAT_VERSION}, so update receptance"
         )
     return about
@@ -174,15 +175,6 @@ def store_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write a tokenizer's files; what `stored_tokenizer` needs to know about them."""
     files = tokenizer.save(folder)
     return {"kind": tokenizer.kind, "files": files, "fingerprint": tokenizer.fingerprint}
-
-
-def stored_tokenizer(folder: Path, about: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `store_tokenizer` wrote; ValueError if it is another one by now."""
-    bytes_alone = about["kind"] == "bytes"
-    tokenizer = ByteTokenizer() if bytes_alone else load_tokenizer(folder / about["files"][0])
-    if tokenizer.fingerprint != about["fingerprint"]:
-        raise ValueError(f"{folder / about['files'][0]} is not the tokenizer that was written")
-    return tokenizer
 
 
 def _mapped(

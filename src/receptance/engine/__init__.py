@@ -1,7 +1,7 @@
 """Running a model: the interface, and the kernels that own packed weights."""
 
 from receptance.engine.base import Engine
-from receptance.engine.load import load_engine, native_engine
+from receptance.engine.load import EngineOptions, load_engine, native_engine
 from receptance.engine.native import NativeEngine
 
-__all__ = ["Engine", "NativeEngine", "load_engine", "native_engine"]
+__all__ = ["Engine", "EngineOptions", "NativeEngine", "load_engine", "native_engine"]

@@ -1,4 +1,4 @@
-"""Directories of quantised models, packed as the kernels read them: mapped, not converted.
+"""Directories of quantised models, packed as the kernels read them: nothing is converted.
 
 config.json                              sizes, tokenizer, format of the codes, their origin
 weights.safetensors                      NAME and NAME:params for matrices, NAME for the rest
@@ -9,6 +9,7 @@ manifest.json                            see receptance.manifest
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +21,15 @@ from torch import Tensor
 from receptance.checkpoint import check_tokenizer
 from receptance.config import ModelConfig
 from receptance.directories import existing, write_directory
-from receptance.engine.aligned import Plan, write_aligned
 from receptance.engine.native import layouts
 from receptance.engine.packing import Packed, dtypes, pack, shapes, unpack
-from receptance.formats import read_safetensors
+from receptance.formats.files import reason
 from receptance.formats.names import some, tensor_shapes
+from receptance.formats.safetensors import read_safetensors, write_safetensors
+from receptance.formats.writing import Layout as Plan
 from receptance.manifest import verify
 from receptance.quantize import Quantised, QuantisedKind, check_group
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 FORMAT = "receptance-quantised"
 FORMAT_VERSION = 1
@@ -48,7 +50,11 @@ class About:
     """The fingerprint of the model that was quantised; its states go on here."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.group, int):
+            raise ValueError(f"group is {reprlib.repr(self.group)}; it must be a whole number")
         check_group(self.kind, self.group)
+        if not isinstance(self.source, str):
+            raise ValueError(f"source is a {type(self.source).__name__}; it must be a fingerprint")
 
 
 class QuantisedModel(NamedTuple):
@@ -78,7 +84,7 @@ def write_quantised(
     plan = _plan(config, about)
 
     def write(folder: Path) -> None:
-        write_aligned(folder / WEIGHTS, plan, _packed(config, weights))
+        write_safetensors(folder / WEIGHTS, plan, _packed(config, weights))
         fields = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -107,10 +113,13 @@ def open_quantised(directory: Path) -> QuantisedModel:
     fields = _read_config(directory)
     try:
         config, about = ModelConfig.from_dict(fields["model"]), About(**fields["quantisation"])
-        tokenizer = _tokenizer(directory, **fields["tokenizer"])
+        tokenizer = stored_tokenizer(directory, fields["tokenizer"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'config.json'} lacks a field: {error}") from None
+        file = directory / "config.json"
+        raise ValueError(f"{file}: a field is wrong: {reason(error)}") from None
     tensors = read_safetensors(directory / WEIGHTS)
+    if config.num_layers > len(tensors):  # before a plan is made for all of them
+        raise ValueError(f"{directory / WEIGHTS} has fewer tensors than config.json has layers")
     _check(directory / WEIGHTS, tensors, _plan(config, about))
     wanted = tensor_shapes(config)
     matrices = {}
@@ -126,7 +135,7 @@ def is_quantised(directory: str | Path) -> bool:
     """Whether there is a directory that `write_quantised` wrote, in whatever condition."""
     try:
         fields = json.loads((Path(directory) / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and fields.get("format") == FORMAT
 
@@ -178,19 +187,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not is_quantised(directory):
         raise ValueError(f"{directory} holds no model that `receptance quantize` wrote")
     fields: dict[str, Any] = json.loads(file.read_bytes())
-    if fields.get("format_version") != FORMAT_VERSION:
+    if (version := fields.get("format_version")) != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format version {fields.get('format_version')}; this release reads "
+            f"{file} has format version {reprlib.repr(version)}; this release reads "
             f"{FORMAT_VERSION}, so update receptance"
         )
     return fields
-
-
-def _tokenizer(directory: Path, kind: str, files: list[str], fingerprint: str) -> Tokenizer:
-    tokenizer = ByteTokenizer() if kind == "bytes" else load_tokenizer(directory / files[0])
-    if tokenizer.fingerprint != fingerprint:
-        raise ValueError(f"{directory} holds another tokenizer than the one that was written there")
-    return tokenizer
 
 
 def _check(file: Path, tensors: dict[str, Tensor], plan: Plan) -> None:

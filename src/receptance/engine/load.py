@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -15,16 +19,40 @@ from receptance.directories import existing
 from receptance.engine import files
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.base import Engine
+from receptance.engine.memory import Arena
 from receptance.engine.native import NativeEngine, layouts
-from receptance.engine.packing import FLOATS, KINDS, Kind, Packed, pack
+from receptance.engine.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack, room
 from receptance.model.rwkv import fingerprint
 from receptance.ops import native
-from receptance.quantize import quantise
+from receptance.quantize import check_group, quantise
 from receptance.state import State
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
-Backend = Literal["auto", "native", "torch"]
+Backend = Literal["auto", "native", "triton", "torch"]
 _TORCH_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What every command that runs a model lets its user choose: the arguments of load_engine."""
+
+    tokenizer: str | None = None
+    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, ..."""
+    dtype: Kind | None = None
+    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
+    backend: Backend = "auto"
+    """What computes: auto takes the native kernels on a CPU where they were built, and those in
+    Triton on an NVIDIA GPU."""
+    threads: int | None = None
+    """Threads of the native kernels; as many as torch has if not given."""
+    adapter: Path | None = None
+    """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
+
+    def load(self, source: str | Path) -> tuple[Engine, Tokenizer]:
+        """What they choose, and the model's tokenizer."""
+        return load_engine(source, **vars(self))
 
 
 def load_engine(
@@ -40,23 +68,31 @@ def load_engine(
 ) -> tuple[Engine, Tokenizer]:
     """What runs a model, and its tokenizer; source is whatever `receptance.load` opens.
 
-    On a CPU the native kernels, where they were built; elsewhere, or with backend "torch", a torch
-    `Model`. dtype is that of the weights, None that of the file; int8 and int4 are made here
-    unless `receptance quantize` has made them (int4 with one scale for `group` inputs). An adapter
-    becomes part of the engine. ValueError says in one line what is wrong.
+    On a CPU the native kernels, where they were built, on an NVIDIA GPU those in Triton; elsewhere,
+    or with backend "torch", a torch `Model`. dtype is that of the weights, None that of the file;
+    int8 and int4 are made here unless `receptance quantize` has made them (int4 with one scale for
+    `group` inputs). An adapter becomes part of the engine. ValueError says in one line what is
+    wrong.
     """
     check_device(device)
     if dtype is not None and dtype not in KINDS:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(KINDS)}")
-    if _choose(backend, device) == "torch":
+    chosen = _choose(backend, device)
+    if chosen == "torch":
         return _torch_engine(source, tokenizer, device, dtype, adapter)
+    make: Callable[..., Engine] = partial(native_engine, threads=threads)
+    if chosen == "triton":
+        from receptance.engine.gpu import gpu_engine  # imports Triton
+
+        make = partial(gpu_engine, device=device)
     if adapter is not None:
-        return _adapted(source, tokenizer, dtype, group, adapter, threads)
+        return _adapted(source, tokenizer, dtype, group, adapter, make)
     path = existing(Path(source).expanduser())
     if files.is_quantised(path):
-        return _quantised(path, dtype, tokenizer, threads)
+        on_gpu = device if chosen == "triton" else None
+        return _quantised(path, dtype, tokenizer, threads, on_gpu)
     config, tensors, found = read_model(source, tokenizer=tokenizer)
-    return native_engine(config, tensors, dtype, group=group, threads=threads), found
+    return make(config, tensors, dtype, group=group), found
 
 
 def native_engine(
@@ -71,18 +107,23 @@ def native_engine(
 ) -> NativeEngine:
     """An engine of a model's tensors under official names, in any float type.
 
-    kind None is that of the embedding. tensors is emptied on the way, so that a tensor that nobody
-    else holds is freed once it is packed.
+    kind None is the one that all matrices have, else float32. tensors is emptied on the way, so
+    that a tensor that nobody else holds is freed once it is packed.
     """
     whose = own_fingerprint or fingerprint(config, tensors)
     matrices: dict[str, Packed] = {}
-    kind = kind or _kind_of(tensors["emb.weight"])
-    for name, layout in layouts(config).items():
+    wanted = layouts(config)
+    kind = kind or common_kind(tensors[name] for name in wanted)
+    group = 0 if kind in FLOATS else check_group(kind, group)
+    sizes = ((to, tensors[name].shape) for name, to in wanted.items())
+    arena = Arena(sum(room(kind, to, size[0], size[1], group) for to, size in sizes))
+    for name, layout in wanted.items():
         weight = tensors.pop(name).detach()
         if kind in FLOATS:
-            matrices[name] = pack(weight.to(FLOATS[kind]), layout)
+            matrices[name] = pack(weight.to(FLOATS[kind]), layout).held_by(arena)
         else:
-            matrices[name] = pack(quantise(weight, kind, group), layout)  # type: ignore[arg-type]
+            codes = quantise(weight, kind, group)  # type: ignore[arg-type]
+            matrices[name] = pack(codes, layout).held_by(arena)
     vectors = {name: x.detach() for name, x in tensors.items()}
     return NativeEngine(config, matrices, vectors, whose, threads=threads, initial=initial)
 
@@ -92,17 +133,23 @@ def _choose(backend: Backend, device: torch.device | str) -> Backend:
     if backend == "native" and not (on_cpu and native.is_available()):
         reason = f"run on the CPU, not on {device}" if not on_cpu else "were not built"
         raise ValueError(f"the native kernels {reason}; `receptance doctor` says more")
+    on_gpu, has_triton = torch.device(device).type == "cuda", find_spec("triton") is not None
+    if backend == "triton" and not (on_gpu and has_triton):
+        reason = f"run on an NVIDIA GPU, not on {device}" if not on_gpu else "want Triton"
+        raise ValueError(f"the GPU kernels {reason}; `receptance doctor` says more")
+    if backend == "auto" and on_cpu:
+        return "native" if native.is_available() else "torch"
     if backend == "auto":
-        return "native" if on_cpu and native.is_available() else "torch"
+        return "triton" if on_gpu and has_triton else "torch"
     return backend
 
 
-def _kind_of(tensor: Tensor) -> Kind:
-    return next((kind for kind, dtype in FLOATS.items() if dtype == tensor.dtype), "float32")
-
-
 def _quantised(
-    path: Path, dtype: Kind | None, tokenizer: str | Path | Tokenizer | None, threads: int | None
+    path: Path,
+    dtype: Kind | None,
+    tokenizer: str | Path | Tokenizer | None,
+    threads: int | None,
+    on_gpu: torch.device | str | None,
 ) -> tuple[Engine, Tokenizer]:
     found = files.read_quantised(path)
     if dtype not in (None, found.about.kind):
@@ -113,7 +160,15 @@ def _quantised(
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     check_same(path, found.tokenizer, tokenizer)
-    parts = found.config, found.matrices, found.vectors, found.about.source
+    if on_gpu is not None:
+        from receptance.engine.gpu import GpuEngine
+
+        parts = found.config, found.matrices, found.vectors, found.about.source
+        return GpuEngine(*parts, device=on_gpu), found.tokenizer
+    sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in found.matrices.values())
+    arena = Arena(sum(room(*size) for size in sizes))
+    matrices = {name: m.held_by(arena) for name, m in found.matrices.items()}
+    parts = found.config, matrices, found.vectors, found.about.source
     return NativeEngine(*parts, threads=threads), found.tokenizer
 
 
@@ -140,7 +195,7 @@ def _adapted(
     dtype: Kind | None,
     group: int | None,
     adapter: Path,
-    threads: int | None,
+    make: Callable[..., Engine],
 ) -> tuple[Engine, Tokenizer]:
     model, found = load(source, tokenizer=tokenizer)
     tuned = load_adapter(adapter, model)
@@ -148,12 +203,11 @@ def _adapted(
     initial = tuned.initial_state()
     if initial is None:
         model = tuned.merge(model)
-    engine = native_engine(
+    engine = make(
         model.config,
         dict(model.state_dict()),
         dtype,
         group=group,
-        threads=threads,
         initial=None if initial is None else initial.detach(),
         own_fingerprint=own,
     )

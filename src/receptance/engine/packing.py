@@ -27,13 +27,16 @@ What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from receptance.engine.memory import Arena, aligned
 from receptance.quantize import Quantised, QuantisedKind, ceil_div
 
 FloatKind = Literal["float32", "bfloat16", "float16"]
@@ -92,6 +95,17 @@ class Packed:
         """Memory of codes and parameters, padding included."""
         return self.data.nbytes + (0 if self.params is None else self.params.nbytes)
 
+    def held_by(self, arena: Arena) -> Packed:
+        """The same, copied into an arena."""
+        params = None if self.params is None else arena.hold(self.params)
+        return replace(self, data=arena.hold(self.data), params=params)
+
+
+def common_kind(tensors: Iterable[Tensor]) -> FloatKind:
+    """The type that all of them have; float32, which holds them all, if it is not one."""
+    found = {x.dtype for x in tensors}
+    return next((kind for kind, dtype in FLOATS.items() if found == {dtype}), "float32")
+
 
 def dtypes(kind: Kind) -> tuple[torch.dtype, torch.dtype | None]:
     """The types of a packed matrix's data and parameters."""
@@ -118,6 +132,12 @@ def shapes(
         rows = (inputs, wide) if kind == "int8" else (inputs, wide // _ROW, _ROW // 2)
         return rows, (groups, *pair, wide)
     return (outputs, inputs if kind == "int8" else ceil_div(inputs, 2)), (outputs, groups, *pair)
+
+
+def room(kind: Kind, layout: Layout, outputs: int, inputs: int, group: int) -> int:
+    """Bytes that a packed matrix takes in an arena."""
+    parts = zip(dtypes(kind), shapes(kind, layout, outputs, inputs, group), strict=True)
+    return sum(aligned(d.itemsize * math.prod(s)) for d, s in parts if d and s)
 
 
 def pack(weight: Tensor | Quantised, layout: Layout) -> Packed:

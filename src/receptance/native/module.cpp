@@ -150,15 +150,15 @@ private:
     Workspace features_, head_;
 };
 
-// GB/s at which `threads` threads read one array, the best of several passes.
-double read_bandwidth(int64_t bytes, int threads) {
-    const std::vector<char> data(bytes, 1);
+// GB/s at which `threads` threads read the bytes at an address, the best of several passes.
+double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
+    const auto* data = reinterpret_cast<const char*>(address);
     volatile uint32_t sum = 0;
     double best = 0;
     nb::gil_scoped_release release;
     for (int repeat = 0; repeat < 7; ++repeat) {
         const auto begin = std::chrono::steady_clock::now();
-        sum = kernels("").rwkv4->read(data.data(), bytes, threads);
+        sum = kernels("").rwkv4->read(data, bytes, threads);
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         best = std::max(best, bytes / took.count() / 1e9);
     }

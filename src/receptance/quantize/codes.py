@@ -9,6 +9,7 @@ changes, the codes make up for.
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -93,7 +94,8 @@ def ceil_div(number: int, divisor: int) -> int:
 def check_group(kind: str, group: int | None) -> int:
     """The group, None standing for the usual one; ValueError if there is no such format."""
     if kind not in GROUPS:
-        raise ValueError(f"weights cannot be quantised to {kind!r}; choose {' or '.join(GROUPS)}")
+        found, known_kinds = reprlib.repr(kind), " or ".join(GROUPS)
+        raise ValueError(f"weights cannot be quantised to {found}; choose {known_kinds}")
     known = GROUPS[cast(QuantisedKind, kind)]
     if group is None:
         return known[-1] if kind == "int8" else USUAL_INT4_GROUP

@@ -8,6 +8,7 @@ lost. Whatever bytes go in, `decode_bytes` gives them back (BPE: as its normalis
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from receptance.tokenizer.base import ByteTokenizer, StreamDecoder, Tokenizer
 from receptance.tokenizer.bpe import END_OF_TEXT, BPETokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "Tokenizer",
     "WorldTokenizer",
     "load_tokenizer",
+    "stored_tokenizer",
 ]
 
 
@@ -49,6 +51,28 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     raise ValueError(
         f"{path}: neither a World vocabulary (lines like `33 ' ' 1`) nor a tokenizer.json"
     )
+
+
+def stored_tokenizer(folder: Path, about: Any) -> Tokenizer:
+    """The tokenizer in a folder whose kind, files and fingerprint a JSON file there tells.
+
+    ValueError if it is another one by now, or if that file says nothing sensible.
+    """
+    match about:
+        case {"kind": "bytes", "fingerprint": str() as fingerprint}:
+            tokenizer: Tokenizer = ByteTokenizer()
+        case {"kind": str(), "files": [str() as name, *_], "fingerprint": str() as fingerprint}:
+            # The files come together: none must reach for files elsewhere.
+            if name in ("", "..") or Path(name).name != name or not name.isprintable():
+                raise ValueError(f"{folder} names the tokenizer {name[:80]!r}, no file beside it")
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / name} is missing; it is the tokenizer")
+            tokenizer = load_tokenizer(folder / name)
+        case _:
+            raise ValueError(f"{folder} does not say which tokenizer it holds; it is damaged")
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(f"{folder} holds another tokenizer than the one that was written there")
+    return tokenizer
 
 
 def _find_in(directory: Path) -> Path:

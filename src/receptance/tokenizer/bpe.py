@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from receptance.tokenizer.base import Tokenizer, to_bytes
 if TYPE_CHECKING:
     import tokenizers
 
+_LARGEST_ID = 1 << 22
 END_OF_TEXT = "<|endoftext|>"
 """The text of the end-of-text token in the Pile tokenizer, and in those trained here."""
 
@@ -205,7 +207,11 @@ def _load_library(content: bytes, name: str) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except Exception as error:  # the library raises nothing more specific; it names the line
-        raise ValueError(f"{name}: not a usable tokenizer.json: {error}") from None
+        about = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{name}: not a usable tokenizer.json: {about}") from None
+    # Asked for what it understood, it would count up to the largest id there is.
+    if (largest := max(library.get_vocab().values(), default=0)) > _LARGEST_ID:
+        raise ValueError(f"{name}: id {largest} is larger than that of any vocabulary")
     library.no_truncation()
     library.no_padding()
     return library
@@ -243,17 +249,20 @@ def _token_table(library: tokenizers.Tokenizer, name: str) -> list[bytes]:
             f"{name}: no token for byte 0x{min(missing):02x}; "
             "a byte-level BPE has one for every byte of UTF-8"
         )
+    # What stands for no byte becomes a character that Latin-1 has no byte for.
+    values = defaultdict(lambda: 0x100, {ord(char): value for char, value in alphabet.items()})
     tokens: dict[int, bytes] = {}
     for text, token_id in vocabulary.items():
         if token_id in added:
             tokens[token_id] = added[token_id].content.encode("utf-8")
-        elif foreign := set(text) - set(alphabet):
+            continue
+        try:
+            tokens[token_id] = text.translate(values).encode("latin-1")
+        except UnicodeEncodeError:
             raise ValueError(
-                f"{name}: token {token_id} contains {min(foreign)!r}, which stands for no byte; "
-                "wanted is a byte-level BPE"
-            )
-        else:
-            tokens[token_id] = bytes(alphabet[char] for char in text)
+                f"{name}: token {token_id} contains {min(set(text) - set(alphabet))!r}, which "
+                "stands for no byte; wanted is a byte-level BPE"
+            ) from None
     if gaps := sorted(set(range(len(tokens))) - set(tokens)):
         raise ValueError(f"{name}: id {gaps[0]} has no token; ids must count from 0 without gaps")
     return [tokens[token_id] for token_id in range(len(tokens))]

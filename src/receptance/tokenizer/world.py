@@ -14,6 +14,8 @@ from receptance.tokenizer.base import Tokenizer, to_bytes
 # are then certain, and the node for the bytes they do not cover.
 _Node = dict[int, Any]
 _MISMATCH = -1
+# Id, literal, the text in it where that is plain to see, length.
+_LINE = re.compile(r"(\d+) ('([^'\\\r\0]*)'|.+) (\d+)\s*")
 
 
 class WorldTokenizer(Tokenizer):
@@ -83,14 +85,15 @@ def _parse_vocabulary(content: bytes, name: str) -> list[bytes]:
 
 
 def _parse_line(line: bytes, wanted_id: int) -> bytes:
-    fields = re.fullmatch(r"(\d+) (.+) (\d+)\s*", line.decode("utf-8"))
+    fields = _LINE.fullmatch(line.decode("utf-8"))
     if fields is None:
         raise ValueError(f"{line[:60]!r} is not `id literal length`, like `33 ' ' 1`")
-    token_id, literal, length = int(fields[1]), fields[2], int(fields[3])
+    token_id, literal, length = int(fields[1]), fields[2], int(fields[4])
     if token_id != wanted_id:
         raise ValueError(f"id {token_id} where {wanted_id} was due; ids count from 1 without gaps")
     try:
-        token = ast.literal_eval(literal)
+        # Most are text between quotes, and compiling them would take most of the time.
+        token = fields[3] if fields[3] is not None else ast.literal_eval(literal)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         token = None
     if isinstance(token, str):
@@ -113,7 +116,8 @@ def _build_automaton(tokens: Sequence[bytes]) -> _Node:
     for token_id, token in enumerate(tokens):
         node = root
         for byte in token:
-            node = node.setdefault(byte, {})
+            child = node.get(byte)
+            node = node.setdefault(byte, {}) if child is None else child
         node[_MISMATCH] = ((token_id,), root)
     del root[_MISMATCH]  # the empty token 0; every byte is a token, so the root always has a child
     queue = list(root.values())
