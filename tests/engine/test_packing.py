@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from receptance.engine.packing import FLOATS, Layout, Packed, dtypes, pack, shapes, unpack
 from receptance.quantize import Quantised, ceil_div
 
+# More outputs than a block of the layout "rows".
+WIDE = 100
 LAYOUTS: list[Layout] = ["tiles", "rows", "embedding"]
 FORMATS = [("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
 
@@ -80,11 +82,12 @@ class TestPlaces:
         assert not data[2, :, 3:].any()
 
     def test_floats_in_rows(self):
-        weight = torch.randn(N, K)
+        weight = torch.randn(WIDE, K)
         data = pack(weight, "rows").data
-        assert torch.equal(data[:, :N], weight.T)
-        assert data.shape == (K, 64)
-        assert not data[:, N:].any()
+        assert data.shape == (2, K, 64)
+        for n, k in everywhere(WIDE, K):
+            assert data[n // 64, k, n % 64] == weight[n, k]
+        assert not data[1, :, WIDE - 64 :].any()
 
     def test_int8_in_tiles(self):
         weight = codes("int8", 128, N, K)
@@ -115,20 +118,21 @@ class TestPlaces:
         assert not packed.data[:, 5:].any()
 
     def test_int8_in_rows(self):
-        weight = codes("int8", 128, N, K)
+        weight = codes("int8", 128, WIDE, K)
         packed = pack(weight, "rows")
-        assert torch.equal(packed.data[:, :N], weight.codes.T)
-        assert torch.equal(packed.params[:, :N], weight.scale.T)
-        assert packed.data.shape == (K, 64)
-        assert packed.params.shape == (2, 64)
+        assert packed.data.shape == (2, K, 64)
+        assert packed.params.shape == (2, 128)
+        for n, k in everywhere(WIDE, K):
+            assert packed.data[n // 64, k, n % 64] == weight.codes[n, k]
+        assert torch.equal(packed.params[:, :WIDE], weight.scale.T)
 
     def test_int4_in_rows(self):
-        weight = codes("int4", 64, N, K)
+        weight = codes("int4", 64, WIDE, K)
         packed = pack(weight, "rows")
-        assert packed.data.shape == (K, 2, 16)
-        assert packed.params.shape == (4, 2, 64)
-        for n, k in everywhere(N, K):
-            byte = int(packed.data[k, n // 32, n % 16])
+        assert packed.data.shape == (2, K, 2, 16)
+        assert packed.params.shape == (4, 2, 128)
+        for n, k in everywhere(WIDE, K):
+            byte = int(packed.data[n // 64, k, n % 64 // 32, n % 16])
             assert byte >> (4 if n % 32 >= 16 else 0) & 15 == weight.codes[n, k]
             scale, minimum = packed.params[k // 64, :, n]
             assert (scale, minimum) == (weight.scale[n, k // 64], weight.minimum[n, k // 64])

@@ -3,8 +3,8 @@
 A matrix has N outputs and K inputs, as the weight [N,K] of `y = W x`. Three layouts:
 
     tiles      16 outputs side by side, whatever the input: every matrix that is read whole
-    rows       all outputs of one input side by side: ffn.value, most of whose inputs are zero
-               and skipped
+    rows       64 outputs of one input side by side, input after input: ffn.value, most of whose
+               inputs are zero and skipped
     embedding  the weight as it is: one row at a time is read
 
 What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of a group.
@@ -15,9 +15,9 @@ What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of
                int4    [N/16, Kp/8, 16, 4]        4 bytes are a little-endian word of 8 codes of
                                                   k = 8 i .. 8 i + 7, the first in the lowest bits
                        params [N/16, Kp/G, 2, 16]         scale, minimum
-    rows       floats  [K, N]                     N is a multiple of 32
-               int8    [K, N]                     params [K/128, N]
-               int4    [K, N/32, 16]              byte j: outputs j (low bits) and j + 16 of 32
+    rows       floats  [N/64, K, 64]              (n,k) at [n/64, k, n%64]
+               int8    [N/64, K, 64]              params [K/128, N], N a multiple of 64
+               int4    [N/64, K, 2, 16]           byte j: outputs j (low bits) and j + 16 of 32
                        params [K/G, 2, N]
     embedding  floats  [N, K]
                int8    [N, K]                     params [N, K/128]
@@ -53,7 +53,8 @@ KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 """In the order of the enum Weight in native/rwkv4.h."""
 _CODES = {"int8": torch.int8, "int4": torch.uint8}
 _TILE = 16  # outputs of a tile
-_ROW = 32  # what the outputs of the layout "rows" are padded to a multiple of
+_ROW = 64  # outputs of a block of the layout "rows"
+_HALF = 16  # of the 32 outputs whose codes share bytes
 _DEPTH = 128  # what the inputs of quantised tiles are padded to a multiple of
 
 
@@ -128,9 +129,9 @@ def shapes(
         data = (tiles, depth // per_word, _TILE, 4)
         return data, (tiles, depth // group, *pair, _TILE)
     if layout == "rows":
-        wide = _round_up(outputs, _ROW)
-        rows = (inputs, wide) if kind == "int8" else (inputs, wide // _ROW, _ROW // 2)
-        return rows, (groups, *pair, wide)
+        blocks = ceil_div(outputs, _ROW)
+        block = (_ROW,) if kind == "int8" else (_ROW // (2 * _HALF), _HALF)
+        return (blocks, inputs, *block), (groups, *pair, blocks * _ROW)
     return (outputs, inputs if kind == "int8" else ceil_div(inputs, 2)), (outputs, groups, *pair)
 
 
@@ -175,7 +176,7 @@ def _pack_data(x: Tensor, kind: Kind, layout: Layout) -> Tensor:
         return _tile(x, kind)
     if layout == "embedding":
         return _pairs(_pad(x, 1, 2)) if kind == "int4" else x.contiguous()
-    x = _pad(x, _ROW, 1).T
+    x = _pad(x, _ROW, 1).unflatten(0, (-1, _ROW)).transpose(1, 2)
     return _halves(x) if kind == "int4" else x.contiguous()
 
 
@@ -185,7 +186,7 @@ def _unpack_data(data: Tensor, kind: Kind, layout: Layout) -> Tensor:
         return _untile(data, kind)
     if layout == "embedding":
         return _unpairs(data) if kind == "int4" else data
-    return (_unhalves(data) if kind == "int4" else data).T
+    return (_unhalves(data) if kind == "int4" else data).transpose(1, 2).flatten(0, 1)
 
 
 def _pack_params(params: Tensor, kind: Kind, layout: Layout, group: int) -> Tensor:
@@ -240,13 +241,13 @@ def _unpairs(data: Tensor) -> Tensor:
 
 
 def _halves(codes: Tensor) -> Tensor:
-    """Outputs j (low) and j + 16 of 32 into one byte: [K,N] -> [K,N/32,16]."""
-    halves = codes.unflatten(1, (-1, 2, _ROW // 2))
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).contiguous()
+    """Outputs j (low) and j + 16 of 32 into one byte: [N/64,K,64] -> [N/64,K,2,16]."""
+    halves = codes.unflatten(-1, (-1, 2, _HALF))
+    return (halves[..., 0, :] | halves[..., 1, :] << 4).contiguous()
 
 
 def _unhalves(data: Tensor) -> Tensor:
-    return torch.stack([data & 15, data >> 4], dim=2).flatten(1)
+    return torch.stack([data & 15, data >> 4], dim=-2).flatten(2)
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -261,7 +262,7 @@ def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
 def _float_shape(layout: Layout, outputs: int, inputs: int) -> Shape:
     if layout == "tiles":
         return ceil_div(outputs, _TILE), inputs, _TILE
-    return (inputs, _round_up(outputs, _ROW)) if layout == "rows" else (outputs, inputs)
+    return (ceil_div(outputs, _ROW), inputs, _ROW) if layout == "rows" else (outputs, inputs)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -22,8 +22,8 @@ constexpr int64_t kOutputs = 16;     // outputs of a tile
 constexpr int64_t kVectors = kOutputs / RECEPTANCE_LANES;
 constexpr int64_t kRows = 128;       // rows at a time: their activations stay in the L2 cache
 constexpr int64_t kPrefetch = 4096;  // bytes ahead in a stream of weights
-constexpr int64_t kColumns = 64;     // outputs at a time of a matrix laid out in rows, and inputs:
-constexpr int64_t kPiece = 64;       // as floats such a piece fills half of a first-level cache
+constexpr int64_t kColumns = 64;     // outputs of a block of a matrix laid out in rows, and inputs
+constexpr int64_t kPiece = 64;       // at a time: as floats they fill half of a first-level cache
 constexpr int64_t kSparseRows = 32;
 
 // Rows of a tile that are summed side by side: as many as there are registers for.
@@ -238,22 +238,22 @@ void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, 
 
 // ---- rows: the last matrix of channel mixing ----------------------------------------------------
 
-// What a piece of the inputs is for each row.
+// What a piece of the inputs is for each row, or what the next pieces are for the only one.
 struct Nonzero {
     uint8_t which[kSparseRows][kPiece];  // inputs that are not zero
     int64_t count[kSparseRows];
     float total[kSparseRows];  // sum over the whole group up to here
 };
 
-// Sums go over kOutputs lanes, whatever the width of a vector.
-inline void find_nonzero(Nonzero& found, int64_t m, const float* x, int64_t count, bool totals) {
+// Sums go over kOutputs lanes, whatever the width of a vector; `before` is that of the group.
+inline void find_nonzero(Nonzero& found, int64_t m, const float* x, int64_t count, float before) {
     int64_t n = 0;
     for (int64_t k = 0; k < count; ++k) {
         found.which[m][n] = (uint8_t)k;
         n += x[k] != 0;
     }
     found.count[m] = n;
-    if (!totals) return;
+    found.total[m] = before;
     Float sums[kVectors] = {};
     for (int64_t k = 0; k < count; k += kOutputs)
         for (int v = 0; v < kVectors; ++v) {
@@ -264,21 +264,21 @@ inline void find_nonzero(Nonzero& found, int64_t m, const float* x, int64_t coun
         for (int lane = 0; lane < RECEPTANCE_LANES; ++lane) found.total[m] += sum[lane];
 }
 
-// One input's weights (codes, of integers) as floats, V vectors from the first column of a block on.
+constexpr int kRowVectors = kColumns / RECEPTANCE_LANES;
+using RowVectors = Float[kRowVectors];
+
+// One input's weights (codes, of integers) for a block of kColumns outputs, as floats.
 template <class T, bool kInMemory = true>
 struct WeightRows {
     static constexpr bool kFar = kInMemory;
     const T* base;
-    int64_t stride;
-    template <int V>
-    inline void widen_row(int64_t k, Float (&to)[V]) const {
-        for (int v = 0; v < V; ++v) to[v] = widen(base + k * stride + v * RECEPTANCE_LANES);
+    inline void widen_row(int64_t k, RowVectors& to) const {
+        for (int v = 0; v < kRowVectors; ++v)
+            to[v] = widen(base + k * kColumns + v * RECEPTANCE_LANES);
     }
-    // The same outputs of the block of columns `ahead` of this one: the next to be read.
-    template <int V>
-    inline void prefetch_row(int64_t k, int64_t ahead) const {
-        for (size_t line = 0; line < V * RECEPTANCE_LANES * sizeof(T); line += 64)
-            __builtin_prefetch((const char*)(base + k * stride + ahead) + line);
+    inline void prefetch_row(int64_t k) const {
+        for (size_t line = 0; line < kColumns * sizeof(T); line += 64)
+            __builtin_prefetch((const char*)(base + k * kColumns) + line);
     }
 };
 
@@ -286,140 +286,166 @@ struct WeightRows {
 struct FourBitRows {
     static constexpr bool kFar = true;
     const uint8_t* base;
-    int64_t stride;
-    template <int V>
-    inline void widen_row(int64_t k, Float (&to)[V]) const {
+    inline void widen_row(int64_t k, RowVectors& to) const {
         constexpr int kHalf = 16 / RECEPTANCE_LANES;
-        for (int v = 0; v < V; v += 2 * kHalf)
+        for (int v = 0; v < kRowVectors; v += 2 * kHalf)
             for (int h = 0; h < kHalf; ++h) {
                 const int64_t byte = (v / 2 + h) * RECEPTANCE_LANES;
-                const Word both = two_codes(base + k * stride + byte);
+                const Word both = two_codes(base + k * (kColumns / 2) + byte);
                 to[v + h] = to_float((Int)(both & 15));
                 to[v + kHalf + h] = to_float((Int)(both >> 4));
             }
     }
-    template <int V>
-    inline void prefetch_row(int64_t k, int64_t ahead) const {
-        __builtin_prefetch(base + k * stride + ahead / 2);
-    }
+    inline void prefetch_row(int64_t k) const { __builtin_prefetch(base + k * (kColumns / 2)); }
 };
 
-// At most kPiece inputs [first, first + count) of a matrix laid out in rows, all of one group that
-// shares its parameters, and the outputs from `column` on.
+// At most kPiece inputs [first, first + count), all of one group that shares its parameters, and
+// the block of outputs from `column` on.
 struct Piece {
     int64_t first, count, column;
-    int64_t ahead;                    // from these columns to those that come next
+    int64_t ahead;                    // inputs from the first one to that of what is read next
     bool begins, ends;                // the group
-    const bfloat16 *scale, *minimum;  // of those outputs; null where there are none
+    const bfloat16 *scale, *minimum;  // of all outputs; null where there are none
 };
 
-// Adds a piece's products to V vectors of one row's outputs y: of activations x only the nonzero
-// ones count. What a group has summed up to here waits in `partial`.
-template <int V, class Rows>
+// Adds a piece's products to one row's outputs y: of activations x only the nonzero ones count,
+// found[m]. What is read next is where found[next] is not zero. What a group has summed up to here
+// waits in `partial`.
+template <class Rows>
 inline void add_piece(const Rows& rows, const Piece& p, const float* x, const Nonzero& found,
-                      int64_t m, float* partial, float* y) {
-    Float sum[V] = {};
+                      int64_t m, int64_t next, float* partial, float* y) {
+    RowVectors sum = {};
     if (!p.begins)
-        for (int v = 0; v < V; ++v) sum[v] = load<Float>(partial + v * RECEPTANCE_LANES);
-    const uint8_t* which = found.which[m];
-    for (int64_t i = 0; i < found.count[m]; ++i) {
-        Float weights[V];
+        for (int v = 0; v < kRowVectors; ++v)
+            sum[v] = load<Float>(partial + p.column + v * RECEPTANCE_LANES);
+    const uint8_t *which = found.which[m], *coming = found.which[next];
+    const int64_t count = found.count[m], more = Rows::kFar ? found.count[next] : 0;
+    for (int64_t i = 0; i < count; ++i) {
+        RowVectors weights;
         rows.widen_row(which[i], weights);
-        if (Rows::kFar) rows.template prefetch_row<V>(which[i], p.ahead);
+        if (i < more) rows.prefetch_row(p.ahead + coming[i]);
         const Float factor = broadcast(x[p.first + which[i]]);
-        for (int v = 0; v < V; ++v) sum[v] = add_product(sum[v], factor, weights[v]);
+        for (int v = 0; v < kRowVectors; ++v) sum[v] = add_product(sum[v], factor, weights[v]);
     }
+    for (int64_t i = count; i < more; ++i) rows.prefetch_row(p.ahead + coming[i]);
     if (!p.ends) {
-        for (int v = 0; v < V; ++v) store(partial + v * RECEPTANCE_LANES, sum[v]);
+        for (int v = 0; v < kRowVectors; ++v)
+            store(partial + p.column + v * RECEPTANCE_LANES, sum[v]);
         return;
     }
-    for (int v = 0; v < V; ++v) {
-        float* to = y + p.column + v * RECEPTANCE_LANES;
-        Float all = load<Float>(to);
-        if (p.scale) all = add_product(all, load<Float>(p.scale + v * RECEPTANCE_LANES), sum[v]);
+    for (int v = 0; v < kRowVectors; ++v) {
+        const int64_t n = p.column + v * RECEPTANCE_LANES;
+        Float all = load<Float>(y + n);
+        if (p.scale) all = add_product(all, load<Float>(p.scale + n), sum[v]);
         else all += sum[v];
         if (p.minimum)
-            all = add_product(all, load<Float>(p.minimum + v * RECEPTANCE_LANES),
-                              broadcast(found.total[m]));
-        store(to, all);
+            all = add_product(all, load<Float>(p.minimum + n), broadcast(found.total[m]));
+        store(y + n, all);
     }
 }
 
 // The same for every row. With a few of them the weights are made floats once for all.
-template <int V, class Rows>
+template <class Rows>
 void add_rows(const Rows& rows, const Piece& p, const float* x, int64_t x_stride, int64_t count,
               const Nonzero& found, float* partial, float* y, int64_t y_stride) {
-    constexpr int64_t kWidenFrom = 4, kWide = V * RECEPTANCE_LANES;
-    alignas(64) float widened[kPiece * kWide];
+    constexpr int64_t kWidenFrom = 4;
+    alignas(64) float widened[kPiece * kColumns];
     const bool widen_once = count >= kWidenFrom;
     for (int64_t k = 0; widen_once && k < p.count; ++k) {
-        Float weights[V];
+        RowVectors weights;
         rows.widen_row(k, weights);
-        rows.template prefetch_row<V>(k, p.ahead);
-        for (int v = 0; v < V; ++v) store(widened + k * kWide + v * RECEPTANCE_LANES, weights[v]);
+        rows.prefetch_row(p.ahead + k);
+        for (int v = 0; v < kRowVectors; ++v)
+            store(widened + k * kColumns + v * RECEPTANCE_LANES, weights[v]);
     }
-    const WeightRows<float, false> wide{widened, kWide};
+    const WeightRows<float, false> wide{widened};
     for (int64_t m = 0; m < count; ++m, x += x_stride, y += y_stride, partial += y_stride) {
-        if (widen_once) add_piece<V>(wide, p, x, found, m, partial + p.column, y);
-        else add_piece<V>(rows, p, x, found, m, partial + p.column, y);
+        if (widen_once) add_piece(wide, p, x, found, m, m, partial, y);
+        else add_piece(rows, p, x, found, m, m, partial, y);
     }
 }
 
-// Calls work(rows) with the weights of the inputs from `first` on and the outputs from `column` on.
+// Calls work(rows) with the weights of a piece.
 template <class Work>
-inline void with_rows(const Matrix& w, int64_t first, int64_t column, const Work& work) {
-    const int64_t stride = round_up(w.outputs, 32), at = first * stride + column;
+inline void with_rows(const Matrix& w, const Piece& p, const Work& work) {
+    const int64_t at = p.column * w.inputs + p.first * kColumns;
     switch (w.kind) {
-        case Weight::float32: return work(WeightRows<float>{(const float*)w.data + at, stride});
-        case Weight::bfloat16:
-            return work(WeightRows<bfloat16>{(const bfloat16*)w.data + at, stride});
-        case Weight::float16: return work(WeightRows<float16>{(const float16*)w.data + at, stride});
-        case Weight::int8: return work(WeightRows<int8_t>{(const int8_t*)w.data + at, stride});
-        case Weight::int4:
-            return work(FourBitRows{(const uint8_t*)w.data + at / 2, stride / 2});
+        case Weight::float32: return work(WeightRows<float>{(const float*)w.data + at});
+        case Weight::bfloat16: return work(WeightRows<bfloat16>{(const bfloat16*)w.data + at});
+        case Weight::float16: return work(WeightRows<float16>{(const float16*)w.data + at});
+        case Weight::int8: return work(WeightRows<int8_t>{(const int8_t*)w.data + at});
+        case Weight::int4: return work(FourBitRows{(const uint8_t*)w.data + at / 2});
     }
 }
 
-// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of 32), of x[m] without its
-// zeros; returns how many inputs were not zero. `partial` is memory like y.
+// The piece that begins with input `first`.
+inline Piece piece_at(const Matrix& w, int64_t first) {
+    const int64_t group_size = w.group ? w.group : kPiece, group = first / group_size;
+    const int64_t inside = first - group * group_size;
+    const int64_t left = std::min(group_size - inside, w.inputs - first);
+    const int64_t count = std::min(kPiece, left), stride = round_up(w.outputs, kColumns);
+    const bool four = w.kind == Weight::int4;
+    const bfloat16* params = (const bfloat16*)w.params + group * stride * (four ? 2 : 1);
+    return {first, count, 0, 0, inside == 0, count == left,
+            w.params ? params : nullptr, four ? params + stride : nullptr};
+}
+
+// One row: a block of outputs after another, each a stream from which inputs are left out.
+inline int64_t sparse_row(const Matrix& w, Range columns, const float* x, float* y,
+                          float* partial) {
+    Nonzero found;
+    Piece pieces[kSparseRows];
+    int64_t nonzero = 0;
+    for (int64_t first = 0; first < w.inputs;) {
+        int64_t n = 0;
+        for (; n < kSparseRows && first < w.inputs; first += pieces[n++].count) {
+            pieces[n] = piece_at(w, first);  // the first of them begins a group
+            const float before = pieces[n].begins ? 0 : found.total[n - 1];
+            find_nonzero(found, n, x + first, pieces[n].count, before);
+            nonzero += found.count[n];
+        }
+        const int64_t back = pieces[n - 1].first - pieces[0].first;
+        for (int64_t column = columns.begin; column < columns.end; column += kColumns)
+            for (int64_t i = 0; i < n; ++i) {
+                Piece p = pieces[i];
+                p.column = column;
+                p.ahead = i + 1 < n ? p.count : w.inputs - back;
+                with_rows(w, p, [&](const auto& rows) {
+                    add_piece(rows, p, x, found, i, i + 1 < n ? i + 1 : 0, partial, y);
+                });
+            }
+    }
+    return nonzero;
+}
+
+// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of kColumns), of x[m] without
+// its zeros; returns how many inputs were not zero. `partial` is memory like y.
 inline int64_t sparse_product(const Matrix& w, Range columns, const float* x, int64_t x_stride,
                               int64_t count, float* y, float* partial, int64_t y_stride) {
+    for (int64_t m = 0; m < count; ++m)
+        std::memset(y + m * y_stride + columns.begin, 0,
+                    (columns.end - columns.begin) * sizeof(float));
+    if (count == 1) return sparse_row(w, columns, x, y, partial);
     Nonzero found;
     int64_t nonzero = 0;
-    const int64_t group_size = w.group ? w.group : kPiece, stride = round_up(w.outputs, 32);
-    const bool four = w.kind == Weight::int4;
     for (int64_t row = 0; row < count; row += kSparseRows) {
         const int64_t rows = std::min(kSparseRows, count - row);
         const float* from = x + row * x_stride;
         float *to = y + row * y_stride, *kept = partial + row * y_stride;
-        for (int64_t m = 0; m < rows; ++m)
-            std::memset(to + m * y_stride + columns.begin, 0,
-                        (columns.end - columns.begin) * sizeof(float));
-        Piece p{};
-        for (; p.first < w.inputs; p.first += p.count) {
-            const int64_t group = p.first / group_size, inside = p.first - group * group_size;
-            const int64_t left = std::min(group_size - inside, w.inputs - p.first);
-            p.count = std::min(kPiece, left);
-            p.begins = inside == 0;
-            p.ends = p.count == left;
+        for (int64_t first = 0; first < w.inputs;) {
+            Piece p = piece_at(w, first);
             for (int64_t m = 0; m < rows; ++m) {
-                if (p.begins) found.total[m] = 0;
-                find_nonzero(found, m, from + m * x_stride + p.first, p.count, four);
+                const float before = p.begins ? 0 : found.total[m];
+                find_nonzero(found, m, from + m * x_stride + first, p.count, before);
                 nonzero += found.count[m];
             }
-            const bfloat16* params = (const bfloat16*)w.params + group * stride * (four ? 2 : 1);
+            first += p.count;
             for (p.column = columns.begin; p.column < columns.end; p.column += kColumns) {
                 const bool last = p.column + kColumns >= columns.end;
-                p.ahead = last ? kPiece * stride - (p.column - columns.begin) : kColumns;
-                if (w.params) p.scale = params + p.column;
-                if (four) p.minimum = params + stride + p.column;
-                with_rows(w, p.first, p.column, [&](const auto& weights) {
-                    if (p.column + kColumns <= columns.end)
-                        add_rows<kColumns / RECEPTANCE_LANES>(weights, p, from, x_stride, rows,
-                                                              found, kept, to, y_stride);
-                    else
-                        add_rows<32 / RECEPTANCE_LANES>(weights, p, from, x_stride, rows, found,
-                                                        kept, to, y_stride);
+                const int64_t blocks = (p.column - columns.begin) / kColumns;
+                p.ahead = last ? p.count - blocks * w.inputs : w.inputs;
+                with_rows(w, p, [&](const auto& weights) {
+                    add_rows(weights, p, from, x_stride, rows, found, kept, to, y_stride);
                 });
             }
         }

@@ -254,7 +254,7 @@ struct Worker {
         });
         me.wait();
 
-        const Range columns = me.share(round_up(w.width, 32), 32);
+        const Range columns = me.share(round_up(w.width, kColumns), kColumns);
         const int64_t nonzero = sparse_product(l.ffn_value, columns, b.hidden, b.hidden_stride,
                                                pass.positions, b.value, b.key, b.stride);
         if (me.id == 0) pass.nonzero += nonzero;
