@@ -91,9 +91,10 @@ class _HeadLoss(torch.autograd.Function):
 def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix product in a type that may be wider than that of its factors.
 
-    A GPU sums products of narrow numbers in float32; they need not be widened first.
+    NVIDIA's GPUs sum products of narrow numbers in float32; they need not be widened first.
     """
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    on_nvidia = left.is_cuda and torch.version.hip is None
+    if on_nvidia and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
 
