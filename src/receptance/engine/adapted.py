@@ -9,11 +9,12 @@ from torch import Tensor
 
 from receptance.adapters import Adapter
 from receptance.config import ModelConfig
+from receptance.engine.base import OneCall
 from receptance.model import Model
 from receptance.state import State
 
 
-class AdaptedModel:
+class AdaptedModel(OneCall):
     """An `Engine`: the adapter stays attached, and rows without a state begin in its own."""
 
     batch_invariant = False
@@ -48,18 +49,6 @@ class AdaptedModel:
         if state is None:
             state = self._adapter.initial_state(len(tokens))
         return self._model.features(tokens, state, lengths=lengths, resets=resets)
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """Logits for the token after each position, [B,T] -> [B,T,V], and the state."""
-        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
-        return self.head(features), state
 
     def fingerprint(self) -> str:
         """Whose the states are that model and adapter make together."""

@@ -63,3 +63,19 @@ class Engine(Protocol):
     def fingerprint(self) -> str:
         """Whose states these are: the same for every dtype of one model."""
         ...
+
+
+class OneCall:
+    """`Engine.__call__` of an engine that has the other methods."""
+
+    def __call__(
+        self: Engine,
+        tokens: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """Logits [B,T,V] for the token after each position, and the state."""
+        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
+        return self.head(features), state

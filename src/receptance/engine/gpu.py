@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
+from receptance.engine.base import OneCall
 from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.engine.native import layouts
@@ -50,7 +51,7 @@ def _unrecorded(run: Run) -> Run:
     return run
 
 
-class GpuEngine:
+class GpuEngine(OneCall):
     """A model whose weights lie on a GPU (an `Engine`).
 
     `initial`, of one row, is where rows begin if not empty. `capture` makes a recording of a step
@@ -101,18 +102,6 @@ class GpuEngine:
     def fingerprint(self) -> str:
         """That of the model whose weights these are, before they were packed or quantised."""
         return self._fingerprint
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """Logits [B,T,V] for the token after each position, and the state."""
-        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
-        return self._head(features), state
 
     @torch.no_grad()
     def features(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from receptance.config import ModelConfig
+from receptance.engine.base import OneCall
 from receptance.engine.packing import KINDS, Layout, Packed
 from receptance.model.inputs import check_inputs
 from receptance.model.v4 import LayerState
@@ -52,7 +53,7 @@ def layouts(config: ModelConfig) -> dict[str, Layout]:
     return found
 
 
-class NativeEngine:
+class NativeEngine(OneCall):
     """A model whose matrices are packed, of one type or several (an `Engine`).
 
     The tensors are read where they are, so memory maps stay maps. `initial`, of one row, is where
@@ -110,18 +111,6 @@ class NativeEngine:
     def fingerprint(self) -> str:
         """That of the model whose weights these are, before they were packed or quantised."""
         return self._fingerprint
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        state: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-    ) -> tuple[Tensor, State]:
-        """Logits [B,T,V] for the token after each position, and the state."""
-        features, state = self.features(tokens, state, lengths=lengths, resets=resets)
-        return self._head(features), state
 
     def features(
         self,
