@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from receptance.engine.packing import FLOATS, Layout, Packed, dtypes, pack, shapes, unpack
 from receptance.quantize import Quantised, ceil_div
 
-# More outputs than a block of the layout "rows".
+# More outputs than the layout "rows" pads to.
 WIDE = 100
 LAYOUTS: list[Layout] = ["tiles", "rows", "embedding"]
 FORMATS = [("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
@@ -84,10 +84,9 @@ class TestPlaces:
     def test_floats_in_rows(self):
         weight = torch.randn(WIDE, K)
         data = pack(weight, "rows").data
-        assert data.shape == (2, K, 64)
-        for n, k in everywhere(WIDE, K):
-            assert data[n // 64, k, n % 64] == weight[n, k]
-        assert not data[1, :, WIDE - 64 :].any()
+        assert data.shape == (K, 128)
+        assert torch.equal(data[:, :WIDE], weight.T)
+        assert not data[:, WIDE:].any()
 
     def test_int8_in_tiles(self):
         weight = codes("int8", 128, N, K)
@@ -120,20 +119,20 @@ class TestPlaces:
     def test_int8_in_rows(self):
         weight = codes("int8", 128, WIDE, K)
         packed = pack(weight, "rows")
-        assert packed.data.shape == (2, K, 64)
+        assert packed.data.shape == (K, 2, 16, 4)
         assert packed.params.shape == (2, 128)
         for n, k in everywhere(WIDE, K):
-            assert packed.data[n // 64, k, n % 64] == weight.codes[n, k]
+            assert packed.data[k, n // 64, n % 16, n % 64 // 16] == weight.codes[n, k]
         assert torch.equal(packed.params[:, :WIDE], weight.scale.T)
 
     def test_int4_in_rows(self):
         weight = codes("int4", 64, WIDE, K)
         packed = pack(weight, "rows")
-        assert packed.data.shape == (2, K, 2, 16)
+        assert packed.data.shape == (K, 2, 8, 4)
         assert packed.params.shape == (4, 2, 128)
         for n, k in everywhere(WIDE, K):
-            byte = int(packed.data[n // 64, k, n % 64 // 32, n % 16])
-            assert byte >> (4 if n % 32 >= 16 else 0) & 15 == weight.codes[n, k]
+            word = int.from_bytes(packed.data[k, n // 64, n % 8].tolist(), "little")
+            assert word >> 4 * (n % 64 // 8) & 15 == weight.codes[n, k]
             scale, minimum = packed.params[k // 64, :, n]
             assert (scale, minimum) == (weight.scale[n, k // 64], weight.minimum[n, k // 64])
 

@@ -3,8 +3,8 @@
 A matrix has N outputs and K inputs, as the weight [N,K] of `y = W x`. Three layouts:
 
     tiles      16 outputs side by side, whatever the input: every matrix that is read whole
-    rows       64 outputs of one input side by side, input after input: ffn.value, most of whose
-               inputs are zero and skipped
+    rows       all outputs of one input side by side: ffn.value, most of whose inputs are zero
+               and skipped
     embedding  the weight as it is: one row at a time is read
 
 What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of a group.
@@ -15,9 +15,12 @@ What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of
                int4    [N/16, Kp/8, 16, 4]        4 bytes are a little-endian word of 8 codes of
                                                   k = 8 i .. 8 i + 7, the first in the lowest bits
                        params [N/16, Kp/G, 2, 16]         scale, minimum
-    rows       floats  [N/64, K, 64]              (n,k) at [n/64, k, n%64]
-               int8    [N/64, K, 64]              params [K/128, N], N a multiple of 64
-               int4    [N/64, K, 2, 16]           byte j: outputs j (low bits) and j + 16 of 32
+    rows       floats  [K, N]                     N is a multiple of 64
+               int8    [K, N/64, 16, 4]           (n,k) at [k, n/64, n%16, n%64/16]
+                       params [K/128, N]
+               int4    [K, N/64, 8, 4]            little-endian words of 8 codes: of 64 outputs the
+                                                  word n%8 has n%8, n%8 + 8, ..., the first in the
+                                                  lowest bits
                        params [K/G, 2, N]
     embedding  floats  [N, K]
                int8    [N, K]                     params [N, K/128]
@@ -53,8 +56,7 @@ KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
 """In the order of the enum Weight in native/rwkv4.h."""
 _CODES = {"int8": torch.int8, "int4": torch.uint8}
 _TILE = 16  # outputs of a tile
-_ROW = 64  # outputs of a block of the layout "rows"
-_HALF = 16  # of the 32 outputs whose codes share bytes
+_ROW = 64  # what the outputs of the layout "rows" are padded to a multiple of
 _DEPTH = 128  # what the inputs of quantised tiles are padded to a multiple of
 
 
@@ -129,9 +131,9 @@ def shapes(
         data = (tiles, depth // per_word, _TILE, 4)
         return data, (tiles, depth // group, *pair, _TILE)
     if layout == "rows":
-        blocks = ceil_div(outputs, _ROW)
-        block = (_ROW,) if kind == "int8" else (_ROW // (2 * _HALF), _HALF)
-        return (blocks, inputs, *block), (groups, *pair, blocks * _ROW)
+        wide = _round_up(outputs, _ROW)
+        words = 16 if kind == "int8" else 8
+        return (inputs, wide // _ROW, words, 4), (groups, *pair, wide)
     return (outputs, inputs if kind == "int8" else ceil_div(inputs, 2)), (outputs, groups, *pair)
 
 
@@ -176,8 +178,8 @@ def _pack_data(x: Tensor, kind: Kind, layout: Layout) -> Tensor:
         return _tile(x, kind)
     if layout == "embedding":
         return _pairs(_pad(x, 1, 2)) if kind == "int4" else x.contiguous()
-    x = _pad(x, _ROW, 1).unflatten(0, (-1, _ROW)).transpose(1, 2)
-    return _halves(x) if kind == "int4" else x.contiguous()
+    x = _pad(x, _ROW, 1).T
+    return x.contiguous() if kind in FLOATS else _words(x, kind)
 
 
 def _unpack_data(data: Tensor, kind: Kind, layout: Layout) -> Tensor:
@@ -186,7 +188,7 @@ def _unpack_data(data: Tensor, kind: Kind, layout: Layout) -> Tensor:
         return _untile(data, kind)
     if layout == "embedding":
         return _unpairs(data) if kind == "int4" else data
-    return (_unhalves(data) if kind == "int4" else data).transpose(1, 2).flatten(0, 1)
+    return (data if kind in FLOATS else _unwords(data, kind)).T
 
 
 def _pack_params(params: Tensor, kind: Kind, layout: Layout, group: int) -> Tensor:
@@ -232,22 +234,24 @@ def _interleave(x: Tensor) -> Tensor:
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Neighbours into one byte, the even one low: [N,K] -> [N,K/2]."""
-    return (codes[:, ::2] | codes[:, 1::2] << 4).contiguous()
+    """Neighbours into one byte, the even one low: [...,K] -> [...,K/2]."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).contiguous()
 
 
 def _unpairs(data: Tensor) -> Tensor:
-    return torch.stack([data & 15, data >> 4], dim=-1).flatten(1)
+    return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """Outputs j (low) and j + 16 of 32 into one byte: [N/64,K,64] -> [N/64,K,2,16]."""
-    halves = codes.unflatten(-1, (-1, 2, _HALF))
-    return (halves[..., 0, :] | halves[..., 1, :] << 4).contiguous()
+def _words(codes: Tensor, kind: Kind) -> Tensor:
+    """The codes of 64 outputs into words that each begin with one of the first: [K,N] -> rows."""
+    words = 16 if kind == "int8" else 8
+    codes = codes.unflatten(1, (-1, _ROW // words, words)).transpose(2, 3)
+    return (_pairs(codes) if kind == "int4" else codes).contiguous()
 
 
-def _unhalves(data: Tensor) -> Tensor:
-    return torch.stack([data & 15, data >> 4], dim=-2).flatten(2)
+def _unwords(data: Tensor, kind: Kind) -> Tensor:
+    codes = _unpairs(data) if kind == "int4" else data
+    return codes.transpose(2, 3).flatten(1)
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -262,7 +266,7 @@ def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
 def _float_shape(layout: Layout, outputs: int, inputs: int) -> Shape:
     if layout == "tiles":
         return ceil_div(outputs, _TILE), inputs, _TILE
-    return (ceil_div(outputs, _ROW), inputs, _ROW) if layout == "rows" else (outputs, inputs)
+    return (inputs, _round_up(outputs, _ROW)) if layout == "rows" else (outputs, inputs)
 
 
 def _round_up(number: int, multiple: int) -> int:

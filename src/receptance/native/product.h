@@ -22,9 +22,6 @@ constexpr int64_t kOutputs = 16;     // outputs of a tile
 constexpr int64_t kVectors = kOutputs / RECEPTANCE_LANES;
 constexpr int64_t kRows = 128;       // rows at a time: their activations stay in the L2 cache
 constexpr int64_t kPrefetch = 4096;  // bytes ahead in a stream of weights
-constexpr int64_t kColumns = 64;     // outputs of a block of a matrix laid out in rows, and inputs
-constexpr int64_t kPiece = 64;       // at a time: as floats they fill half of a first-level cache
-constexpr int64_t kSparseRows = 32;
 
 // Rows of a tile that are summed side by side: as many as there are registers for.
 constexpr int kIntRows = RECEPTANCE_LANES == 16 ? 8 : RECEPTANCE_LANES == 8 ? 4 : 2;
@@ -48,6 +45,17 @@ struct Activations {
                 sums + m * (stride / 32), stride};
     }
 };
+
+using Tile = Float[kVectors];
+
+// The lanes of a tile, added in one order whatever the width of a vector.
+inline float sum_of(const Tile& sums) {
+    alignas(64) float lanes[kOutputs];
+    for (int v = 0; v < kVectors; ++v) store(lanes + v * RECEPTANCE_LANES, sums[v]);
+    for (int64_t half = kOutputs / 2; half; half /= 2)
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
 
 // Makes codes, scales and sums of one row's values.
 inline void encode(const Activations& a, int64_t inputs, const Matrix& like) {
@@ -234,223 +242,6 @@ void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, 
                 some_rows<kFloatRows>(n, w, tile, a, first + m, put);
             }
     }
-}
-
-// ---- rows: the last matrix of channel mixing ----------------------------------------------------
-
-// What a piece of the inputs is for each row, or what the next pieces are for the only one.
-struct Nonzero {
-    uint8_t which[kSparseRows][kPiece];  // inputs that are not zero
-    int64_t count[kSparseRows];
-    float total[kSparseRows];  // sum over the whole group up to here
-};
-
-// Sums go over kOutputs lanes, whatever the width of a vector; `before` is that of the group.
-inline void find_nonzero(Nonzero& found, int64_t m, const float* x, int64_t count, float before) {
-    int64_t n = 0;
-    for (int64_t k = 0; k < count; ++k) {
-        found.which[m][n] = (uint8_t)k;
-        n += x[k] != 0;
-    }
-    found.count[m] = n;
-    found.total[m] = before;
-    Float sums[kVectors] = {};
-    for (int64_t k = 0; k < count; k += kOutputs)
-        for (int v = 0; v < kVectors; ++v) {
-            const int64_t at = k + v * RECEPTANCE_LANES, left = std::max<int64_t>(0, count - at);
-            sums[v] += load<Float>(x + at, std::min<int64_t>(RECEPTANCE_LANES, left));
-        }
-    for (const Float& sum : sums)
-        for (int lane = 0; lane < RECEPTANCE_LANES; ++lane) found.total[m] += sum[lane];
-}
-
-constexpr int kRowVectors = kColumns / RECEPTANCE_LANES;
-using RowVectors = Float[kRowVectors];
-
-// One input's weights (codes, of integers) for a block of kColumns outputs, as floats.
-template <class T, bool kInMemory = true>
-struct WeightRows {
-    static constexpr bool kFar = kInMemory;
-    const T* base;
-    inline void widen_row(int64_t k, RowVectors& to) const {
-        for (int v = 0; v < kRowVectors; ++v)
-            to[v] = widen(base + k * kColumns + v * RECEPTANCE_LANES);
-    }
-    inline void prefetch_row(int64_t k) const {
-        for (size_t line = 0; line < kColumns * sizeof(T); line += 64)
-            __builtin_prefetch((const char*)(base + k * kColumns) + line);
-    }
-};
-
-// Two codes to a byte: of 32 outputs the first 16 in the low halves, the others in the high ones.
-struct FourBitRows {
-    static constexpr bool kFar = true;
-    const uint8_t* base;
-    inline void widen_row(int64_t k, RowVectors& to) const {
-        constexpr int kHalf = 16 / RECEPTANCE_LANES;
-        for (int v = 0; v < kRowVectors; v += 2 * kHalf)
-            for (int h = 0; h < kHalf; ++h) {
-                const int64_t byte = (v / 2 + h) * RECEPTANCE_LANES;
-                const Word both = two_codes(base + k * (kColumns / 2) + byte);
-                to[v + h] = to_float((Int)(both & 15));
-                to[v + kHalf + h] = to_float((Int)(both >> 4));
-            }
-    }
-    inline void prefetch_row(int64_t k) const { __builtin_prefetch(base + k * (kColumns / 2)); }
-};
-
-// At most kPiece inputs [first, first + count), all of one group that shares its parameters, and
-// the block of outputs from `column` on.
-struct Piece {
-    int64_t first, count, column;
-    int64_t ahead;                    // inputs from the first one to that of what is read next
-    bool begins, ends;                // the group
-    const bfloat16 *scale, *minimum;  // of all outputs; null where there are none
-};
-
-// Adds a piece's products to one row's outputs y: of activations x only the nonzero ones count,
-// found[m]. What is read next is where found[next] is not zero. What a group has summed up to here
-// waits in `partial`.
-template <class Rows>
-inline void add_piece(const Rows& rows, const Piece& p, const float* x, const Nonzero& found,
-                      int64_t m, int64_t next, float* partial, float* y) {
-    RowVectors sum = {};
-    if (!p.begins)
-        for (int v = 0; v < kRowVectors; ++v)
-            sum[v] = load<Float>(partial + p.column + v * RECEPTANCE_LANES);
-    const uint8_t *which = found.which[m], *coming = found.which[next];
-    const int64_t count = found.count[m], more = Rows::kFar ? found.count[next] : 0;
-    for (int64_t i = 0; i < count; ++i) {
-        RowVectors weights;
-        rows.widen_row(which[i], weights);
-        if (i < more) rows.prefetch_row(p.ahead + coming[i]);
-        const Float factor = broadcast(x[p.first + which[i]]);
-        for (int v = 0; v < kRowVectors; ++v) sum[v] = add_product(sum[v], factor, weights[v]);
-    }
-    for (int64_t i = count; i < more; ++i) rows.prefetch_row(p.ahead + coming[i]);
-    if (!p.ends) {
-        for (int v = 0; v < kRowVectors; ++v)
-            store(partial + p.column + v * RECEPTANCE_LANES, sum[v]);
-        return;
-    }
-    for (int v = 0; v < kRowVectors; ++v) {
-        const int64_t n = p.column + v * RECEPTANCE_LANES;
-        Float all = load<Float>(y + n);
-        if (p.scale) all = add_product(all, load<Float>(p.scale + n), sum[v]);
-        else all += sum[v];
-        if (p.minimum)
-            all = add_product(all, load<Float>(p.minimum + n), broadcast(found.total[m]));
-        store(y + n, all);
-    }
-}
-
-// The same for every row. With a few of them the weights are made floats once for all.
-template <class Rows>
-void add_rows(const Rows& rows, const Piece& p, const float* x, int64_t x_stride, int64_t count,
-              const Nonzero& found, float* partial, float* y, int64_t y_stride) {
-    constexpr int64_t kWidenFrom = 4;
-    alignas(64) float widened[kPiece * kColumns];
-    const bool widen_once = count >= kWidenFrom;
-    for (int64_t k = 0; widen_once && k < p.count; ++k) {
-        RowVectors weights;
-        rows.widen_row(k, weights);
-        rows.prefetch_row(p.ahead + k);
-        for (int v = 0; v < kRowVectors; ++v)
-            store(widened + k * kColumns + v * RECEPTANCE_LANES, weights[v]);
-    }
-    const WeightRows<float, false> wide{widened};
-    for (int64_t m = 0; m < count; ++m, x += x_stride, y += y_stride, partial += y_stride) {
-        if (widen_once) add_piece(wide, p, x, found, m, m, partial, y);
-        else add_piece(rows, p, x, found, m, m, partial, y);
-    }
-}
-
-// Calls work(rows) with the weights of a piece.
-template <class Work>
-inline void with_rows(const Matrix& w, const Piece& p, const Work& work) {
-    const int64_t at = p.column * w.inputs + p.first * kColumns;
-    switch (w.kind) {
-        case Weight::float32: return work(WeightRows<float>{(const float*)w.data + at});
-        case Weight::bfloat16: return work(WeightRows<bfloat16>{(const bfloat16*)w.data + at});
-        case Weight::float16: return work(WeightRows<float16>{(const float16*)w.data + at});
-        case Weight::int8: return work(WeightRows<int8_t>{(const int8_t*)w.data + at});
-        case Weight::int4: return work(FourBitRows{(const uint8_t*)w.data + at / 2});
-    }
-}
-
-// The piece that begins with input `first`.
-inline Piece piece_at(const Matrix& w, int64_t first) {
-    const int64_t group_size = w.group ? w.group : kPiece, group = first / group_size;
-    const int64_t inside = first - group * group_size;
-    const int64_t left = std::min(group_size - inside, w.inputs - first);
-    const int64_t count = std::min(kPiece, left), stride = round_up(w.outputs, kColumns);
-    const bool four = w.kind == Weight::int4;
-    const bfloat16* params = (const bfloat16*)w.params + group * stride * (four ? 2 : 1);
-    return {first, count, 0, 0, inside == 0, count == left,
-            w.params ? params : nullptr, four ? params + stride : nullptr};
-}
-
-// One row: a block of outputs after another, each a stream from which inputs are left out.
-inline int64_t sparse_row(const Matrix& w, Range columns, const float* x, float* y,
-                          float* partial) {
-    Nonzero found;
-    Piece pieces[kSparseRows];
-    int64_t nonzero = 0;
-    for (int64_t first = 0; first < w.inputs;) {
-        int64_t n = 0;
-        for (; n < kSparseRows && first < w.inputs; first += pieces[n++].count) {
-            pieces[n] = piece_at(w, first);  // the first of them begins a group
-            const float before = pieces[n].begins ? 0 : found.total[n - 1];
-            find_nonzero(found, n, x + first, pieces[n].count, before);
-            nonzero += found.count[n];
-        }
-        const int64_t back = pieces[n - 1].first - pieces[0].first;
-        for (int64_t column = columns.begin; column < columns.end; column += kColumns)
-            for (int64_t i = 0; i < n; ++i) {
-                Piece p = pieces[i];
-                p.column = column;
-                p.ahead = i + 1 < n ? p.count : w.inputs - back;
-                with_rows(w, p, [&](const auto& rows) {
-                    add_piece(rows, p, x, found, i, i + 1 < n ? i + 1 : 0, partial, y);
-                });
-            }
-    }
-    return nonzero;
-}
-
-// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of kColumns), of x[m] without
-// its zeros; returns how many inputs were not zero. `partial` is memory like y.
-inline int64_t sparse_product(const Matrix& w, Range columns, const float* x, int64_t x_stride,
-                              int64_t count, float* y, float* partial, int64_t y_stride) {
-    for (int64_t m = 0; m < count; ++m)
-        std::memset(y + m * y_stride + columns.begin, 0,
-                    (columns.end - columns.begin) * sizeof(float));
-    if (count == 1) return sparse_row(w, columns, x, y, partial);
-    Nonzero found;
-    int64_t nonzero = 0;
-    for (int64_t row = 0; row < count; row += kSparseRows) {
-        const int64_t rows = std::min(kSparseRows, count - row);
-        const float* from = x + row * x_stride;
-        float *to = y + row * y_stride, *kept = partial + row * y_stride;
-        for (int64_t first = 0; first < w.inputs;) {
-            Piece p = piece_at(w, first);
-            for (int64_t m = 0; m < rows; ++m) {
-                const float before = p.begins ? 0 : found.total[m];
-                find_nonzero(found, m, from + m * x_stride + first, p.count, before);
-                nonzero += found.count[m];
-            }
-            first += p.count;
-            for (p.column = columns.begin; p.column < columns.end; p.column += kColumns) {
-                const bool last = p.column + kColumns >= columns.end;
-                const int64_t blocks = (p.column - columns.begin) / kColumns;
-                p.ahead = last ? p.count - blocks * w.inputs : w.inputs;
-                with_rows(w, p, [&](const auto& weights) {
-                    add_rows(weights, p, from, x_stride, rows, found, kept, to, y_stride);
-                });
-            }
-        }
-    }
-    return nonzero;
 }
 
 // ---- embedding ----------------------------------------------------------------------------------

@@ -7,12 +7,12 @@
 #include "rwkv4.h"
 
 #include "product.h"
+#include "sparse.h"
 
 namespace receptance {
 namespace {
 
 constexpr float kEmptyExponent = -1e30f;  // as EMPTY_EXPONENT in ops/reference.py
-using Tile16 = Float[kVectors];
 
 // 1 / (1 + e^-x).
 inline Float sigmoid(Float x) {
@@ -21,24 +21,21 @@ inline Float sigmoid(Float x) {
 }
 
 // x[0, width) to mean 0 and variance 1, times weight, plus bias; zeros up to `stride`, as the padding
-// of weight and bias is zero. Sums go over 16 lanes, then over those in order.
+// of weight and bias is zero.
 void layer_norm(const float* x, const float* weight, const float* bias, int64_t width,
                 int64_t stride, float epsilon, float* out) {
-    const auto sum_of = [&](const auto& term) {
-        alignas(64) float lanes[16] = {};
-        Tile16 sums{};
+    const auto total = [&](const auto& term) {
+        Tile sums{};
         int64_t c = 0;
-        for (; c + 16 <= width; c += 16)
+        for (; c + kOutputs <= width; c += kOutputs)
             for (int v = 0; v < kVectors; ++v)
                 sums[v] += term(load<Float>(x + c + v * RECEPTANCE_LANES));
-        for (int v = 0; v < kVectors; ++v) store(lanes + v * RECEPTANCE_LANES, sums[v]);
-        float sum = 0;
-        for (float lane : lanes) sum += lane;
+        float sum = sum_of(sums);
         for (; c < width; ++c) sum += term(x[c]);
         return sum;
     };
-    const float mean = sum_of([](auto v) { return v; }) / (float)width;
-    const float variance = sum_of([mean](auto v) { return (v - mean) * (v - mean); }) / (float)width;
+    const float mean = total([](auto v) { return v; }) / (float)width;
+    const float variance = total([mean](auto v) { return (v - mean) * (v - mean); }) / (float)width;
     const float inverse = 1 / std::sqrt(variance + epsilon);
     for (int64_t c = 0; c < stride; c += RECEPTANCE_LANES) {
         const Float centred = (load<Float>(x + c) - mean) * inverse;
@@ -196,7 +193,7 @@ struct Worker {
     void average(const LayerWeights& l, int64_t at, int64_t first) const {
         for (int64_t row = 0; row < pass.rows; ++row) {
             if (pass.starts[row] == pass.starts[row + 1]) continue;
-            Tile16 a, d, o;
+            Tile a, d, o;
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t c = first + v * RECEPTANCE_LANES, n = real(c), s = at + row * w.width;
                 a[v] = load<Float>(pass.before.numerator + s + c, n);

@@ -87,16 +87,24 @@ struct Scalar<Double> {
     using type = double;
 };
 
+// Copies a vector of T, or only some of it. Two calls, because one of a size that is known only when
+// it runs is a call of memcpy even for whole vectors.
+template <class T>
+inline void copy_some(void* to, const void* from, int64_t count) {
+    if (count == RECEPTANCE_LANES) std::memcpy(to, from, RECEPTANCE_LANES * sizeof(T));
+    else std::memcpy(to, from, count * sizeof(T));
+}
+
 // Loads and stores of up to one vector, from any element type.
 template <class V, class T>
 inline V load(const T* from, int64_t count = RECEPTANCE_LANES) {
     if constexpr (sizeof(T) == 2) {
         Half raw{};
-        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
+        copy_some<T>(&raw, from, count);
         return (V)(__builtin_convertvector(raw, Word) << 16);
     } else {
         V raw{};
-        std::memcpy(&raw, from, count == RECEPTANCE_LANES ? sizeof raw : count * sizeof(T));
+        copy_some<T>(&raw, from, count);
         return raw;
     }
 }
@@ -108,9 +116,9 @@ inline void store(T* to, V x, int64_t count = RECEPTANCE_LANES) {
         Word rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
         Word raw = x == x ? rounded : (Word{} + 0x7FC0);
         Half half = __builtin_convertvector(raw, Half);
-        std::memcpy(to, &half, count == RECEPTANCE_LANES ? sizeof half : count * sizeof(T));
+        copy_some<T>(to, &half, count);
     } else {
-        std::memcpy(to, &x, count == RECEPTANCE_LANES ? sizeof x : count * sizeof(T));
+        copy_some<T>(to, &x, count);
     }
 }
 
@@ -145,6 +153,17 @@ inline Int add_products(Int sum, Pairs a, Pairs b) {
 #else
     const Int low = ((Int)a << 16 >> 16) * ((Int)b << 16 >> 16);
     return sum + low + ((Int)a >> 16) * ((Int)b >> 16);
+#endif
+}
+
+// A bit for each of 8 numbers: whether it is not zero. NaN is not.
+inline unsigned not_zero(const float* x) {
+#if defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 8; ++i) bits |= (unsigned)(x[i] != 0) << i;
+    return bits;
 #endif
 }
 

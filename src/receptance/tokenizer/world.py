@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ class WorldTokenizer(Tokenizer):
         Each line is `id literal length`: ids from 1 without gaps, a Python str or bytes literal,
         the number of its bytes.
         """
-        super().__init__(_parse_vocabulary(content, name), content)
-        self._root = _build_automaton(self._tokens)
+        with _no_garbage():
+            super().__init__(_parse_vocabulary(content, name), content)
+            self._root = _build_automaton(self._tokens)
 
     @classmethod
     def from_file(cls, path: str | Path) -> WorldTokenizer:
@@ -61,6 +64,18 @@ class WorldTokenizer(Tokenizer):
     def __reduce__(self) -> tuple[type[WorldTokenizer], tuple[bytes]]:
         # Pickling for a worker process would follow the automaton's links beyond any stack.
         return WorldTokenizer, (self._content,)
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """While a hundred thousand objects are made and kept, Python need not look for dead ones."""
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
 
 
 def _parse_vocabulary(content: bytes, name: str) -> list[bytes]:
