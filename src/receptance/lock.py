@@ -7,7 +7,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from receptance.directories import clean
+from receptance.directories import clean, expanded
 
 _LOCK, _HOLDER = ".lock", ".lock-holder"
 
@@ -21,7 +21,7 @@ class RunLock:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = expanded(folder)
 
     def __enter__(self) -> RunLock:
         from filelock import FileLock, Timeout

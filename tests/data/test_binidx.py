@@ -86,15 +86,36 @@ def test_any_of_the_names_will_do(name, tmp_path):
     assert read_binidx(tmp_path / name).tokens.tolist() == [5, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("code", "letter"), [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")]
+)
+def test_every_type_of_whole_numbers(code, letter, tmp_path):
+    """Their codes are those of Megatron's enum DType, the letters those of struct."""
+    size, ids = struct.calcsize(f"<{letter}"), [5, 127, 0, 1, 0]
+    pointers = [0, 3 * size]
+    (tmp_path / "x.idx").write_bytes(index([3, 2], code=code, pointers=pointers))
+    (tmp_path / "x.bin").write_bytes(struct.pack(f"<5{letter}", *ids))
+    found = read_binidx(tmp_path / "x")
+    assert (found.tokens.tolist(), found.ends.tolist()) == (ids, [3, 5])
+
+
 def test_documents_of_several_sequences(tmp_path):
     stem = pair(tmp_path, index([2, 3, 1], [0, 2, 3]), [1, 2, 3, 4, 0, 0])
     assert read_binidx(stem).ends.tolist() == [5, 6]
 
 
-def test_the_last_documents_are_for_validation(tmp_path):
-    stem = pair(tmp_path, index([10] * 10), list(range(100)))
-    corpus = TokenFiles.open(stem, validation=0.17)
-    assert (len(corpus.train), len(corpus.validation)) == (80, 20)
+@pytest.mark.parametrize(
+    ("sizes", "share", "train"),
+    [
+        ([10] * 10, 0.17, 80),
+        ([50, 50], 0.1, 50),  # the end of all is nearer, but no border
+        ([100], 0.1, 90),
+        ([0, 100], 0.1, 90),
+    ],
+)
+def test_the_last_documents_are_for_validation(sizes, share, train, tmp_path):
+    corpus = TokenFiles.open(pair(tmp_path, index(sizes), list(range(100))), validation=share)
+    assert (len(corpus.train), len(corpus.validation)) == (train, 100 - train)
 
 
 def test_an_end_without_end_of_text_is_a_sequence(tmp_path):
@@ -112,6 +133,8 @@ def test_an_end_without_end_of_text_is_a_sequence(tmp_path):
         (index([3], version=2), "version 2"),
         (index([3], code=0), "number type 0"),
         (index([3], code=6), "number type 6"),
+        (index([3], code=7), "number type 7"),
+        (index([3], code=9), "number type 9"),
         (index([3], counts=(2**60, 2)), "claims"),
         (index([3], counts=(1, 2**62)), "claims"),
         (index([3])[:-1], "claims"),

@@ -101,6 +101,33 @@ def test_examples_get_masks(tmp_path):
                 assert f"It is {number}." in answer and "What" not in answer
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_template_makes_examples_whatever_else_records_hold(ending, tmp_path):
+    """As those of Alpaca, which have the whole in a field "text" as well."""
+    pairs = [{"instruction": f"Add {n}.", "input": "", "output": f"{n}."} for n in range(20)]
+    plain = run(write_lines(tmp_path / "a.jsonl", pairs), out=tmp_path / "a", template="world")
+    full = [{"text": "Below is an instruction.", **pair} for pair in pairs]
+    if ending == "jsonl":
+        path = write_lines(tmp_path / "b.jsonl", full)
+    else:
+        pa = pytest.importorskip("pyarrow")
+        path = tmp_path / "b.parquet"
+        pytest.importorskip("pyarrow.parquet").write_table(pa.Table.from_pylist(full), path)
+    corpus = run(path, out=tmp_path / "b", template="world")
+    assert corpus.fingerprint == plain.fingerprint
+    texts = run(path, out=tmp_path / "texts")
+    assert set(documents(texts.train)) == {"Below is an instruction."}
+
+
+def test_lines_as_windows_writes_them(tmp_path):
+    """A byte order mark in front, carriage returns at the ends, and lines without text."""
+    lines = [json.dumps(record).encode() for record in [*LINES, {"text": ""}]]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*lines, b"", b"  "]))
+    found = run(tmp_path / "a.jsonl", out=tmp_path / "out")
+    wanted = run(write_lines(tmp_path / "b.jsonl", LINES), out=tmp_path / "lines")
+    assert found.fingerprint == wanted.fingerprint
+
+
 # ---- parquet and data sets ----------------------------------------------------------------------
 
 

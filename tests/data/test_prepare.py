@@ -138,9 +138,19 @@ def unfinished(sources, tmp_path, monkeypatch) -> Callable[..., TokenFiles]:
 class TestOtherWork:
     """Parts of one plan are never mixed with those of another."""
 
-    def test_options(self, unfinished):
-        with pytest.raises(ValueError, match=r"unfinished work, but seed was 0 and is 1"):
-            unfinished(seed=1)
+    @pytest.mark.parametrize(
+        ("name", "before", "now"),
+        [
+            ("seed", 0, 1),
+            ("text_field", "text", "content"),
+            ("template", None, "world"),
+            ("validation", 0.1, 0.2),
+            ("format", "npy", "binidx"),
+        ],
+    )
+    def test_options(self, name, before, now, unfinished):
+        with pytest.raises(ValueError, match=f"work, but {name} was {before} and is {now}"):
+            unfinished(**{name: now})
 
     def test_tokenizer(self, unfinished):
         with pytest.raises(ValueError, match="tokenizer was"):

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TEXT, same_bits
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from training_cases import SIZES, same_files, save
-from two_ranks import CASES, COMMAND, STEPS, agree, figures, make
+from two_ranks import CASES, COMMAND, NARROW, STEPS, agree, figures, make
 
 from receptance.checkpoint import load, read_tensors
 from receptance.config import published
@@ -26,7 +28,7 @@ from receptance.model import Model, starting_values
 from receptance.training import TrainOptions
 from receptance.training.ranks import Ranks, joined
 from receptance.training.saving import restore
-from receptance.training.sharding import build, whole_model
+from receptance.training.sharding import build, whole_model, working_device
 
 HERE = Path(__file__).parent
 # A Windows or macOS build of torch may come without.
@@ -66,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
         for rank in (0, 1)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+        errors = [process.communicate(timeout=300)[1].decode() for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -104,6 +106,29 @@ class TestTwoProcesses:
     def test_with_shares_each_holds_its_half(self, found):
         assert found["ddp share"] == found["context share"] == 1
         assert found["fsdp share"] == pytest.approx(0.5, abs=0.02)
+
+
+class TestAsOnGPUs:
+    """Mixed precision and offload, by the policies that GPUs get."""
+
+    @pytest.mark.parametrize("case", ["plain", "everything"])
+    def test_losses_are_those_of_one_process(self, case, found):
+        """To what bfloat16 makes of sums in another order."""
+        ours, alone = found["as on GPUs"][case], figures(make("one", case, Ranks(), **NARROW))
+        assert ours[0] == pytest.approx(alone[0], rel=1e-3)
+        for one, other in zip(ours, alone, strict=True):
+            assert one == pytest.approx(other, rel=2e-2)
+
+    def test_matrices_travel_narrow_and_all_else_stays_wide(self, found):
+        found = found["as on GPUs"]
+        assert (found["matrix"], found["vector"]) == ("torch.bfloat16", "torch.float32")
+        assert found["kept"] == ["torch.float32"]
+        assert not found["rounded"], "gradients are summed in float32"
+
+    def test_a_checkpoint_has_the_masters_and_is_continued_exactly(self, found):
+        found = found["as on GPUs"]
+        assert found["saved"]
+        assert found["again"] == found["further"]
 
 
 class TestTheirCheckpoints:
@@ -163,6 +188,24 @@ class TestRanks:
         needs = pytest.raises(ValueError, match="--context-ranks 2 needs as many processes")
         with needs, joined("cpu", 2):
             pass
+
+
+class TestOffload:
+    def test_work_is_done_where_the_mesh_is(self):
+        """As when a shard on the host is of a mesh of GPUs; there is no GPU to ask."""
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            whole = distribute_tensor(torch.ones(2), DeviceMesh("meta", [0]), [Shard(0)])
+            kept = torch.empty_like(whole, device="cpu")  # as build does it
+            assert (kept.device.type, working_device(kept).type) == ("cpu", "meta")
+        finally:
+            dist.destroy_process_group()
+        assert working_device(torch.ones(1)).type == "cpu"
+
+    @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+    def test_without_shares_there_is_nothing_to_keep(self, parallel):
+        with pytest.raises(ValueError, match="start several with torchrun, or give --no-offload"):
+            build(SIZES, (), TrainOptions(), parallel=parallel, offload=True)
 
 
 class TestBuild:

@@ -82,6 +82,22 @@ class TestPublishedSizes:
             assert words in text
         assert "does not fit" not in text
 
+    def test_what_is_offloaded_is_not_on_the_device(self):
+        on, off = (
+            estimate(
+                published("14b"),
+                options("14b"),
+                ranks=8,
+                sharded=True,
+                offload=offload,
+                device_name="rtx-4090",
+            )
+            for offload in (False, True)
+        )
+        shares = 16 * 14_148_597_760 / 8
+        assert off.memory.total == pytest.approx(on.memory.total - shares)
+        assert off.fits and not on.fits
+
     def test_the_recipes_of_single_gpus(self):
         found = estimate(published("169m"), options("one-gpu"), device_name="rtx-4090")
         assert found.days == pytest.approx(1, rel=0.05)
@@ -197,6 +213,28 @@ class TestMemory:
             assert getattr(whole, name) == size * config.num_parameters
             assert getattr(share, name) == size * config.num_parameters / 8
         assert whole.total == pytest.approx(sum(dataclasses.asdict(whole).values()))
+
+    @pytest.mark.parametrize("shares", [1, 8])
+    def test_14b_by_hand(self, shares):
+        """Two rows of 1,024 in bfloat16, each block's inputs kept, and one block at a time."""
+        vocabulary, width, hidden, positions = 50277, 5120, 20480, 2048
+        matrices = 5 * width**2 + 2 * width * hidden
+        block = 2 * (16 * width + 2 * hidden) + 12 * width / 16
+        found = memory(published("14b"), options("14b"), (2, 1024), shares=shares)
+        # Embedding and head are gathered in float32 together with two blocks in bfloat16.
+        gathered = 4 * 2 * vocabulary * width + 2 * 2 * matrices
+        assert found.weights == (gathered if shares > 1 else 2 * matrices)
+        assert found.activations == positions * (40 * 2 * width + block + 2 * 2 * width)
+        # 2**24 logits: three copies in float32 and one in bfloat16; a narrow head; two gradients.
+        head = 14 * 2**24 + 2 * vocabulary * width + 2 * 4 * vocabulary * width
+        assert found.head == head + 2 * positions * width
+
+    def test_the_head_in_float32_by_hand(self):
+        """Logits and their errors, the gradients of both ends, and that of what the head reads."""
+        config = ModelConfig(vocab_size=100, width=64, num_layers=1)
+        found = memory(config, TrainOptions(), (2, 8))
+        assert found.head == 2 * 4 * 1600 + 2 * 4 * 6400 + 4 * 16 * 64
+        assert found.weights == 0
 
     def test_longer_contexts_in_chunks_cost_no_more(self):
         found = [

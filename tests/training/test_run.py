@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from receptance.checkpoint import load
 from receptance.data.batches import Batch, Batches
 from receptance.directories import newest_checkpoint, step_directories
 from receptance.scoring import bits_per_byte, negative_log_likelihood
+from receptance.training import TrainOptions, saving, trainer
 from receptance.training import run as module
-from receptance.training import saving, trainer
 from receptance.training.run import Run, RunOptions
 
 STEPS = 24
@@ -98,6 +99,19 @@ class TestRollback:
         assert result.code == 0, result.err
         assert "at step 5 is a spike: back to step 0" in result.out
 
+    @pytest.mark.parametrize(
+        ("losses", "loss", "is_one"),
+        [
+            ([1.0, 3.0, 2.0], 2.4, False),
+            ([1.0, 3.0, 2.0], 2.6, True),  # less than the largest, but over the mean
+            ([1.0, 3.0], 9.0, False),  # too few to say
+        ],
+    )
+    def test_it_is_measured_against_the_mean(self, losses, loss, is_one, monkeypatch):
+        monkeypatch.setattr(module, "SPIKE_MEMORY", 3)
+        about = SimpleNamespace(options=TrainOptions(rollback=0.5), losses=losses)
+        assert Run._is_spike(SimpleNamespace(trainer=about), loss) == is_one
+
     def test_without_the_option_it_goes_on(self, spikes):
         spikes.add(13)
         assert train("run").code == 0
@@ -116,6 +130,20 @@ class TestSaves:
         assert train("run", "--reports", 1, "--save-minutes", 0, "--keep", 99).code == 0
         names = [path.name for path in step_directories(Path("run"))]
         assert names == [f"step-{n:08d}" for n in range(1, STEPS + 1)]
+
+    def test_time_is_counted_from_the_last_one(self, monkeypatch):
+        """A step takes a minute here: the fourth is more than three after the one before."""
+        clock, run_step = [0.0], trainer.Trainer.run_step
+
+        def take_a_minute(self: trainer.Trainer):
+            clock[0] += 60
+            return run_step(self)
+
+        monkeypatch.setattr(trainer.Trainer, "run_step", take_a_minute)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        assert train("run", "--reports", 1, "--save-minutes", 3, "--keep", 99).code == 0
+        names = [path.name for path in step_directories(Path("run"))]
+        assert names == [f"step-{n:08d}" for n in range(4, STEPS + 1, 4)]
 
     def test_a_disk_that_is_full_for_a_while(self, monkeypatch):
         write, tried = saving.write_tensors, []

@@ -134,6 +134,7 @@ class TestSteps:
         before = everything(trainer)
         text = TOKENS[:1000], np.ones(1000, np.uint8)
         loss = trainer.validate_examples(*text)
+        assert loss is not None
         run(trainer, 20)
         assert same_bits(trainer.model.state_dict(), model)
         after = everything(trainer)
@@ -222,6 +223,18 @@ class TestValidation:
             losses = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="none")
             nats, count = nats + float(losses[chosen].sum().detach()), count + int(chosen.sum())
         assert trainer.validate_examples(tokens, mask) == pytest.approx(nats / count, rel=1e-5)
+
+    @pytest.mark.parametrize("packing", ["stream", "reset", "whole"])
+    def test_examples_shorter_than_a_row(self, packing):
+        """Of three tokens two are predicted; where none is, there is no figure."""
+        trainer = make_trainer(small(packing=packing), **ENDS)
+        tokens, mask = TOKENS[:3], np.array([1, 1, 0], np.uint8)
+        ids = torch.from_numpy(tokens[None].astype(np.int64))
+        logits, _ = trainer.model.eval()(ids[:, :1])
+        wanted = float(torch.nn.functional.cross_entropy(logits[:, 0].detach(), ids[:, 1]))
+        assert trainer.validate_examples(tokens, mask) == pytest.approx(wanted, rel=1e-5)
+        assert trainer.validate_examples(tokens, 0 * mask) is None
+        assert all(trainer.validate_examples(tokens[:n], mask[:n]) is None for n in (0, 1))
 
     def test_it_leaves_training_as_it_was(self):
         trainer, undisturbed = (make_trainer(small(dropout=0.2)) for _ in range(2))

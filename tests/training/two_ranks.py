@@ -9,11 +9,13 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from command import SMALL
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from training_cases import SIZES, TOKENS, make_batches, make_saver, small
 
 from receptance import plots
@@ -21,7 +23,7 @@ from receptance.__main__ import main as command
 from receptance.adapters import LoRAOptions, make_adapter
 from receptance.checkpoint import read_tensors
 from receptance.model import Model, starting_values
-from receptance.training import Trainer
+from receptance.training import Trainer, sharding
 from receptance.training.ranks import Ranks, joined
 from receptance.training.saving import restore
 from receptance.training.sharding import build, gather, whole_model
@@ -40,12 +42,14 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
     "reset": ({"packing": "reset"}, False),
 }
 STEPS = 3
+# What shares do on GPUs: here torch does it with the processor alone.
+NARROW = {"dtype": "bfloat16"}
 
 
-def make(mode: str, case: str, base: Ranks) -> Trainer:
+def make(mode: str, case: str, base: Ranks, **more: Any) -> Trainer:
     """A trainer of one process, or its part of one."""
     options, masked = CASES[case]
-    trained = small(**{"batch": 4} | options)
+    trained = small(**{"batch": 4} | options | more)
     ranks = Ranks(base.rank, base.count, 2) if mode == "context" else base
     parallel = {"fsdp": "fsdp", "lora": "none"}.get(mode, "ddp")
     values = starting_values(SIZES)
@@ -98,12 +102,10 @@ def main(folder: Path) -> None:
             for case in CASES:
                 trainer = make(mode, case, ranks)
                 found[f"{mode}, {case}"] = figures(trainer)
-            saver = make_saver(trainer, folder / mode)
-            saver.save(trainer)
-            saver.wait()
-            found[f"{mode} as written"] = agree(trainer, folder / mode / f"step-{STEPS:08d}")
+            found[f"{mode} as written"] = agree(trainer, written(trainer, folder / mode))
             found[f"{mode} share"] = share(trainer)
         found["lora, plain"] = figures(make("lora", "plain", ranks))
+        found["as on GPUs"] = as_on_gpus(folder, ranks)
         for source in ("one", "ddp", "fsdp", "context"):
             directory = folder / source / f"step-{STEPS:08d}"
             for mode in ("ddp", "fsdp"):
@@ -118,6 +120,51 @@ def main(folder: Path) -> None:
         if ranks.first:
             (folder / "found.json").write_text(json.dumps(found))
         dist.barrier()
+
+
+def as_on_gpus(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Shares whose matrices travel in bfloat16, and that are kept apart from where they work."""
+
+    def narrow(*, param_dtype: None, **more: Any) -> MixedPrecisionPolicy:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, **more)
+
+    def apart() -> CPUOffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=False)
+
+    found: dict[str, Any] = {}
+    with mock.patch.multiple(sharding, MixedPrecisionPolicy=narrow, OffloadPolicy=apart):
+        for case in ("plain", "everything"):
+            trainer = make("fsdp", case, ranks, **NARROW)
+            found[case] = figures(trainer)
+        mixing = trainer.model.blocks[0].att
+        mixing.register_forward_pre_hook(lambda *_: found.update(vector=seen(mixing.time_decay)))
+        mixing.key.register_forward_pre_hook(
+            lambda *_: found.update(matrix=seen(mixing.key.weight))
+        )
+        found["saved"] = agree(trainer, written(trainer, folder / "narrow"))
+        found["further"] = figures(trainer)
+        once = make("fsdp", "plain", ranks, **NARROW, clip=0.0)
+        figures(once)
+        gradient = gather(once.parameters["blocks.0.ffn.value.weight"].grad)
+        found["rounded"] = torch.equal(gradient, gradient.bfloat16().float())
+        again = make("fsdp", "everything", ranks, **NARROW)
+        restore(again, folder / "narrow" / f"step-{STEPS:08d}")
+        found["again"] = figures(again)
+        found["kept"] = sorted({str(x.dtype) for x in whole(again).values()})
+    return found
+
+
+def seen(parameter: torch.Tensor) -> str:
+    """Its type, while it is used."""
+    return str(parameter.dtype)
+
+
+def written(trainer: Trainer, folder: Path) -> Path:
+    """Its checkpoint."""
+    saver = make_saver(trainer, folder)
+    saver.save(trainer)
+    saver.wait()
+    return folder / f"step-{trainer.step:08d}"
 
 
 def make_too_small(ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from receptance.adapters.base import ABOUT, FORMAT, FORMAT_VERSION, Adapter
 from receptance.adapters.lora import LoRA, LoRAOptions
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
-from receptance.directories import newest_checkpoint, step_directories
+from receptance.directories import expanded, newest_checkpoint, step_directories
 from receptance.formats.files import reason
 from receptance.model import Model
 
@@ -40,7 +40,7 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
 
     ValueError if it is missing, damaged or of another model. Attach it to let it take effect.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir() and step_directories(path):
         path, skipped = newest_checkpoint(path)
         for reason in skipped:

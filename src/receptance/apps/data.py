@@ -13,6 +13,7 @@ from rich.console import Console
 from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
+from receptance.directories import expanded
 from receptance.progress import say
 from receptance.tokenizer import load_tokenizer
 
@@ -106,8 +107,8 @@ def _merged(command: Merge) -> TokenFiles:
     if not command.shards:
         raise ValueError("no shards; name token files, or folders of them")
     return merge(
-        [shard.expanduser() for shard in command.shards],
-        command.out.expanduser(),
+        [expanded(shard) for shard in command.shards],
+        expanded(command.out),
         load_tokenizer(command.tokenizer),
         validation=command.validation,
         seed=command.seed,

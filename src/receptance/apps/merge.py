@@ -13,6 +13,7 @@ from torch import Tensor
 
 from receptance.adapters import load_adapter
 from receptance.checkpoint import load, save
+from receptance.directories import expanded
 from receptance.model import Model
 
 # Largest difference of a logit, relative to the largest logit, that float32's rounding excuses.
@@ -41,7 +42,7 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, merge, write, read back, compare."""
     options = tyro.cli(Options, args=argv, prog="receptance merge")
-    out = options.out.expanduser()
+    out = expanded(options.out)
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")
     model, tokenizer = load(options.model, tokenizer=options.tokenizer)

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from receptance import checkpoint
-from receptance.directories import newest_checkpoint, step_directories
+from receptance.directories import expanded, newest_checkpoint, step_directories
 from receptance.lock import RunLock
 from receptance.progress import say
 from receptance.recipes import apply_recipe
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     if options.dry_run:
         _dry_run(options)
         return
-    out = options.out.expanduser()
+    out = expanded(options.out)
     check_kinds(options.run.log)
     if options.resume and not out.is_dir():
         raise ValueError(f"no run in {out} to resume")
@@ -146,6 +146,7 @@ def _dry_run(options: Options) -> None:
         ranks=options.devices,
         context_ranks=start.context_ranks,
         sharded=start.parallel == "fsdp",
+        offload=start.offload,
         device_name=options.on,
         utilisation=options.mfu,
     )

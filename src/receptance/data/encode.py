@@ -37,6 +37,11 @@ class ReadOptions:
         if self.template is not None:
             find_template(self.template)
 
+    @property
+    def only_field(self) -> str | None:
+        """The field to read of each record; None: all, for there may be examples."""
+        return self.text_field if self.template is None else None
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -61,7 +66,7 @@ def tokenize_piece(
             if span.source.kind == "text":
                 work.text(span)
             else:
-                work.records(_rows(span, options.text_field))
+                work.records(_rows(span, options.only_field))
         work.records(_stream_rows(piece))
     report = PartReport(
         index=piece.index,
@@ -117,17 +122,17 @@ class _PieceWork:
 
     def _record(self, record: Mapping[str, Any]) -> None:
         field, end = self.options.text_field, self.tokenizer.end_of_text
-        if field in record:
+        if self.options.template is not None and is_example(record):
+            ids, mask = encode_record(record, self.tokenizer, self.options.template)
+            self.part.add([*ids, end], [*mask, 1])
+            text = self.tokenizer.decode_bytes(ids)
+        elif field in record:
             text = _text(record, field)
             ids = [id for chunk in chunks([text]) for id in self.tokenizer.encode(chunk)]
             if ids:
                 self.part.add([*ids, end])
         elif is_example(record):
-            if self.options.template is None:
-                raise ValueError("it holds an example; say how it is laid out with --template NAME")
-            ids, mask = encode_record(record, self.tokenizer, self.options.template)
-            self.part.add([*ids, end], [*mask, 1])
-            text = self.tokenizer.decode_bytes(ids)
+            raise ValueError("it holds an example; say how it is laid out with --template NAME")
         else:
             known = ", ".join(map(str, record)) or "none at all"
             raise ValueError(f"no field {field!r}; there are {known}; name one with --text-field")
@@ -155,7 +160,7 @@ def _parsed(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
     return record
 
 
-def _rows(span: Range, field: str) -> Iterator[_Row]:
+def _rows(span: Range, field: str | None) -> Iterator[_Row]:
     """The records of a range, and where each was found."""
     source = span.source
     if source.kind == "lines":

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from receptance.directories import expanded
+
 # As many bytes at the front of a file decide whether it is text; git uses the same test.
 _SNIFFED_BYTES = 8000
 
@@ -31,7 +33,7 @@ def find_files(
     """
     found: dict[str, Path] = {}  # by real path
     for source in sources:
-        path = Path(os.path.expanduser(source))
+        path = expanded(source)
         texts = [path] if path.is_file() else _texts_inside(path, exclude, also, output)
         if not texts:
             what = "no text files in folder" if path.is_dir() else "no such file, folder or match:"

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from receptance.directories import expanded
+
 _SAVED = ("state.json", "dataset_dict.json")
 
 
@@ -47,13 +49,13 @@ def row_groups(name: str, size: int) -> Iterator[tuple[int, int, int]]:
         yield begin, end, (end - begin) * per_row
 
 
-def read_rows(name: str, begin: int, end: int, field: str) -> Iterator[tuple[int, dict]]:
+def read_rows(name: str, begin: int, end: int, field: str | None) -> Iterator[tuple[int, dict]]:
     """Some rows of a saved data set with their numbers from 0; only the field, if it is there."""
     rows = _only(open_rows(name), field)
     return ((number, rows[number]) for number in range(begin, end))
 
 
-def read_stream(name: str, skip: int, field: str) -> Iterator[dict]:
+def read_stream(name: str, skip: int, field: str | None) -> Iterator[dict]:
     """The records of a streamed data set from number `skip` on."""
     stream = _only(_open_stream(name), field)
     try:
@@ -70,7 +72,7 @@ def _open_stream(name: str) -> Any:
         raise ValueError(f"cannot open {name}: {error}") from None
 
 
-def _only(rows: Any, field: str) -> Any:
+def _only(rows: Any, field: str | None) -> Any:
     return rows.select_columns([field]) if field in (rows.column_names or ()) else rows
 
 
@@ -84,7 +86,7 @@ def _parse(name: str) -> tuple[str, str | None, str]:
         raise ValueError(
             f"{name}: a data set is written hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         )
-    folder = str(Path(parts[0]).expanduser()) if parts[0].startswith("~") else parts[0]
+    folder = str(expanded(parts[0])) if parts[0].startswith("~") else parts[0]
     return folder, parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else "train"
 
 

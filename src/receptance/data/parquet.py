@@ -16,7 +16,7 @@ def row_groups(path: str, size: int) -> Iterator[tuple[int, int, int]]:
         yield group, group + 1, about.row_group(group).total_byte_size
 
 
-def read_rows(path: str, begin: int, end: int, field: str) -> Iterator[tuple[int, dict]]:
+def read_rows(path: str, begin: int, end: int, field: str | None) -> Iterator[tuple[int, dict]]:
     """The rows of some groups with their numbers from 0; only the field, if it is there."""
     import pyarrow
 

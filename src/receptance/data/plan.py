@@ -120,7 +120,7 @@ def sample(
     """Training text from all over the sources, as much as a tokenizer is trained on."""
     usable = [piece for piece in pieces if piece.part != "validation"]
     step = max(1, -(-sum(piece.weight for piece in usable) // SAMPLE_BYTES))
-    streams = stream_pieces(sources, options.text_field, 0, lambda index: None)
+    streams = stream_pieces(sources, options.only_field, 0, lambda index: None)
     left = SAMPLE_BYTES
     for piece in itertools.chain(usable[::step], streams):
         for text in texts(piece, options):

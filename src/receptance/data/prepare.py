@@ -26,6 +26,7 @@ from receptance.data.plan import Plan, PrepareOptions, begin, digest, make_plan,
 from receptance.data.pool import in_processes, job
 from receptance.data.sources import Piece, Source, cut_pieces, find_sources, stream_pieces
 from receptance.data.tokens import TokenFiles, is_corpus, read_about
+from receptance.directories import expanded
 from receptance.lock import RunLock
 from receptance.progress import progress_bar, say
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
@@ -48,7 +49,7 @@ def prepare(
     opened. ValueError names what cannot be read or written, or what differs from the work that was
     begun. With workers, a program of one's own needs `if __name__ == "__main__"` around the call.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     if tokenized := [name for name in names if is_corpus(name)]:
         raise ValueError(f"{tokenized[0]} holds tokens already; receptance data merge takes those")
     if isinstance(tokenizer, str) and _bpe_size(tokenizer) is None:
@@ -184,7 +185,7 @@ class _Preparation:
 
     def _stream(self) -> Iterator[Piece]:
         """The unfinished pieces of streams, as they arrive."""
-        field = self.options.text_field
+        field = self.options.only_field
         for piece in stream_pieces(self.sources, field, len(self.pieces), self._finished):
             if report := self._finished(piece.index):
                 self.reports[piece.index] = report

@@ -209,7 +209,7 @@ def _line_ranges(source: Source) -> Iterator[Range]:
 
 def stream_pieces(
     sources: Iterable[Source],
-    field: str,
+    field: str | None,
     first: int,
     finished: Callable[[int], PartReport | None],
 ) -> Iterator[Piece]:

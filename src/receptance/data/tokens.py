@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 from receptance.data.binidx import read_binidx, stem_of
 from receptance.data.files import check_share
 from receptance.data.ondisk import blocks, map_npy, written
+from receptance.directories import expanded
 from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 FORMAT = "receptance tokens"
@@ -85,7 +85,7 @@ class TokenFiles:
         an .idx, and end_of_text is believed; a folder knows both itself. ValueError names what is
         missing, damaged, or not as it was when it was written.
         """
-        path = Path(os.path.expanduser(path))
+        path = expanded(path)
         if path.is_dir() or not (path.exists() or stem_of(path)):
             return _open_folder(path)
         check_share(validation)
@@ -110,7 +110,7 @@ class TokenFiles:
 
 def is_corpus(path: str | Path) -> bool:
     """Whether `TokenFiles.open` is meant for a path: tokens already, not text."""
-    path = Path(os.path.expanduser(path))
+    path = expanded(path)
     if path.is_dir():
         arrays = any((path / name).is_file() for name in ("train.npy", "train.idx"))
         return arrays and (path / "data.json").is_file()

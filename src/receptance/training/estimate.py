@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -110,13 +110,15 @@ def estimate(
     ranks: int = 1,
     context_ranks: int = 1,
     sharded: bool = False,
+    offload: bool = False,
     device_name: str = THIS_MACHINE,
     utilisation: float = DEFAULT_UTILISATION,
 ) -> Estimate:
     """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
 
     context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
-    (FSDP). ValueError on a device that is not known, and on ranks or a utilisation that cannot be.
+    (FSDP); offload: those are in the host's memory, which is not counted. ValueError on a device
+    that is not known, and on ranks or a utilisation that cannot be.
     """
     if context_ranks < 1 or ranks % context_ranks:
         raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
@@ -131,6 +133,8 @@ def estimate(
     rows, time = math.ceil(options.batch / groups), math.ceil(options.context / context_ranks)
     piece = min(options.micro_batch or rows, rows), min(options.chunk or time, time)
     found = memory(config, options, piece, shares=ranks if sharded else 1)
+    if offload:
+        found = replace(found, parameters=0, gradients=0, moments=0)
     return Estimate(config, options, find_device(device_name), ranks, piece, utilisation, found)
 
 

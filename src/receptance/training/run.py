@@ -18,6 +18,7 @@ from rich.console import Console
 
 from receptance import plots
 from receptance.checkpoint import write_description
+from receptance.data.ondisk import blocks, written
 from receptance.directories import LEAST_KEPT, newest_checkpoint
 from receptance.generation import generate
 from receptance.progress import progress_bar, say
@@ -154,10 +155,15 @@ class Run:
         """Put the batch away; go on without it, if that is wanted."""
         step = self.trainer.step + 1
         file = self.out / f"bad-step-{step:08d}.npz"
+        where = f"the batch is in {file}"
         if self.trainer.ranks.first:
-            np.savez(file, **error.batch.arrays())
+            try:
+                with written(file) as stream:
+                    np.savez(stream, **error.batch.arrays())
+            except OSError as failure:  # a full disk is no reason to stop
+                where = f"its batch is nowhere, {file} cannot be written: {failure.strerror}"
         self.bad_steps += 1
-        what = f"{error}; the batch is in {file}"
+        what = f"{error}; {where}"
         if not self.trainer.options.skip_bad_steps or self.bad_steps >= _BAD_STEPS:
             raise ValueError(
                 f"{what}. Start again with a lower --learning-rate or more --warmup-steps, or "
@@ -210,42 +216,47 @@ class Run:
         """Save, validate, sample, plot."""
         self._save()
         step = self.trainer.step
-        name, value = self._validate(_QUICK_VALIDATION)
-        self.console.print(f"step {step}: validation {value:.4f} {name}")
-        self._record({"step": step, f"validation_{name.replace(' ', '_')}": value})
+        whole = len(self.start.corpus.validation)
+        self._validate(min(whole, _QUICK_VALIDATION), "validation")
         self._sample(step)
-        if not quick and len(self.start.corpus.validation) > _QUICK_VALIDATION:
-            name, value = self._validate(len(self.start.corpus.validation))
-            self.console.print(f"all of the validation text: {value:.4f} {name}")
-            self._record({"step": step, f"whole_validation_{name.replace(' ', '_')}": value})
+        if not quick and whole > _QUICK_VALIDATION:
+            self._validate(whole, "whole validation")
         if self.trainer.ranks.first:
             try:
                 plots.draw_losses(self.out / METRICS, self.out / "loss.png")
             except (OSError, ValueError) as error:
                 say(self.console, f"no plot: {error}")
 
-    def _validate(self, limit: int) -> tuple[str, float]:
+    def _validate(self, limit: int, what: str) -> None:
+        """Say and record the figure of so many tokens; of little text there may be none."""
+        step, (name, value) = self.trainer.step, self._figure(limit)
+        if value is None:
+            self.console.print(f"step {step}: nothing to validate on; give a larger --validation")
+            return
+        self.console.print(f"step {step}: {what} {value:.4f} {name}")
+        self._record({"step": step, f"{what} {name}".replace(" ", "_"): value})
+
+    def _figure(self, limit: int) -> tuple[str, float | None]:
         """Bits per byte of text, or nats per token of what is to be learned of examples."""
-        mask = self.start.corpus.validation_mask
-        tokens = np.asarray(self.start.corpus.validation[:limit])
+        corpus, mask = self.start.corpus, self.start.corpus.validation_mask
+        tokens = np.asarray(corpus.validation[:limit])
         if mask is not None:
             return "nats per token", self.trainer.validate_examples(tokens, mask[:limit])
-        size = len(
-            self.start.tokenizer.decode_bytes(
-                tokens[tokens != self.start.corpus.end_of_text].tolist()
-            )
-        )
         nats = self.trainer.validate(tokens)
-        return "bits per byte", bits_per_byte(nats, max(1, size))
+        # In blocks, because a list of all ids would take many times the memory of the text.
+        texts = (block[block != corpus.end_of_text].tolist() for block in blocks(tokens))
+        size = sum(len(self.start.tokenizer.decode_bytes(ids)) for ids in texts)
+        return "bits per byte", bits_per_byte(nats, size) if size else None
 
     def _sample(self, step: int) -> None:
         """A continuation; where no process holds the whole model there is none."""
         trainer, prompt = self.trainer, self.options.sample_prompt
         if not trainer.ranks.first or trainer.sharded:
             return
+        trainer.switch(training=False)
         state = trainer.adapter.initial_state(1) if trainer.adapter else None
         text = generate(
-            trainer.model.eval(),
+            trainer.model,
             self.start.tokenizer,
             prompt,
             max_tokens=_SAMPLE_TOKENS,

@@ -50,6 +50,11 @@ def build(
     model.recompute = options.recompute
     objective: nn.Module = Objective(model, options)
     sharded = parallel == "fsdp" and ranks.count > 1
+    if offload and not sharded:
+        raise ValueError(
+            "--offload keeps the shares of --parallel fsdp in the host's memory, and a single "
+            "process has none; start several with torchrun, or give --no-offload"
+        )
     if sharded:
         _shard(objective, model, options, device, offload)
     model.to_empty(device="cpu" if sharded and offload else device)
@@ -116,6 +121,13 @@ def assign(target: Tensor, value: Tensor) -> None:
         target.to_local().copy_(local)
     else:
         target.copy_(value.reshape(target.shape))
+
+
+def working_device(parameter: Tensor) -> torch.device:
+    """Where a parameter is used; with offload it is kept elsewhere."""
+    if isinstance(parameter, DTensor):
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from receptance.adapters import (
 )
 from receptance.config import ModelConfig, published
 from receptance.data import Batches, PrepareOptions, ReadOptions, TokenFiles, is_corpus, prepare
-from receptance.directories import step_directories
+from receptance.directories import expanded, step_directories
 from receptance.model import Model, starting_values
 from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.logs import METRICS
@@ -89,6 +89,10 @@ class StartOptions:
             raise ValueError(f"tune is {self.tune!r}; say which model with --init")
         if self.tune == "state" and self.train.packing not in ("auto", "single"):
             raise ValueError("tune is 'state': every row is one document, so leave --packing out")
+        if self.offload and self.parallel != "fsdp":
+            raise ValueError(
+                "offload is for the shares of --parallel fsdp; add that, or --no-offload"
+            )
         if self.parallel == "fsdp" and self.context_ranks > 1:
             raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
 
@@ -156,11 +160,12 @@ def _corpus(
 ) -> TokenFiles:
     """The tokens that are named, or those of the text that is, in the run folder."""
     if len(data) == 1 and is_corpus(data[0]):
-        if tokenizer is None and ":" not in options.tokenizer:
+        folder = expanded(data[0]).is_dir()  # of a corpus, which says what made it
+        if not folder and tokenizer is None and ":" not in options.tokenizer:
             tokenizer = load_tokenizer(options.tokenizer)
         end = tokenizer.end_of_text if tokenizer else 0
         corpus = TokenFiles.open(data[0], validation=options.validation, end_of_text=end)
-        if corpus.tokenizer is None and tokenizer is None:
+        if corpus.tokenizer is None and tokenizer is None and ":" in options.tokenizer:
             raise ValueError(
                 f"{data[0]} does not say which tokenizer made it; give it with --tokenizer"
             )

@@ -26,7 +26,7 @@ from receptance.training.objective import Objective
 from receptance.training.options import TrainOptions, learning_rate
 from receptance.training.passes import Passes
 from receptance.training.ranks import Ranks
-from receptance.training.sharding import assign, gather
+from receptance.training.sharding import assign, gather, working_device
 
 # Steps whose mean a spike of the loss is measured against.
 SPIKE_MEMORY = 100
@@ -113,7 +113,7 @@ class Trainer:
     ) -> None:
         self.model, self.batches, self.options = model, batches, options
         self.adapter, self.ranks = adapter, ranks or Ranks()
-        self.device = model.emb.weight.device
+        self.device = working_device(model.emb.weight)
         # No process holds the whole model. Known now: a forward pass makes whole tensors of some.
         self.sharded = isinstance(model.emb.weight, DTensor)
         self.objective = objective or Objective(model, options)
@@ -190,10 +190,22 @@ class Trainer:
         ours = batch.part(ranks.rows(self.options.batch), ranks.time(batch.inputs.shape[1]))
         # Groups of processes are averaged, so each divides by its share of the positions.
         total = max(1, batch.learned) / ranks.data_count
-        entropy = self._passes.run(ours.to(self.device), total, self.step)
+        entropy = self._passes.run(self._here(ours), total, self.step)
         if ranks.count > 1 and (ranks.time_count > 1 or self.adapter is not None):
             ranks.sum_gradients(list(self.parameters.values()))
         return ranks.sum([entropy], self.device)[0] / ranks.data_count
+
+    def _here(self, batch: Batch) -> Batch:
+        """On our device, where an id that the model lacks would be a crash without a reason."""
+        known = self.model.config.vocab_size
+        for ids in (batch.inputs, batch.targets):
+            wrong = ids[(ids < 0) | (ids >= known)]
+            if len(wrong):
+                raise ValueError(
+                    f"the corpus has the token id {int(wrong[0])} and the model knows 0 to "
+                    f"{known - 1}; give the tokenizer that the corpus was made with"
+                )
+        return batch.to(self.device)
 
     def _clip(self) -> float:
         limit = self.options.clip or math.inf
@@ -221,22 +233,24 @@ class Trainer:
         ours = whole.part(Ranks(self.ranks.rank, self.ranks.count).rows(len(whole.inputs)))
         state, total = self._empty_state(len(ours.inputs)), 0.0
         for at in range(0, ours.inputs.shape[1], _VALIDATION_CHUNK):
-            piece = ours.part(time=slice(at, at + _VALIDATION_CHUNK)).to(self.device)
+            piece = self._here(ours.part(time=slice(at, at + _VALIDATION_CHUNK)))
             _, entropy, state = self.objective(piece, state, 1.0)
             total += float(entropy)
         return self.ranks.sum([total], self.device)[0]
 
     @torch.no_grad()
-    def validate_examples(self, tokens: np.ndarray, mask: np.ndarray) -> float:
+    def validate_examples(self, tokens: np.ndarray, mask: np.ndarray) -> float | None:
         """Mean nats over the tokens [N] whose mask [N] is 1, read in rows as training reads them.
 
-        Every process reads all of them.
+        Every process reads all of them. None if there is nothing to predict.
         """
+        if len(tokens) < 2:
+            return None
         self.switch(training=False)
         like, total, count = self.batches, 0.0, 0
         rows = Batches(
             tokens,
-            context=like.context,
+            context=min(like.context, len(tokens) - 1),
             batch=1,
             seed=0,
             mask=mask,
@@ -244,11 +258,11 @@ class Trainer:
             end_of_text=like.end_of_text,
         )
         for at in range(0, rows.windows, _VALIDATION_ROWS):
-            batch = rows.rows(at, at + _VALIDATION_ROWS).to(self.device)
+            batch = self._here(rows.rows(at, at + _VALIDATION_ROWS))
             state = self._empty_state(len(batch.inputs))
             _, entropy, _ = self.objective(batch, state, 1.0)
             total, count = total + float(entropy), count + batch.learned
-        return total / max(1, count)
+        return total / count if count else None
 
     def snapshot(self) -> Snapshot:
         """A copy in host memory; every process has to take part, and holds some whole tensors."""
@@ -302,5 +316,5 @@ class Trainer:
             name, _, key = name.rpartition("/")
             parameter = self.parameters[name]
             state = self.optimizer.state[parameter]
-            state[key] = torch.zeros_like(parameter) if value.dim() else value.to(self.device)
+            state[key] = torch.zeros_like(parameter) if value.dim() else value.to(parameter.device)
             assign(state[key], value)
