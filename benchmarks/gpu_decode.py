@@ -172,6 +172,8 @@ def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantised:
 
 def tune(config: ModelConfig, kinds: list[str], copied: float) -> dict[str, float | str]:
     """The fastest way to cut every product of a model, for one row and for several."""
+    from triton.runtime.errors import OutOfResources
+
     from receptance.engine.gpu_weights import stacked
     from receptance.ops.triton_products import product
 
@@ -192,7 +194,10 @@ def tune(config: ModelConfig, kinds: list[str], copied: float) -> dict[str, floa
                     product(weights, x, out, tiles=tiles)
 
             graph = torch.cuda.CUDAGraph()
-            run()
+            try:
+                run()
+            except OutOfResources:  # this GPU has less shared memory than these tiles want
+                continue
             with torch.cuda.graph(graph):
                 run()
             speed = len(copies) * one.nbytes / seconds(graph.replay, 5) / 1e9

@@ -64,10 +64,12 @@ def measure(name: str, sizes: ModelConfig, rows: int, length: int) -> dict[str, 
     """Tokens per second, MFU and peak memory of one candidate."""
     torch.manual_seed(0)
     tokens = torch.randint(sizes.vocab_size, (rows, length + 1), device="cuda")
+    # Or else one candidate's graphs would be generalised for the widths and lengths of the next.
+    torch.compiler.reset()
     torch.cuda.reset_peak_memory_stats()
     try:
         step = make_step(name, sizes)
-        speed = rows * length / seconds(step, tokens)
+        speed = rows * length / seconds(step, tokens, 2 if name == RWKV else _STEPS)
     except torch.cuda.OutOfMemoryError:
         return {"out of memory": 1.0}
     finally:
@@ -90,11 +92,11 @@ def make_step(name: str, sizes: ModelConfig) -> Step:
     return our_step(model, torch.bfloat16)
 
 
-def seconds(step: Step, tokens: Tensor) -> float:
-    """Median time of a step after a few that are not counted."""
-    for _ in range(3):
+def seconds(step: Step, tokens: Tensor, rounds: int) -> float:
+    """Median time of so many steps after a few that are not counted."""
+    for _ in range(min(3, rounds)):
         step(tokens)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_STEPS + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     events[0].record()
     for event in events[1:]:
         step(tokens)

@@ -151,12 +151,12 @@ def transformers_rwkv(model: Model, sizes: ModelConfig = SIZES) -> RwkvForCausal
 
 
 def gpt_neox(sizes: ModelConfig = SIZES) -> GPTNeoXForCausalLM:
-    """A Pythia of the same width, depth and vocabulary, 12 heads."""
+    """A Pythia of the same width, depth and vocabulary, with heads of 64."""
     config = GPTNeoXConfig(
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.width,
         num_hidden_layers=sizes.num_layers,
-        num_attention_heads=12,
+        num_attention_heads=sizes.width // 64,
         intermediate_size=4 * sizes.width,
         use_cache=False,
     )

@@ -384,8 +384,8 @@ class TestWaiting:
 
     @pytest.mark.parametrize("deterministic", [False, True])
     def test_a_short_prompt_is_not_stuck_behind_long_ones(self, model, deterministic):
-        slots = Slots(model, BYTES, 4, chunk=64, chunk_beside=16, deterministic=deterministic)
-        for _ in range(3):
+        slots = Slots(model, BYTES, 8, chunk=64, chunk_beside=16, deterministic=deterministic)
+        for _ in range(6):  # more than the four that a step reads on when each reads alone
             slots.admit(ids(5000), Request())
         slots.step()
         short = slots.admit(ids(20), Request())
@@ -473,6 +473,12 @@ class TestTrouble:
         assert [(t.id, t.text, t.finish_reason) for t in found[1]] == [(-1, "", "error")]
         for row in (0, 2):
             assert anonymous(found[row]) == solo(engine, "fox", request, deterministic=True)
+
+    def test_a_damaged_row_leaves_nothing_to_go_on_with(self, model):
+        slots = Slots(model, BYTES, 1)
+        slots.admit("fox", state=broken(slots._nothing(), lambda x: x * torch.nan))
+        slots.step()
+        assert slots.left[0].unread == []
 
     def test_a_damaged_state_is_not_passed_over_by_a_generation(self, model):
         damaged = broken(Slots(model, BYTES)._nothing(), lambda x: x * torch.nan)

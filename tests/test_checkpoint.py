@@ -170,6 +170,18 @@ def test_a_newer_format_asks_for_an_update(saved):
     assert "update receptance" in refusal(lambda: load(saved))
 
 
+def test_sizes_that_are_not_those_of_the_tensors(saved):
+    sizes = json.loads((saved / "config.json").read_text())["model"]
+    rewrite(saved, model=sizes | {"num_layers": 3})
+    assert "do not belong together" in refusal(lambda: load(saved))
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter.safetensors").touch()
+    assert "name the model that it was trained on" in refusal(lambda: load(tmp_path / "lora"))
+
+
 class TestFailingWrites:
     """What was there stays as it was, and nothing is left beside it."""
 
@@ -327,6 +339,18 @@ class TestForeignWeights:
         torch.save(make_model(256).state_dict(), tmp_path / "model.pth")
         assert load(tmp_path / "model.pth")[1].kind == "bytes"
 
+    def test_256_ids_are_bytes_beside_the_tokenizers_of_other_models_too(self, elsewhere):
+        torch.save(make_model(256).state_dict(), elsewhere.parent / "model.pth")
+        assert load(elsewhere.parent / "model.pth")[1].kind == "bytes"
+
+    def test_256_ids_may_be_those_of_a_tokenizer_that_fits(self, elsewhere):
+        torch.save(make_model(256).state_dict(), elsewhere.parent / "model.pth")
+        spec = json.loads(elsewhere.read_text())
+        bytes_only = [x for x in spec["model"]["vocab"] if len(x) == 1]
+        spec["model"] |= {"vocab": {x: n for n, x in enumerate(bytes_only)}, "merges": []}
+        elsewhere.write_text(json.dumps(spec | {"added_tokens": []}))
+        assert load(elsewhere.parent / "model.pth")[1].kind == "bpe"
+
     @pytest.mark.parametrize("size", [300, 301, 427])
     def test_unused_rows_are_padding(self, size, tmp_path):
         torch.save(make_model(size).state_dict(), tmp_path / "model.pth")
@@ -367,6 +391,10 @@ def test_a_checkpoint_accepts_its_own_tokenizer_only(saved):
     other = BPETokenizer.train(["entirely different words"], 300)
     assert "wrong tokenizer" in refusal(lambda: load(saved, tokenizer=other))
     assert "wrong tokenizer" in refusal(lambda: load(saved, tokenizer="bytes"))
+
+
+def test_what_is_here_has_no_revision(saved):
+    assert "only hub models have them" in refusal(lambda: load(saved, revision="main"))
 
 
 @pytest.mark.parametrize("device", ["warp", "cuda:99", "cuda"])

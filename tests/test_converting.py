@@ -1,9 +1,11 @@
 """Weights from format to format: nothing is lost that can be kept, nothing half-written remains."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_model, same_bits, small_bpe
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from receptance import Model, ModelConfig, load, save
 from receptance.conversion import converting
@@ -24,7 +27,7 @@ from receptance.formats import read, read_pth
 from receptance.formats.ggml import dequantise, quantise
 from receptance.formats.names import tensor_shapes
 from receptance.quantize.weights import quantise_tensors
-from receptance.tokenizer import ByteTokenizer, Tokenizer
+from receptance.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 
 BPE = small_bpe()
 FORMATS = {"pth": "x.pth", "hf": "x", "st": "x.st", "safetensors": "x.safetensors",
@@ -152,11 +155,33 @@ class TestSources:
             assert same_bits(read_pth(turned), dict(model.state_dict()))
             assert read(turned).tokenizer == tmp_path / f"{n}/tokenizer.json"
 
+    def test_every_value_is_read_as_often_as_announced(self, tmp_path, source):
+        read: list[int] = []
+        opened = open_source(source)
+        convert(opened, Target(path=tmp_path / "x.st"), lambda name, values: read.append(values))
+        assert sum(read) == converting.PASSES * opened.config.num_parameters
+
     def test_a_damaged_checkpoint(self, tmp_path):
         save(weights(), tmp_path / "mine", BPE)
         (tmp_path / "mine/tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match=r"tokenizer\.json has 2 bytes"):
             turn(tmp_path / "mine", tmp_path / "x.pth")
+
+    def test_a_checkpoint_that_is_not_whole(self, tmp_path):
+        for step in (1, 2):
+            save(weights(), tmp_path / f"run/step-{step}", BPE)
+        (tmp_path / "run/step-2/manifest.json").unlink()
+        with pytest.warns(UserWarning, match=r"passed over .*step-2/manifest\.json is missing"):
+            turn(tmp_path / "run", tmp_path / "x.pth")
+        assert "manifest.json is missing" in refused(tmp_path / "run/step-2", tmp_path / "y.pth")
+        (tmp_path / "run/step-2").rename(tmp_path / "mine")
+        assert "manifest.json is missing" in refused(tmp_path / "mine", tmp_path / "y.pth")
+
+    def test_what_is_here_has_no_revision(self, tmp_path):
+        save(weights(), tmp_path / "mine", BPE)
+        for path in (tmp_path / "mine", official(weights(), tmp_path / "0/model.pth")):
+            with pytest.raises(ValueError, match="only hub models have them"):
+                open_source(path, revision="main")
 
     def test_quantised_weights_as_what_they_stand_for(self, tmp_path):
         model = weights()
@@ -198,6 +223,31 @@ class TestSources:
         assert all(torch.equal(streamed[name], x) for name, x in wanted.items())
 
 
+def test_transformers_finds_the_tokenizer(tmp_path, source):
+    turn(source, tmp_path / "hf", format="hf")
+    found = AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    fields = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert found.eos_token == fields["eos_token"] == END_OF_TEXT
+    assert found("12 little foxes")["input_ids"] == BPE.encode("12 little foxes")
+
+
+@every_format
+def test_what_gets_its_name_is_on_disk(tmp_path, source, monkeypatch, format_):
+    synced: list[Path] = []
+    rename = os.rename
+
+    def checked(before: Path, after: Path) -> None:
+        assert {*(before.iterdir() if before.is_dir() else [before])} <= {*synced}
+        rename(before, after)
+        synced.append(after)
+
+    for module in ("conversion.converting", "directories", "manifest"):
+        monkeypatch.setattr(f"receptance.{module}.sync", synced.append)
+    monkeypatch.setattr(os, "rename", checked)
+    path = turn(source, tmp_path / FORMATS[format_], format=format_)
+    assert synced[-2:] == [path, tmp_path]
+
+
 def test_decays_that_no_exponential_tells_apart(tmp_path):
     decays = torch.linspace(-3, 3, 32)
     model = weights()
@@ -218,7 +268,8 @@ def test_decays_that_no_exponential_tells_apart(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_are_those_of_the_model(dtype):
+def test_the_logits_are_those_of_the_model(dtype, monkeypatch):
+    monkeypatch.setattr("receptance.conversion.comparing._ROWS", 128)  # of 300
     model = weights(dtype)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, 64), generator=generator)
@@ -245,6 +296,21 @@ def test_equal_means_every_bit():
     assert equal(there, there.bfloat16(), torch.bfloat16)
     assert equal(there, there.double(), torch.float32)
     assert not equal(there, torch.tensor([1.0, 2.0**-20, -3.0000002]), torch.float32)
+
+
+def test_values_that_are_no_numbers_are_compared_too(tmp_path):
+    """In the row of an id that the probe does not read; and zeros keep their sign."""
+    model = weights()
+    read = set(torch.randint(300, (64,), generator=torch.Generator().manual_seed(0)).tolist())
+    row = next(number for number in range(300) if number not in read)
+    with torch.no_grad():
+        model.emb.weight[row, 0], model.emb.weight[row, 1] = torch.nan, -0.0
+    path = official(model, tmp_path / "0/model.pth")
+    for n, place in enumerate(("x.st", "x.bin", "x.pth"), start=1):
+        path = turn(path, tmp_path / str(n) / place)
+    found = read_pth(path)["emb.weight"][row]
+    assert found[0].isnan() and found[1].signbit()
+    assert not equal(torch.tensor([-0.0]), torch.tensor([0.0]), torch.float32)
 
 
 @every_format
@@ -275,6 +341,17 @@ def test_a_writer_that_errs_is_found_out(tmp_path, source, monkeypatch, format_,
     assert listing(tmp_path) == set()
 
 
+def test_sizes_and_logits_are_compared_too(tmp_path, source, monkeypatch):
+    with monkeypatch.context() as patch:
+        other = replace(open_source(source).config, layer_norm_epsilon=1e-3)
+        patch.setattr("receptance.formats.hf._with_epsilon", lambda *_: other)
+        assert "has other sizes" in refused(source, tmp_path / "x", format="hf")
+    found = iter([torch.ones(3), torch.ones(3) + 2e-5])
+    monkeypatch.setattr(converting, "probe", lambda *_: next(found))
+    assert "its logits differ by 2.0e-05 of the largest" in refused(source, tmp_path / "x.pth")
+    assert listing(tmp_path) == set()
+
+
 def test_weights_without_finite_logits(tmp_path):
     model = weights()
     with torch.no_grad():
@@ -297,6 +374,34 @@ def test_nothing_is_overwritten(tmp_path, source, format_):
         assert "exists" in refused(source, path, format=format_)
         assert listing(tmp_path) == before
         path.rmdir() if path.is_dir() else path.unlink()
+
+
+@every_format
+def test_what_came_meanwhile_is_not_overwritten(tmp_path, source, format_):
+    path = tmp_path / FORMATS[format_]
+    target = Target(path=path, format=format_)
+
+    def note(name: str, values: int) -> None:
+        if not path.exists():
+            save(weights(), path, BPE)  # what else may be replaced
+
+    with pytest.raises(ValueError, match="exists; give another name"):
+        convert(open_source(source), target, note)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    load(path)
+
+
+def test_one_that_was_being_replaced_is_not_overwritten(tmp_path, source):
+    save(weights(), tmp_path / "x", BPE)
+    os.rename(tmp_path / "x", tmp_path / ".x.old")  # a process was killed here
+    assert "exists" in refused(source, tmp_path / "x", format="receptance")
+    load(tmp_path / "x")
+
+
+def test_a_checkpoint_stays_whole(tmp_path, source):
+    save(weights(), tmp_path / "mine", BPE)
+    assert "write elsewhere" in refused(source, tmp_path / "mine/x.pth")
+    load(tmp_path / "mine")
 
 
 @every_format
@@ -344,6 +449,13 @@ class TestTokenizersBeside:
         assert "write to a folder of its own" in refused(source, tmp_path / "x.pth")
         turn(source, tmp_path / "hf", format="hf")
 
+    def test_bytes_are_not_taken_for_another(self, tmp_path):
+        BPE.save(tmp_path)
+        path = official(make_model(), tmp_path / "model.pth", tokenizer=None)
+        assert open_source(turn(path, tmp_path / "x.st")).tokenizer.kind == "bytes"
+        with pytest.raises(ValueError, match="wrong tokenizer: bpe has 300 ids"):
+            open_source(path, tokenizer=BPE)
+
 
 @pytest.mark.parametrize(
     ("path", "options", "words"),
@@ -358,6 +470,7 @@ class TestTokenizersBeside:
         ("x.pth", {"dtype": "int3"}, "no dtype 'int3'"),
         ("x", {"format": "gguf"}, "no format 'gguf'"),
         ("x", {"format": "hf", "shard_bytes": 0}, "shard_bytes is 0"),
+        ("x", {"format": "hf", "shard_bytes": float("nan")}, "shard_bytes is nan"),
     ],
 )
 def test_targets_are_checked_at_the_door(path, options, words):

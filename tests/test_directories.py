@@ -18,6 +18,7 @@ from receptance import directories, manifest
 from receptance.directories import (
     Draft,
     clean,
+    current,
     existing,
     newest_checkpoint,
     prune,
@@ -218,6 +219,15 @@ class TestReplacing:
         assert (tmp_path / "latest").is_symlink()
         assert content(tmp_path / "disk/model") == "new"
 
+    def test_what_came_while_it_was_written_is_never_replaced(self, tmp_path):
+        def write(partial: Path) -> None:
+            (partial / "a.txt").touch()
+            (tmp_path / "it").mkdir()
+            (tmp_path / "it/thesis.txt").write_text("precious")
+
+        assert "not a checkpoint" in refusal(lambda: write_directory(tmp_path / "it", write))
+        assert os.listdir(tmp_path) == ["it"] and os.listdir(tmp_path / "it") == ["thesis.txt"]
+
     def test_an_empty_folder_is_taken(self, tmp_path):
         (tmp_path / "empty").mkdir()
         assert content(save(tmp_path / "empty")) == "content"
@@ -383,6 +393,28 @@ class TestPruning:
         monkeypatch.setattr(shutil, "rmtree", rmtree)
         clean(run)
         assert hidden(run) == []
+
+
+def test_the_current_one_of_a_run_says_what_was_passed_over(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / f"run/step-{step}")
+    assert current(tmp_path / "run") == tmp_path / "run/step-2"
+    assert current(tmp_path / "run/step-1") == tmp_path / "run/step-1"
+    assert current(tmp_path / "absent") == tmp_path / "absent"
+    os.truncate(tmp_path / "run/step-2/a.txt", 1)
+    with pytest.warns(UserWarning, match=r"damaged checkpoint: .*step-2/a\.txt has 1 bytes"):
+        assert current(tmp_path / "run") == tmp_path / "run/step-1"
+
+
+def test_home_directories(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert existing("~/it") == tmp_path / "it"
+    assert existing("~no one has this name/it") == Path("~no one has this name/it")
+
+
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path):
+    assert "cannot be read: File name too long" in refusal(lambda: existing(tmp_path / ("x" * 300)))
+    assert "cannot be read: No such file" in refusal(lambda: newest_checkpoint(tmp_path / "absent"))
 
 
 def test_step_directories_are_ordered_by_number(tmp_path):

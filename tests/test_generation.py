@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +101,8 @@ class TestPrefill:
     def test_a_prompt_without_tokens_is_refused(self, model):
         with pytest.raises(ValueError, match="without tokens"):
             prefill(model, [[1], []])
+        with pytest.raises(ValueError, match="no prompt"):
+            prefill(model, [])
 
 
 class TestBatches:
@@ -139,6 +142,11 @@ class TestBatches:
     def test_one_seed_serves_every_row(self, model):
         first, second = receptance.generate(model, BYTES, ["same", "same"], seed=7)
         assert first == second
+
+    def test_seeds_may_be_numbers_of_numpy(self, model):
+        wanted = receptance.generate(model, BYTES, "x", seed=7, max_tokens=9)
+        for seed in (np.int64(7), np.array([7])):
+            assert receptance.generate(model, BYTES, "x", seed=seed, max_tokens=9) == wanted
 
     def test_several_seeds_sample_one_prompt_several_times(self, model):
         texts = receptance.generate(model, BYTES, ["same"] * 3, seed=[7, 8, 7], max_tokens=20)
@@ -433,6 +441,7 @@ class TestProbabilities:
         (lambda g: g(["x"], stop=("a", "")), "empty stop string"),
         (lambda g: g(["x"], seed=[1, 2]), "2 seeds for 1 prompts"),
         (lambda g: g(["x"], seed=-1), "seed is -1"),
+        (lambda g: g(["x"], seed=1.5), "seed is 1.5; it must be a whole number"),
         (lambda g: g(["x", "y"], seed=[0, 1 << 64]), "seed is 18446744073709551616"),
         (lambda g: g(["x", [65, 256]]), "token id 256 is out of range"),
         (lambda g: g([[-1]]), "token id -1 is out of range"),

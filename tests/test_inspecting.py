@@ -180,6 +180,22 @@ def test_a_damaged_directory_is_described_and_named(tmp_path):
     assert found.digests == {"model.safetensors": hashlib.sha256(content).hexdigest()}
 
 
+def test_a_directory_without_its_manifest_is_damaged(tmp_path):
+    for directory in (as_checkpoint(tmp_path), as_quantised(tmp_path)):
+        (directory / "manifest.json").unlink()
+        assert "manifest.json is missing" in str(inspect(directory).damage)
+
+
+def test_of_a_run_the_newest_whole_checkpoint(tmp_path):
+    for step in (1, 2):
+        save(MODEL, tmp_path / f"run/step-{step}", ByteTokenizer())
+    (tmp_path / "run/step-2/config.json").unlink()
+    with pytest.warns(UserWarning, match=r"passed over .*step-2/config\.json is missing"):
+        found = inspect(tmp_path / "run")
+    assert found.path == str(tmp_path / "run/step-1")
+    assert found.about == f"the newest whole one of 2 in {tmp_path / 'run'}"
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "file", "words"),
     [
@@ -232,6 +248,9 @@ def test_a_directory_with_several_files_asks_for_one(tmp_path):
         (b"", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"GGUF" + bytes(40), "a GGUF file"),
+        (b"lmgg" + bytes(40), r"an rwkv.cpp \(ggml\) file"),
+        (b"<!doctype html>", "a web page"),
+        (b"<html><body>", "a web page"),
         (b"some text", "no file of weights that is known here"),
         (b"\x80\x04N.", "protocol 4"),
         (struct.pack("<Q", 10**9) + b'{"a":1}', "damaged"),

@@ -167,6 +167,7 @@ def test_a_bad_input_is_one_line(prepare, line, message):
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device"),
         (FileNotFoundError("tok.json: no such file"), 2, "error: tok.json: no such file"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2, "error: not enough memory; take"),
     ],
 )
 def test_errors_of_an_app_become_one_line(error, code, line, monkeypatch):
@@ -180,12 +181,20 @@ def test_errors_of_an_app_become_one_line(error, code, line, monkeypatch):
     assert result.err.strip().count("\n") == 0
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
+def test_a_tensor_beyond_all_memory_is_one_line(monkeypatch):
+    monkeypatch.setattr("receptance.apps.doctor.main", lambda argv: torch.empty(1 << 60))
+    result = call("doctor")
+    assert result.code == 2
+    assert result.err.startswith("receptance: error: not enough memory; ")
+
+
+@pytest.mark.parametrize("bug", [AssertionError, RuntimeError])
+def test_bugs_keep_their_traceback(bug, monkeypatch):
     def fail(argv: Sequence[str]) -> None:
-        raise AssertionError("our own mistake")
+        raise bug("our own mistake")
 
     monkeypatch.setattr("receptance.apps.doctor.main", fail)
-    with pytest.raises(AssertionError):
+    with pytest.raises(bug):
         call("doctor")
 
 
@@ -214,6 +223,17 @@ class TestPipes:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=100)
         assert done.returncode != 0
         assert b"receptance: error: No space left on device" in done.stderr
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8:strict"])
+    def test_what_is_typed_need_not_be_text(self, encoding):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        command = [*self.COMMAND[:3], "chat", "model", "--max-tokens", "1"]
+        talk = b"caf\xe9\n/reset\n"
+        done = subprocess.run(
+            command, input=talk, capture_output=True, timeout=100, env=environment
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"(forgotten)" in done.stdout
 
     def test_a_terminal_with_few_characters(self):
         command = [*self.COMMAND[:-1], "naïve", "--max-tokens", "1"]

@@ -115,6 +115,12 @@ class TestInt4:
             weight, plain
         )
 
+    def test_fitting_again_pays(self, monkeypatch):
+        weight = draw(64, 1024)
+        found = relative_error(weight, quantise(weight, "int4"))
+        monkeypatch.setattr(rounding, "_REFITS", 0)
+        assert found < relative_error(weight, quantise(weight, "int4"))
+
     def test_importance_lowers_what_it_weighs(self):
         weight, importance = draw(64, 256), torch.rand(256).pow(4)
         plain, weighed = (quantise(weight, "int4", 64, x) for x in (None, importance))

@@ -1,6 +1,7 @@
 """The sampler against one in plain Python, over whole distributions."""
 
 import math
+import re
 from collections import defaultdict
 from itertools import accumulate, pairwise
 
@@ -97,6 +98,11 @@ class TestChoose:
         assert sampling._SHORTLIST < 600
         assert_same([0.003 * n for n in range(600)], Sampling(top_p=top_p))
 
+    @pytest.mark.parametrize("top_p", [0.8, 1.0])
+    def test_a_top_k_larger_than_the_shortlist(self, top_p):
+        assert sampling._SHORTLIST < 300
+        assert_same([0.003 * n for n in range(600)], Sampling(top_k=300, top_p=top_p))
+
     def test_equally_likely_tokens_stay_or_go_together(self):
         shares = found([2.0, 1.0, 1.0, 1.0, 0.0], Sampling(top_p=0.6))
         assert shares[4] == 0
@@ -121,6 +127,11 @@ class TestChoose:
     def test_a_tiny_top_p_keeps_the_likeliest(self):
         for top_p in (0.0, 1e-12, 1e-4):
             assert found([0.0, 3.0, 1.0], Sampling(top_p=top_p)) == [0, 1, 0]
+
+    @pytest.mark.parametrize("option", ["top_p", "top_k", "temperature"])
+    def test_of_equals_a_greedy_choice_takes_the_first(self, option):
+        options = Sampling(**{option: 1 if option == "top_k" else 0})
+        assert found([0.0, 3.0, 3.0], options) == [0, 1, 0]
 
     @pytest.mark.parametrize("options", [Sampling(), Sampling(top_p=0.9), Sampling(top_k=3)])
     def test_extreme_logits(self, options):
@@ -160,6 +171,14 @@ class TestChoose:
         alone = [choose(logits[[i]], uniform[[i]], options[i]) for i in range(40)]
         assert together.tolist() == torch.cat(alone).tolist()
 
+    def test_a_top_p_of_one_cuts_nothing_off_in_any_company(self):
+        """Where the likeliest token's probability rounds to 1, the sums reach it at once."""
+        options = [Sampling(top_k=3, temperature=100.0), Sampling(top_p=0.5)]
+        logits, uniform = torch.tensor([[30.0, 0.0, 0.0, 0.0]] * 2), torch.full((2,), 0.99)
+        alone = [int(choose(logits[:1], uniform[:1], own)) for own in options]
+        assert alone[0] != 0
+        assert choose(logits, uniform, options).tolist() == alone
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_a_row_that_is_no_distribution_harms_no_other(self, bad):
         generator = torch.Generator().manual_seed(0)
@@ -198,10 +217,22 @@ class TestChoose:
         found = sampling._draw(weights.expand(total, -1), uniform)
         assert torch.equal(found, torch.arange(size).repeat_interleave(weights[0].long()))
 
+    @pytest.mark.parametrize("size", [600, 767, 1000])
+    def test_the_largest_random_number_does_not_leave_the_last_block(self, size):
+        """That block's sum was rounded to float32, and may be more than its weights are."""
+        weights = torch.rand(200, size, generator=torch.Generator().manual_seed(size))
+        weights[:, : size // 256 * 256] *= 1e-6
+        assert sampling._draw(weights, torch.full((200,), 1 - 2**-24)).max() == size - 1
+
     def test_half_precision_logits_will_do(self):
         logits = torch.tensor([[1.0, 2.0, 5.0]]).bfloat16()
         for options in (Sampling(), Sampling(top_p=0.5), Sampling(top_k=2)):
             assert choose(logits, torch.tensor([0.9]), options).item() == 2
+
+    @pytest.mark.parametrize("options", MIXED)
+    def test_logits_may_have_gradients(self, options):
+        logits = torch.zeros(1, 600, requires_grad=True)
+        assert 0 <= int(choose(logits, torch.tensor([0.5]), options)) < 600
 
     def test_arguments_stay_as_they_are(self):
         logits = torch.randn(2, 700, generator=torch.Generator().manual_seed(0))
@@ -303,6 +334,29 @@ class TestPenalties:
         penalise(logits, [seen], [options])
         assert logits.tolist() == [[-math.inf, -1.5]]
 
+    @given(
+        options=st.builds(
+            Sampling,
+            temperature=st.sampled_from([1e-9, 1.0, 1e9]),
+            top_p=st.sampled_from([0.9, 1.0]),
+            repetition_penalty=st.sampled_from([1e-9, 1.0, 1e9]),
+            presence_penalty=st.sampled_from([-1e9, 0.0, 1e9]),
+            frequency_penalty=st.sampled_from([-1e9, 0.0, 1e9]),
+            penalty_decay=st.sampled_from([0.0, 1.0]),
+        ),
+        logits=st.lists(st.sampled_from([-math.inf, -1e20, 0.0, 1e20]), min_size=3, max_size=9),
+    )
+    def test_no_option_makes_numbers_of_a_model_none(self, options, logits):
+        """Whatever is accepted: a row's -1 is to say that the model is damaged."""
+        assume(max(logits) > -math.inf)
+        seen = Seen()
+        for token in (0, 1, 1):
+            seen.add(token, options)
+        table = torch.tensor([logits])
+        penalise(table, [seen], [options])
+        chosen = int(choose(table, torch.tensor([0.5]), options))
+        assert chosen >= 0 and logits[chosen] > -math.inf
+
     def test_whether_there_are_any(self):
         assert not Sampling(temperature=0.5, penalty_decay=0.5).penalises
         for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
@@ -319,14 +373,19 @@ class TestPenalties:
         ("top_p", -0.1),
         ("top_p", math.nan),
         ("top_k", -1),
+        ("top_k", 200.0),
+        ("temperature", 1e39),
+        ("repetition_penalty", 1e-39),
+        ("presence_penalty", -1e39),
         ("repetition_penalty", 0),
+        ("repetition_penalty", -1),
         ("presence_penalty", math.nan),
         ("frequency_penalty", math.inf),
         ("penalty_decay", 1.01),
     ],
 )
 def test_options_are_checked(name, value):
-    with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be "):
+    with pytest.raises(ValueError, match=rf"^{name} is {re.escape(str(value))}; it must be "):
         Sampling(**{name: value})
 
 

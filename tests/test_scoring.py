@@ -65,6 +65,16 @@ def test_numpy_tokens_of_any_width_will_do():
     assert negative_log_likelihood(model, tokens.numpy().astype(np.uint16)) == wanted
 
 
+@pytest.mark.parametrize("wrong", [256, -1, -100])
+@pytest.mark.parametrize("place", [0, -1])
+def test_tokens_that_the_model_does_not_know(wrong, place):
+    """The last one is never fed, and -100 is a number that torch passes over."""
+    tokens = text(9)
+    tokens[place] = wrong
+    with pytest.raises(ValueError, match=f"token id {wrong} is out of range"):
+        negative_log_likelihood(make_model(), tokens)
+
+
 def test_no_text_costs_nothing():
     assert negative_log_likelihood(make_model(), np.zeros(0, np.uint16)) == 0
 

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -42,6 +43,8 @@ def assert_bitwise(got: State, want: State) -> None:
 ROWS = {
     "an integer": (2, [2]),
     "the last": (-1, [3]),
+    "an integer of numpy": (np.int64(2), [2]),
+    "a tensor of one number": (torch.tensor(2), [2]),
     "a list, in its order": ([3, 0, 0], [3, 0, 0]),
     "no rows": ([], []),
     "a slice": (slice(1, 3), [1, 2]),
@@ -161,6 +164,7 @@ def test_a_state_of_another_model_is_refused_naming_both(state, tmp_path):
 def test_a_missing_file(tmp_path):
     assert "no state file" in refuse(tmp_path / "nowhere")
     assert "no state file" in refuse(tmp_path)
+    assert "no state file" in refuse(tmp_path / ("x" * 300))
 
 
 def test_every_truncation_is_noticed(state, tmp_path):
@@ -187,6 +191,14 @@ FOREIGN = {
     "a later version": (without_tokens, {**OURS, "format_version": "2"}),
     "no model": (without_tokens, {k: v for k, v in OURS.items() if k != "model"}),
     "no token counts": (without_tokens, OURS),
+    "token counts of other rows": (
+        lambda state: without_tokens(state) | {"tokens": state.tokens[:3]},
+        OURS,
+    ),
+    "one token count for all": (
+        lambda state: without_tokens(state) | {"tokens": state.tokens.sum()},
+        OURS,
+    ),
 }
 
 
@@ -210,10 +222,13 @@ def test_the_header_says_what_the_file_is(state, tmp_path):
     assert header["tokens"]["dtype"] == "I64"
 
 
-def test_a_failed_write_says_so_and_leaves_nothing(state, tmp_path):
+def test_a_failed_write_says_so_and_leaves_nothing(state, tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "inside").touch()
-    for path in (tmp_path / "nowhere" / "state", tmp_path / "folder"):
+    inside = tmp_path / "folder" / "inside"
+    inside.touch()
+    monkeypatch.chdir(tmp_path / "folder")
+    too_long = tmp_path / ("x" * 300)
+    for path in (tmp_path / "nowhere" / "state", tmp_path / "folder", inside / "x", too_long, "."):
         with pytest.raises(ValueError, match="cannot write the state to") as refusal:
             state.save(path, FINGERPRINT)
         assert "\n" not in str(refusal.value) and str(path) in str(refusal.value)

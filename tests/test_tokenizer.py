@@ -1,5 +1,6 @@
 """The three tokenizers: each against an oracle, on text, on broken text and on a lot of text."""
 
+import gc
 import hashlib
 import json
 import pickle
@@ -272,6 +273,18 @@ class TestWorld:
             WorldTokenizer(content, "some/vocab.txt")
         assert str(caught.value).startswith("some/vocab.txt, line 257: ")
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("enabled", [True, False])
+    def test_garbage_is_collected_again_as_before(self, enabled):
+        before = gc.isenabled()
+        (gc.enable if enabled else gc.disable)()
+        try:
+            WorldTokenizer(vocabulary())
+            with pytest.raises(ValueError):
+                WorldTokenizer(b"")
+            assert gc.isenabled() == enabled
+        finally:
+            (gc.enable if before else gc.disable)()
 
     def test_a_line_that_is_not_utf8(self):
         with pytest.raises(ValueError, match=r"v\.txt, line 257: .*utf-8"):

@@ -196,6 +196,14 @@ def test_what_is_recorded_are_the_models_logits(subject, file):
     assert list(verify(subject))[-1].what == "logits as recorded"
 
 
+def test_a_directory_that_one_is_in_has_a_name_too(tmp_path, monkeypatch):
+    (tmp_path / "mine/deeper").mkdir(parents=True)
+    for inside, path in (("mine", "."), ("mine/deeper", "..")):
+        monkeypatch.chdir(tmp_path / inside)
+        assert recorded.beside(Path(path)) == tmp_path / "mine.logits"
+    assert recorded.beside(Path("mine")) == Path("mine.logits")
+
+
 def test_recording_never_overwrites(subject, file):
     before = file.read_bytes()
     with pytest.raises(ValueError, match="exists; verify against it, or remove it"):

@@ -41,6 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename}: {reason}" if error.filename else reason)
     except ValueError as error:
         return _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _fail("not enough memory; take a smaller batch or model, or fewer bits a weight")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """As Python and torch say it, on GPUs and on the CPU; torch need not be imported for this."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _run(argv: list[str]) -> int:
@@ -56,7 +66,7 @@ def _run(argv: list[str]) -> int:
     if name not in APPS:
         return _fail(f"unknown command {name!r}; there are {', '.join(APPS)}")
     app = importlib.import_module(f"receptance.apps.{name}")
-    _tolerate_narrow_output()
+    _tolerate_any_text()
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module=r"receptance\.")
         warnings.showwarning = _warn
@@ -69,11 +79,15 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
     print("receptance: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
 
-def _tolerate_narrow_output() -> None:
-    """Show what the terminal's encoding lacks as a question mark; a model may write anything."""
-    for stream in (sys.stdout, sys.stderr):
+def _tolerate_any_text() -> None:
+    """Show what the terminal's encoding lacks as a question mark; a model may write anything.
+
+    So may a user: bytes that are no text come as lone surrogates, as they do in arguments.
+    """
+    streams = {sys.stdin: "surrogateescape", sys.stdout: "replace", sys.stderr: "replace"}
+    for stream, errors in streams.items():
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def _usage() -> str:

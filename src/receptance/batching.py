@@ -15,6 +15,7 @@ from torch import Tensor
 
 from receptance import reading, sampling
 from receptance.engine.base import Engine
+from receptance.model.inputs import check_ids
 from receptance.rows import Left, Prompt, Request, Row, Token
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
@@ -156,11 +157,7 @@ class Slots:
                 f"{list(tokens.shape)}"
             )
         tokens = tokens.to("cpu", torch.int64, copy=True)
-        low, high = (int(x) for x in tokens.aminmax())
-        known = self.engine.config.vocab_size
-        if low < 0 or high >= known:
-            found = low if low < 0 else high
-            raise ValueError(f"token id {found} is out of range; this model knows 0 to {known - 1}")
+        check_ids(tokens, self.engine.config.vocab_size)
         return tokens
 
     def _fitting(self, state: State) -> State:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,7 @@ from torch import Tensor
 
 from receptance import formats
 from receptance.config import ModelConfig
-from receptance.directories import (
-    existing,
-    is_step,
-    newest_checkpoint,
-    step_directories,
-    write_directory,
-)
+from receptance.directories import current, existing, is_step, write_directory
 from receptance.formats import hf
 from receptance.formats.names import conform
 from receptance.manifest import MANIFEST, verify
@@ -120,8 +113,7 @@ def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """ValueError if the tokenizer cannot be the one these weights were trained with."""
-    unused = config.vocab_size - tokenizer.vocab_size
-    if not 0 <= unused < _MAX_UNUSED_ROWS:
+    if not _fits(tokenizer, config):
         raise ValueError(
             f"wrong tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} ids and these weights "
             f"{config.vocab_size}; pass the tokenizer that the model was trained with"
@@ -165,15 +157,20 @@ def read_model(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    path = _checked(existing(Path(source).expanduser()))
+    # It packs for kernels, and stands above this module.
+    from receptance.engine import files
+
+    found = existing(source)
+    path = current(found)
+    if is_ours(path):
+        formats.check_local(path, revision)
+        if path == found:  # that of a run has been verified
+            verify(path)
     if (path / "adapter.safetensors").is_file():
         raise ValueError(
             f"{path} holds an adapter; name the model that it was trained on, and this one with "
             "--adapter"
         )
-    # It packs for kernels, and stands above this module.
-    from receptance.engine import files
-
     if files.is_quantised(path):
         quantised = files.open_quantised(path)
         tensors = files.dequantised_tensors(quantised)
@@ -185,21 +182,20 @@ def read_model(
     else:
         weights = formats.read(path if path.exists() else str(source), revision=revision)
         sizes, tensors = weights.config, dict(weights.tensors)
-        tokenizer = tokenizer or _found_tokenizer(weights.tokenizer, sizes, source)
+        tokenizer = tokenizer or found_tokenizer(weights.tokenizer, sizes)
+        if tokenizer is None:
+            raise _no_tokenizer(sizes, source)
     check_tokenizer(tokenizer, sizes)
     return sizes, tensors, tokenizer
 
 
-def _checked(path: Path) -> Path:
-    """Path, or the newest whole checkpoint of the run there; ValueError if path is damaged."""
-    if path.is_dir() and not (path / "config.json").exists() and step_directories(path):
-        path, skipped = newest_checkpoint(path)
-        for reason in skipped:
-            warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+def is_ours(path: Path) -> bool:
+    """Whether this is a directory that we wrote, in whatever condition."""
+    from receptance.engine.files import is_quantised
+
     # First: a damaged config must not make it look like another format.
-    elif (path / MANIFEST).is_file() or is_step(path) or _own_config(path) is not None:
-        verify(path)
-    return path
+    known = (path / MANIFEST).is_file() or is_step(path) or is_quantised(path)
+    return path.is_dir() and (known or _own_config(path) is not None)
 
 
 def _belonging(path: Path, sizes: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,14 +248,23 @@ def check_device(device: torch.device | str) -> None:
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
 
 
-def _found_tokenizer(path: Path | None, config: ModelConfig, source: str | Path) -> Tokenizer:
-    if path is not None:
-        return load_tokenizer(path)
-    if config.vocab_size == ByteTokenizer().vocab_size:
-        return ByteTokenizer()
+def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
+    """That of the file found beside weights; bytes for 256 ids where none is, or one of others."""
+    found = None if file is None else load_tokenizer(file)
+    own = ByteTokenizer()
+    if config.vocab_size == own.vocab_size and (found is None or not _fits(found, config)):
+        return own
+    return found
+
+
+def _fits(tokenizer: Tokenizer, config: ModelConfig) -> bool:
+    return 0 <= config.vocab_size - tokenizer.vocab_size < _MAX_UNUSED_ROWS
+
+
+def _no_tokenizer(config: ModelConfig, source: str | Path) -> ValueError:
     usual = {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}
     name = usual.get(config.vocab_size, "its tokenizer file")
-    raise ValueError(
+    return ValueError(
         f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
         "there or pass it with --tokenizer"
     )

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Draft:
 
         ValueError if nothing can be written there, or if path is anything but a checkpoint.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         with one_line(path):
             if path.is_symlink():
                 path = path.resolve()  # the link stays, what it names is replaced
@@ -98,6 +99,7 @@ class Draft:
         with one_line(self.path):
             check_listing(self.folder, entries)
             write_manifest(self.folder, entries)
+            _check_replaceable(self.path)  # again: writing may have taken hours
             _replace(self.folder, self.path)
 
     def discard(self) -> None:
@@ -114,6 +116,15 @@ def one_line(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """The same for someone who wanted to read it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _check_replaceable(path: Path) -> None:
@@ -187,9 +198,16 @@ def _restore(path: Path) -> None:
         os.rename(_old(path), path)
 
 
-def existing(path: Path) -> Path:
+def expanded(path: str | Path) -> Path:
+    """A path with ~ as its user's folder; that of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def existing(path: str | Path) -> Path:
     """Path, or what had that name when a process was killed in the middle of replacing it."""
-    return _old(path) if not path.exists() and _old(path).is_dir() else path
+    path = expanded(path)
+    with _reading(path):
+        return _old(path) if not path.exists() and _old(path).is_dir() else path
 
 
 def remove(directory: Path) -> None:
@@ -215,7 +233,8 @@ def step_number(path: Path) -> int:
 
 def step_directories(run: Path) -> list[Path]:
     """The checkpoints of a training run, oldest first."""
-    return sorted((p for p in run.iterdir() if is_step(p) and p.is_dir()), key=step_number)
+    with _reading(run):
+        return sorted((p for p in run.iterdir() if is_step(p) and p.is_dir()), key=step_number)
 
 
 def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
@@ -230,6 +249,16 @@ def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
         else:
             return directory, skipped
     raise ValueError(f"no whole checkpoint in {run}: {'; '.join(skipped) or 'it has none'}")
+
+
+def current(path: Path) -> Path:
+    """Path, or of the folder of a run its newest whole checkpoint; a warning names damaged ones."""
+    if not path.is_dir() or (path / "config.json").exists() or not step_directories(path):
+        return path
+    newest, skipped = newest_checkpoint(path)
+    for reason in skipped:
+        warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+    return newest
 
 
 def prune(newest: Path, keep: int) -> None:

@@ -5,7 +5,7 @@ Several prompts of different lengths are one batch; each row equals its solo run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -35,8 +35,8 @@ def prefill(
 
     Chunk by chunk, with the head at each row's last position only.
     """
-    if not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt without tokens; give at least one")
+    if min(map(len, prompts), default=0) < 1:
+        raise ValueError("no prompt, or one without tokens; give at least one")
     lengths = torch.tensor([len(p) for p in prompts], device=engine.device)
     last: Tensor | None = None
     positions = max(1, PREFILL_CHUNK // len(prompts))
@@ -80,7 +80,7 @@ class Generation:
     ) -> None:
         if not prompts:
             raise ValueError("no prompts; give at least one")
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(prompts)
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one or as many")
         if state is not None and state.batch != len(prompts):

@@ -21,4 +21,4 @@ def progress_bar(console: Console) -> Progress:
 
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line with paths in it: not wrapped, not styled, brackets left alone."""
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

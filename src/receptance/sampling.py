@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from receptance.transfer import upload
 
 # Tokens considered before the whole vocabulary is sorted; top_p rarely needs more.
 _SHORTLIST = 128
+# In size, of an option: logits stay numbers when they are multiplied with it or divided by it.
+_LARGEST = 1e9
 # Dividing float32 logits by less than this would overflow; nothing but the likeliest is left.
 _GREEDY_BELOW = 1e-6
 # Weights that are added up before one of them is looked for.
@@ -48,16 +51,18 @@ class Sampling:
     """Counts fade by this factor per generated token."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.top_k, SupportsIndex):
+            raise ValueError(f"top_k is {self.top_k}; it must be a whole number")
         for name, value in vars(self).items():
-            if not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; it must be a finite number")
+            if name != "top_k" and not abs(value) <= _LARGEST:
+                raise ValueError(f"{name} is {value}; it must be a number of at most {_LARGEST:g}")
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         for name in ("top_p", "penalty_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
-        if not self.repetition_penalty > 0:
+        if self.repetition_penalty < 1 / _LARGEST:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be over 0")
 
     @property
@@ -143,7 +148,7 @@ def choose(logits: Tensor, uniform: Tensor, options: Sampling | Sequence[Samplin
     not numbers, or without a finite largest one.
     """
     rows = [options] * len(logits) if isinstance(options, Sampling) else options
-    logits = logits.float()
+    logits = logits.detach().float()
     # Looking at a part of the tokens only, and asking whether it was enough, is for CPUs.
     methods = _by_method(rows, logits.shape[-1], _SHORTLIST if logits.is_cpu else logits.shape[-1])
     if len(methods) == 1:

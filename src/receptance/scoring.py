@@ -15,6 +15,7 @@ from torch import Tensor
 from receptance.data.batches import Batch
 from receptance.engine.base import Engine
 from receptance.model import Model
+from receptance.model.inputs import check_ids
 from receptance.state import State
 
 # Rows are pieces of one long text, read side by side with their states carried along.
@@ -54,8 +55,10 @@ def negative_log_likelihood(
     The text is cut into a few long pieces that are read side by side; each begins from nothing
     but the token `start`, so the figure is at most a little worse than that of one piece. dtype
     is that of a `Model`'s activations; a model in training mode is scored without dropout.
+    ValueError for a token that the model does not know.
     """
     whole, state, total = text_rows(tokens, start=start), None, 0.0
+    check_ids(whole.targets, engine.config.vocab_size)
     with _evaluating(engine, dtype) as features:
         for at in range(0, whole.inputs.shape[1], _CHUNK):
             piece = whole.part(time=slice(at, at + _CHUNK)).to(engine.device)

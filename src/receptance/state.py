@@ -38,10 +38,8 @@ class State:
 
     def rows(self, index: int | slice | Sequence[int] | Tensor) -> State:
         """The chosen rows, in that order; an integer keeps a batch of one."""
-        if isinstance(index, int):
-            index = [index]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index, device=self.tokens.device)
+            index = torch.as_tensor(index, device=self.tokens.device).reshape(-1)
             if not index.numel():
                 index = index.long()  # torch takes an empty list for one of floats
             elif index.dtype != torch.bool:
@@ -81,7 +79,7 @@ class State:
         from safetensors.torch import save_file
 
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        partial = Path(f"{path}.partial")
         # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
         tensors = {
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -89,12 +87,15 @@ class State:
         }
         about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": fingerprint}
         try:
-            save_file(tensors, partial, metadata=about)
-            os.replace(partial, path)
+            try:
+                save_file(tensors, partial, metadata=about)
+                with partial.open("r+b") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot write the state to {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str) -> State:
@@ -102,7 +103,7 @@ class State:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises when it may not look
             raise ValueError(f"no state file at {path}")
         try:
             with safe_open(path, framework="pt") as file:
@@ -123,6 +124,9 @@ class State:
                 "with the model that wrote it"
             )
         tokens = tensors.pop("tokens")
+        rows = [*tokens.shape]
+        if len(rows) != 1 or any([*x.shape[1:2]] != rows for x in tensors.values()):
+            raise ValueError(f"{path} is damaged: its tensors do not have the same rows")
         return cls(tensors, tokens)
 
     def _map(

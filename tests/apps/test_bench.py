@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,18 @@ def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, capsys):
     assert result["batch 2 tokens/s, share of the memory limit"] is None
 
 
+def test_a_measurement_that_nobody_waits_for_is_ended(tmp_path, monkeypatch):
+    endless = tmp_path / "endless"
+    endless.write_text("#!/bin/sh\necho '{}'\nexec sleep 100\n")
+    endless.chmod(0o755)
+    monkeypatch.setattr(bench.sys, "executable", str(endless))
+    figures = bench._in_a_process(bench.Options(), "x", "float32")
+    assert next(figures) == {}
+    began = time.monotonic()
+    figures.close()
+    assert time.monotonic() - began < 50
+
+
 def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="absent"):
         bench.main([str(tmp_path / "absent"), *QUICK])
@@ -98,6 +111,8 @@ def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
     [
         ({"prefill": (4, 0)}, "0 rows, tokens or threads"),
         ({"threads": -1}, "-1 rows, tokens or threads"),
+        ({"threads": 0}, "0 rows, tokens or threads"),
+        ({"json": Path("no/where.json")}, "there is no folder no to write no/where.json into"),
         ({"seconds": float("nan")}, "seconds is nan"),
     ],
 )

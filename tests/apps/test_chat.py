@@ -11,11 +11,11 @@ from tiny import make_model, small_bpe
 from receptance import save
 from receptance.apps.chat import Chat, Options
 from receptance.data.examples import encode_record
-from receptance.generation import prefill
+from receptance.generation import Generation, prefill
 from receptance.model import Model
 from receptance.sampling import Sampling
 from receptance.state import State
-from receptance.templates import TEMPLATES
+from receptance.templates import TEMPLATES, TURN_END
 from receptance.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -163,12 +163,13 @@ class TestTerminal:
         assert all(turn in result.out for turn in wanted)
 
     def test_retry_reset_save_and_load(self, talk):
-        result = talk("hi", "/save s.state", "/retry", "/reset", "/retry", "/load s.state", "more")
+        lines = ("hi", "/save s.state", "/retry", "/load s.state", "/retry", "/reset", "/retry")
+        result = talk(*lines, "/load s.state", "more")
         assert result.code == 0
+        assert result.out.count("error: there is no message to answer again yet") == 2
         assert "(save s.state: done)" in result.out
         assert "(load s.state: done)" in result.out
         assert "(forgotten)" in result.out
-        assert "error: there is no message to answer again yet" in result.out
         assert result.out.count("\nAssistant:") == 3
 
     def test_help_lists_the_commands(self, talk):
@@ -186,7 +187,6 @@ class TestTerminal:
             ("/load nowhere", "error: no state file at nowhere"),
             ("/load model/config.json", "is not a readable state file"),
             ("/save s", "error: nothing has been said yet"),
-            ("/save no/where", "error: "),
         ],
     )
     def test_mistakes_do_not_end_the_conversation(self, line, message, talk):
@@ -194,6 +194,28 @@ class TestTerminal:
         assert (result.code, result.err) == (0, "")
         assert message in result.out
         assert result.out.rindex("\nAssistant:") > result.out.index(message)
+
+    @pytest.mark.parametrize("path", ["no/where", "model/config.json/x", "x" * 300, "~no one/x"])
+    def test_files_that_cannot_be_do_not_end_it_either(self, path, talk):
+        result = talk("hi", f"/save {path}", f"/load {path}", "hi")
+        assert (result.code, result.err) == (0, "")
+        assert f"error: cannot write the state to {path}" in result.out
+        assert f"error: no state file at {path}" in result.out
+        assert result.out.count("\nAssistant:") == 2
+
+    def test_a_message_need_not_be_utf8(self, talk, model):
+        """Python reads a byte that is no text as a lone surrogate."""
+        latin = Chat(model, BYTES, Options(model="", max_tokens=8))
+        prompt = b"User: caf\xe9\n\nAssistant:"
+        options = {"max_tokens": 8, "sampling": latin.options.sampling, "stop": TURN_END}
+        wanted = "".join(t.text for t in Generation(model, BYTES, [list(prompt)], **options))
+        assert f"\nAssistant:{wanted}\n" in talk("caf\udce9").out
+
+    @pytest.mark.parametrize("option", [("--max-tokens", 0), ("--seed", -1)])
+    def test_options_are_checked_before_anything_is_loaded(self, option):
+        result = call("chat", "nowhere", *option)
+        assert result.code == 2
+        assert f"error: {option[0][2:].replace('-', '_')} is {option[1]}" in result.err
 
     def test_ctrl_c_ends_the_answer_only(self, talk, monkeypatch):
         interrupt = iter([False, False, True])

@@ -36,6 +36,7 @@ def test_there_and_back(model):
         assert (result.code, result.err) == (0, "")
         assert f"{target}: 0.1 MB, float32; largest difference of a logit 0.0e+00" in result.out
         assert ("Ai00 and web-rwkv read float16 only" in result.out) == (target == "x.st")
+        assert "exponentials" not in result.out
     assert same_bits(read_pth("back.pth"), read_pth("model.pth"))
     assert len(list(Path("hf").glob("model-*.safetensors"))) > 3
     assert load("mine")[1].fingerprint == BPE.fingerprint
@@ -55,6 +56,7 @@ def test_without_a_tokenizer():
     result = call("convert", "model.pth", "x.bin")
     assert (result.code, result.err) == (0, "")
     assert "no tokenizer was found beside model.pth, so none was written" in result.out
+    assert "rwkv.cpp keeps exponentials of decays" in result.out
     result = call("convert", "model.pth", "mine", "--to", "receptance", "--tokenizer", "absent")
     assert result.code == 2 and "absent" in result.err
 
@@ -70,6 +72,8 @@ def test_without_a_tokenizer():
         (("model.pth", "new.bin", "--dtype", "Q8_0"), "Q8_0 wants widths that are multiples of 32"),
         (("model.pth", "new.st", "--revision", "main"), "only hub models have them"),
         (("model.pth", "new", "--to", "hf", "--shard-gb", 0), "shard_bytes is 0"),
+        (("model.pth", "model.pth", "--to", "pth", "--shard-gb", "inf"), "model.pth exists"),
+        (("~no one/x.pth", "new.st"), "no such file or directory: ~no one/x.pth"),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(argv, words):

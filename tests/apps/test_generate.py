@@ -1,5 +1,6 @@
 """receptance generate: what it prints, and states on disk."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from command import call
 from tiny import make_model, small_bpe
 
 from receptance import load, save
-from receptance.apps.generate import Options
+from receptance.apps.generate import Options, main
 from receptance.generation import Generation, generate, prefill
 from receptance.sampling import Sampling
 from receptance.state import State
@@ -33,6 +34,20 @@ def test_several_prompts_of_different_lengths():
     result = call("generate", "run", *prompts, "--max-tokens", 20, "--top-p", 0.9, "--seed", 3)
     alone = [expect(prompt, max_tokens=20, top_p=0.9, seed=3) for prompt in prompts]
     assert result.out == "".join(f"--- {n} ---\n{text}\n" for n, text in enumerate(alone, start=1))
+
+
+def test_one_text_is_shown_as_it_comes(monkeypatch):
+    shown = []
+
+    class Terminal(io.StringIO):
+        def flush(self) -> None:
+            shown.append(self.getvalue())
+
+    monkeypatch.setattr("sys.stdout", Terminal())
+    main(["run", "12 little", "--max-tokens", "20"])
+    whole = expect("12 little", max_tokens=20)
+    assert len(set(shown)) > 10
+    assert all(whole.startswith(text) for text in shown)
 
 
 def test_without_a_prompt_the_model_begins():

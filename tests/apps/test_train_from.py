@@ -12,8 +12,11 @@ from tiny import TEXT, same_bits
 
 from receptance.adapters import load_adapter
 from receptance.checkpoint import load, read_tensors
+from receptance.data import Batches
 from receptance.directories import newest_checkpoint, step_directories
 from receptance.lock import RunLock
+from receptance.training import start
+from receptance.training.run import Run
 from receptance.training.start import read_about
 from receptance.training.trainer import Trainer
 
@@ -62,6 +65,22 @@ class TestCorpora:
         assert read_about(directory).corpus.resolve() == corpus.resolve()
         assert not Path("new/data").exists()
 
+    def test_a_folder_knows_its_tokenizer(self, corpus):
+        """That of a recipe need not be there."""
+        begun("train", corpus, "--out", "new", "--steps", 1, *SMALL.split(),
+              "--tokenizer", "20B_tokenizer.json")  # fmt: skip
+
+    @pytest.mark.parametrize(("place", "id"), [(64, 300), (64, -1), (200, 256), (1990, 300)])
+    @pytest.mark.parametrize("seed", [0, 1])
+    def test_ids_of_another_tokenizer(self, place, id, seed, folder):
+        """Also the last target of a window, which no layer reads, and what is for validation."""
+        tokens = np.full(2000, 65, np.int32)
+        tokens[place] = id
+        np.save("tokens.npy", tokens)
+        line = refused("train", "tokens.npy", "--out", "new", "--steps", 99, *SMALL.split(),
+                       "--batch", 1, "--seed", seed)  # fmt: skip
+        assert f"the corpus has the token id {id} and the model knows 0 to 255" in line
+
     @pytest.mark.parametrize("name", ["tokens.npy", "tokens.bin", "tokens.idx", "tokens"])
     def test_bare_tokens_need_a_tokenizer(self, name, corpus):
         if name.endswith("npy"):
@@ -104,9 +123,10 @@ class TestCorpora:
 
 
 class TestMoving:
-    def test_a_run_goes_on_wherever_it_is(self, folder):
+    def test_a_run_goes_on_wherever_it_is(self, folder, train):
+        assert train("--steps", 12).code == 0
         (folder / "deep/er").mkdir(parents=True)
-        os.rename("run", "deep/er/moved")
+        os.rename("new", "deep/er/moved")
         os.remove("text.txt")
         begun("train", "--resume", "--out", "deep/er/moved", "--steps", 14)
         os.chdir("deep/er/moved")
@@ -164,9 +184,50 @@ class TestTuning:
         for stem in ("adapter", "optimizer"):
             assert same_bits(read_tensors(whole, stem), read_tensors(again, stem))
 
+    def test_every_row_of_state_tuning_is_one_document(self, records, monkeypatch):
+        """A second one in the row would begin from an empty state."""
+        made: list[Batches] = []
+        monkeypatch.setattr(
+            start, "Batches", lambda *all, **more: made.append(Batches(*all, **more)) or made[-1]
+        )
+        begun("train", records, "--init", "run", "--tune", "state", "--out", "new",
+              *TUNE.split(), "--template", "world")  # fmt: skip
+        assert [batches.packing for batches in made] == ["single"]
+
     def test_all_parameters_learn_from_records_as_well(self, records):
         options = [*SMALL.split(), "--context", 64, "--steps", 2, "--template", "world"]
         begun("train", records, "--out", "new", *options)
+
+    @pytest.mark.parametrize("count", [1, 3])
+    @pytest.mark.parametrize("packing", ["auto", "single", "reset"])
+    def test_few_records_are_enough(self, count, packing, folder):
+        """Next to nothing is left for validation then."""
+        Path("few.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * count)
+        result = call("train", "few.jsonl", "--template", "world", "--packing", packing,
+                      "--out", "new", *SMALL.split(), "--context", 16, "--steps", 2)  # fmt: skip
+        assert result.code == 0, result.err
+        assert "nothing to validate on" in result.out
+
+    def test_nothing_is_dropped_in_samples(self, folder, monkeypatch):
+        """Also without a validation before them."""
+        sample, training = Run._sample, []
+
+        def watch(self: Run, step: int) -> None:
+            sample(self, step)
+            training.extend([self.trainer.model.training, self.trainer.adapter.training])
+
+        monkeypatch.setattr(Run, "_sample", watch)
+        Path("one.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+        begun("train", "one.jsonl", "--template", "world", "--init", "run", "--tune", "lora",
+              "--out", "new", "--steps", 1, "--reports", 1, "--context", 64)  # fmt: skip
+        assert training == [False, False]
+
+    @pytest.mark.parametrize("packing", ["auto", "single", "reset", "stream"])
+    def test_what_is_for_validation_may_be_shorter_than_a_row(self, packing, records):
+        begun("train", records, "--template", "world", "--packing", packing, "--out", "new",
+              *SMALL.split(), "--context", 128, "--steps", 2, "--reports", 1)  # fmt: skip
+        lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
+        assert [0 < line.get("validation_nats_per_token", 1) < 9 for line in lines] == [True] * 4
 
     @pytest.mark.parametrize(
         ("more", "why"),
@@ -198,6 +259,11 @@ class TestRecipes:
         assert result.code == 0, result.err
         assert "169" in result.out
         assert not Path("n").exists()
+
+    def test_a_dry_run_knows_what_is_offloaded(self, folder):
+        more = ["train", "--recipe", "14b", "--dry-run", "--on", "rtx-4090", "--devices", "8"]
+        results = [call(*more, *extra) for extra in ([], ["--offload"])]
+        assert ["does not fit" in result.out for result in results] == [True, False]
 
 
 class TestAutoResume:
@@ -236,6 +302,7 @@ def test_a_folder_in_use_is_left_alone(folder):
         (["--resume", "--out", "nowhere"], "no run in nowhere"),
         (["text.txt", "--out", "new", "--recipe", "168m"], "did you mean"),
         (["text.txt", "--out", "new", "--context-ranks", "2"], "torchrun"),
+        (["text.txt", "--out", "new", "--offload"], "add that, or --no-offload"),
     ],
 )
 def test_errors_are_one_line(argv, why, folder):
@@ -275,6 +342,21 @@ class TestBadSteps:
         lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
         assert newest_checkpoint("new")[0].name == "step-00000006"
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+    def test_even_on_a_full_disk(self, broken, train):
+        broken.add(3)
+        Path("new").mkdir()
+        Path("new/bad-step-00000003.npz.partial").symlink_to("/dev/full")
+        result = train("--steps", 4, "--skip-bad-steps")
+        assert result.code == 0, result.err
+        assert "cannot be written: No space left" in " ".join(result.out.split())
+        assert not list(Path("new").glob("bad-step-*"))
+
+    def test_many_are_left_out_if_others_are_good(self, broken, train):
+        """Nine in a row, twice."""
+        broken.update({*range(2, 11), *range(12, 21)})
+        assert train("--steps", 22, "--skip-bad-steps").code == 0
 
     def test_but_not_for_ever(self, broken, train):
         broken.update(range(4, 40))

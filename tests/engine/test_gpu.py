@@ -1,6 +1,8 @@
 """The engine for GPUs against the torch model, and what a recorded step must not disturb."""
 
+import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from tiny import make_model, same_bits
 
 from receptance.checkpoint import save
 from receptance.config import ModelConfig
-from receptance.engine import gpu, load, native_engine
+from receptance.engine import gpu, gpu_weights, load, native_engine
 from receptance.engine.files import About, dequantised_tensors, read_quantised, write_quantised
 from receptance.engine.gpu import GpuEngine
 from receptance.generation import generate
@@ -168,6 +170,30 @@ def test_a_recording_serves_all_batches_up_to_its_size():
         assert len(recorded) == count
 
 
+def test_a_recording_is_made_and_replayed_on_the_engines_device(monkeypatch):
+    """torch's own stream for recordings belongs to the device of whoever recorded first."""
+    calls: list[object] = []
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    recording = SimpleNamespace(replay=lambda: calls.append("replay"))
+
+    @contextlib.contextmanager
+    def noted(name, *args, **options):
+        calls.append((name, *args, *options.items()))
+        yield
+
+    cuda = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: SimpleNamespace(wait_stream=lambda _: None),
+        CUDAGraph=lambda: recording,
+        stream=lambda *args: noted("stream", *args),
+        graph=lambda *args, **options: noted("graph", *args, **options),
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    gpu.cuda_graph(lambda: calls.append("run"))()
+    begun = "graph", recording, ("stream", stream), ("capture_error_mode", "thread_local")
+    assert calls == [("stream", stream), "run", begun, "run", "replay"]
+
+
 def test_states_are_values():
     engine = small_engine()
     _, before = step(engine, 3)
@@ -184,6 +210,7 @@ def test_states_are_values():
 def test_recording_a_step_does_not_advance_it():
     engine = small_engine()
     first = step(engine, 2)
+    assert engine.device == first[0].device  # with its number
     again = step(engine, 2)
     assert torch.equal(first[0], again[0])
     assert same_bits(first[1].tensors, again[1].tensors)
@@ -271,6 +298,20 @@ def test_calls_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="lengths"):
         engine(tokens(CONFIG, 1, 1).to(DEVICE), lengths=torch.ones(2).long().to(DEVICE))
     assert engine.head(torch.empty(0, 16, device=DEVICE)).shape == (0, 64)
+
+
+def test_rows_beyond_the_largest_recording_are_read_like_a_text(monkeypatch):
+    monkeypatch.setattr(gpu, "LARGEST_BATCH", 2)
+    engine = small_engine()
+    assert_near(step(engine, 3)[0], step(small_engine(), 3)[0], EXACT)
+    assert not engine._graphs
+
+
+def test_an_id_that_is_no_token_spoils_its_own_row_of_a_text():
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6]], device=DEVICE)
+    weights = small_engine()._weights
+    found = gpu_weights._Rows(weights.embedding)(ids.masked_fill(ids == 4, 64))
+    assert found[1, 1].isnan().all() and found.isnan().sum() == found.shape[-1]
 
 
 def test_nothing_read_leaves_the_state_as_it_is():

@@ -170,17 +170,22 @@ DATA = dict(float32="*fp32", bfloat16="*bf16", float16="*fp16", int8="*i8", int4
 TILE = dict(GROUPS=8, INTERPRETED=False, INPUTS=768)
 ONE = dict(batch=1, rest=1, **TILE)  # Triton compiles ones in
 
-def check(kernel, kind="float32", **constants):
+def check(kernel, kind="float32", options=None, **constants):
     types = POINTERS | NUMBERS | {"data": DATA[kind]}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in names}
     values = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    done = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert done.asm["cubin"] and done.metadata.shared <= 99 * 1024  # what GeForce GPUs have
 
 for kind in DATA:
     form = dict(kind=kind, KIND=kind, GROUP=64 if kind == "int4" else 128)
     check(triton_products._product_kernel, EPILOGUE="gate", ROWS=16, BATCH=8, **TILE, **form)
+    if kind in ("int8", "int4"):
+        rows, block, options = triton_products.Tiles().launch(64)
+        check(triton_products._product_kernel, EPILOGUE="gate", ROWS=rows, BATCH=block,
+              options=options, **TILE, **(form | dict(GROUP=128)))
     if kind != "float16":
         check(triton_products._product_kernel, EPILOGUE="gate", ROWS=4, BATCH=1, **ONE, **form)
 check(triton_products._product_kernel, EPILOGUE="activate", ROWS=4, BATCH=1, **ONE, **form)

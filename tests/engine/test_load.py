@@ -126,6 +126,7 @@ def test_states_are_those_of_the_model(saved, tmp_path):
         ({"dtype": "int2"}, "wanted one of"),
         ({"dtype": "int4", "backend": "torch"}, "native kernels"),
         ({"backend": "native", "device": "meta"}, "run on the CPU"),
+        ({"threads": 0}, "threads is 0; wanted 1 or more"),
     ],
 )
 def test_what_cannot_be_had_is_refused(saved, options, message):

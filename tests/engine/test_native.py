@@ -214,7 +214,7 @@ def test_weights_of_zero_activations_are_not_read(kind):
             )
             for name, layout in layouts(config).items()
         }
-    matrices["blocks.0.ffn.value.weight"].data[:, 5].fill_(torch.nan if kind in FLOATS else 1)
+    matrices["blocks.0.ffn.value.weight"].data[5].fill_(torch.nan if kind in FLOATS else 1)
     engine = NativeEngine(config, matrices, model.state_dict(), "")
     for start in range(9):  # few positions at a time are not widened together
         assert engine(ids[:, start : start + 1])[0].isfinite().all()
@@ -232,6 +232,7 @@ def test_calls_that_do_not_fit_are_refused():
         ((torch.tensor([[256]]),), "out of range"),
         ((torch.tensor([[-1]]),), "out of range"),
         ((torch.zeros(1, 1),), "wanted ids"),
+        ((torch.zeros(1, 1, dtype=torch.int64, device="meta"),), "on the CPU, not on meta"),
         ((torch.tensor([[1]]), state), "rows"),
         (
             (

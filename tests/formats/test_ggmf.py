@@ -240,6 +240,18 @@ def test_every_kind_of_block_is_read_as_its_definition_says(kind, version, rando
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_those_of_ggmls_own_package(kind):
+    quants = pytest.importorskip("gguf", reason="ggml's package is not here").quants
+    values = np.random.default_rng(0).normal(0, 0.1, (64, 128)).astype(np.float32)
+    values[:3, :32] = [[0.0], [1e-7], [0.5]]
+    blocks = quants.quantize(values, quants.GGMLQuantizationType[kind]).reshape(-1)
+    wanted = quants.dequantize(blocks, quants.GGMLQuantizationType[kind])
+    assert np.array_equal(dequantise(blocks, kind), wanted)
+    if kind in ("Q8_0", "Q4_0"):
+        assert np.array_equal(quantise(values.reshape(-1), kind), blocks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [100, 101])
 def test_quantised_matrices_are_read_in_both_versions(tmp_path, kind, version):
     data = plain(WIDE)
@@ -361,8 +373,11 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.key\.weight cannot be written as Q4_0"):
         write_ggmf(path, WIDE, wide, "Q4_0")
     wide["blocks.1.ffn.key.weight"][3, 3] = 1e6
-    with pytest.raises(ValueError, match=r"key\.weight has values too large for FP16; write FP32"):
+    with pytest.raises(ValueError, match=r"key\.weight has values too large for float16"):
         write_ggmf(path, WIDE, wide, "FP16")
+    wide["blocks.1.ffn.key.weight"] = wide["blocks.1.ffn.key.weight"].double() * 1e300
+    with pytest.raises(ValueError, match=r"key\.weight has values too large for float32"):
+        write_ggmf(path, WIDE, wide, "FP32")
     with pytest.raises(ValueError, match=r"head\.weight is \[11, 32\]; .* wants \[12, 32\]"):
         write_ggmf(path, replace(WIDE, vocab_size=12), wide | {"emb.weight": torch.zeros(12, 32)})
     with pytest.raises(ValueError, match="cannot write"):

@@ -107,6 +107,13 @@ def test_a_tied_head_is_the_embedding(tmp_path):
         read_hf(tmp_path)
 
 
+def test_a_head_of_its_own_goes_before_a_tied_one(saved, tensors, assert_same):
+    edit(saved / "config.json", tie_word_embeddings=True)
+    theirs = RwkvForCausalLM.from_pretrained(saved, local_files_only=True)
+    assert torch.equal(theirs.head.weight, tensors["head.weight"])
+    assert_same(read_hf(saved).tensors, tensors)
+
+
 def test_the_tokenizer_beside_the_weights_is_found(saved):
     (saved / "tokenizer.json").write_text("{}")
     assert read_hf(saved).tokenizer == saved / "tokenizer.json"

@@ -149,7 +149,7 @@ def test_other_zip_archives_are_named(tmp_path, refusal):
     assert "not one that torch.save wrote" in refusal(read_pth, path)
     with_index(path, b"\x80\x02}.")
     append(path, "archive/constants.pkl", b"\x80\x02).")
-    assert "TorchScript" in refusal(read_pth, path)
+    assert "it is a TorchScript program" in refusal(read_pth, path)
     with_index(path, b"\x80\x02}.")
     with pytest.warns(UserWarning, match="Duplicate"):
         append(path, "archive/data.pkl", b"\x80\x02}.")

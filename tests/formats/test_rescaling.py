@@ -1,5 +1,6 @@
 """Weights that transformers altered in evaluating them, and what can be told and undone of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def test_float16_had_no_room_for_the_smallest(tmp_path):
         assert (back[name].float() - x.float()).abs().max() <= 2.0**-25 * 2 ** exponent(name, EVERY)
 
 
+def test_any_number_of_blocks():
+    name = "blocks.90.att.output.weight"
+    assert Unscaled({name: torch.full((1,), 2.0**-90)}, 1)[name].item() == 1
+
+
 def test_what_it_looks_like(tmp_path):
     for evaluated in (False, True):
         source = open_source(saved(tmp_path / str(evaluated), evaluated=evaluated))
@@ -82,6 +88,14 @@ def test_models_that_change_slowly_from_block_to_block(sizes, every):
 def test_where_nothing_is_divided_nothing_is_seen(every):
     assert not looks_rescaled(outputs([1.0] * 8), 8, every)
     assert not looks_rescaled(outputs([0.0] * 8), 8, 2), "starting values"
+
+
+@pytest.mark.parametrize("every", [0, -2, None, "six"])
+def test_a_directory_that_divides_nothing_cannot_be_unscaled(tmp_path, every):
+    config = saved(tmp_path, evaluated=False) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_every": every}))
+    with pytest.raises(ValueError, match=r"whose config\.json has a rescale_every"):
+        open_source(tmp_path).unscaled()
 
 
 def test_only_a_directory_of_transformers_can_be_unscaled(tmp_path, official):

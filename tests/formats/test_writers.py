@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -150,11 +151,12 @@ class TestTransformers:
             path.name: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")
         }
         assert index["weight_map"] == {name: f for f, held in files.items() for name in held}
-        sizes = [sum(x.nbytes for x in held.values()) for held in files.values()]
+        sizes = [sum(x.nbytes for x in files[name].values()) for name in sorted(files)]
+        assert all(sum(two) > 20_000 for two in pairwise(sizes)), "more files than needed"
         assert sum(sizes) == index["metadata"]["total_size"]
         assert all(
             size <= 20_000 or len(held) == 1
-            for size, held in zip(sizes, files.values(), strict=True)
+            for size, (_, held) in zip(sizes, sorted(files.items()), strict=True)
         )
 
     def test_epsilon_and_a_narrow_feed_forward(self, tmp_path):
@@ -177,6 +179,8 @@ class TestTransformers:
             assert found.dtype == dtype
             # Models overflow in float16 without.
             assert found.config.rescale_every == (6 if dtype == torch.float16 else 0)
+            assert found.config.tie_word_embeddings is False
+            assert (found.config.bos_token_id, found.config.eos_token_id) == (0, 0)
 
     def test_their_tokenizer_cuts_like_ours(self, tmp_path, model):
         folder = self.write(model, tmp_path / "hf")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,9 +62,21 @@ def test_tokens_of_a_narrow_integer_type(model):
 
 
 OTHER = Model(ModelConfig(vocab_size=23, width=8, num_layers=3))
+
+
+def changed(change: Callable[[torch.Tensor], torch.Tensor | None]) -> State:
+    """A state of one row in which one tensor is not what it was; None takes it out."""
+    state = Model(CONFIG).empty_state()
+    numerator = change(state.tensors["numerator"])
+    rest = {name: x for name, x in state.tensors.items() if name != "numerator"}
+    return State(rest if numerator is None else rest | {"numerator": numerator}, state.tokens)
+
+
 REFUSED = {
     "tokens without a batch": ((ids(5),), {}, r"tokens are torch.int64 \[5\]; wanted ids \[B,T\]"),
     "tokens that are numbers": ((torch.zeros(1, 5),), {}, "tokens are torch.float32"),
+    "tokens that are bytes": ((ids(1, 5).byte(),), {}, "tokens are torch.uint8"),
+    "tokens that are bools": ((ids(1, 5).bool(),), {}, "tokens are torch.bool"),
     "a token beyond the vocabulary": (
         (torch.tensor([[0, 23]]),),
         {},
@@ -78,6 +92,31 @@ REFUSED = {
         (ids(2, 5), Model(CONFIG).empty_state(3)),
         {},
         r"the state holds 3 rows and tokens 2; select rows with State.rows\(\)",
+    ),
+    "a state with a part too few": (
+        (ids(1, 5), changed(lambda x: None)),
+        {},
+        r"numerator of the state is none; wanted \[L,B,C\]",
+    ),
+    "a state with a flat part": (
+        (ids(1, 5), changed(lambda x: x[0])),
+        {},
+        r"numerator of the state is \[1, 8\]; wanted \[L,B,C\]",
+    ),
+    "a state with a narrow part": (
+        (ids(1, 5), changed(lambda x: x[..., :4])),
+        {},
+        "a model of 2 layers and width 4",
+    ),
+    "a state with a part of other rows": (
+        (ids(1, 5), changed(lambda x: x.repeat(1, 2, 1))),
+        {},
+        "the state holds 2 rows and tokens 1",
+    ),
+    "a state elsewhere": (
+        (ids(1, 5), changed(lambda x: x.to("meta"))),
+        {},
+        r"the state is on meta and tokens on cpu; move it with State.to\(\)",
     ),
     "lengths of other rows": (
         (ids(2, 5),),
@@ -128,6 +167,20 @@ def test_a_named_backend_that_is_not_there_is_refused():
 
 
 # ---- compiled -----------------------------------------------------------------------------------
+
+
+def test_compiled_blocks_share_their_programs():
+    """The first has a layer norm more; more than 8 of one function torch gives up on."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = randomise(Model(ModelConfig(vocab_size=23, width=8, num_layers=12)))
+    model.requires_grad_(False)
+    wanted = model(ids(2, 5))[0]
+    for block in model.blocks:
+        block.compile(backend="eager")
+    assert torch.equal(model(ids(2, 5))[0], wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

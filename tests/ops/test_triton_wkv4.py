@@ -271,6 +271,25 @@ def test_offered_on_a_gpu_where_triton_is_installed(monkeypatch):
     assert available_backends("cuda") == ["chunked", "reference"]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Failed to find C compiler. Please\nspecify"), "Failed to find C compiler"),
+        (subprocess.CalledProcessError(1, ["gcc", "x" * 999]), "the C compiler failed"),
+    ],
+)
+def test_a_machine_without_a_compiler_is_told_so_in_one_line(monkeypatch, error, reason):
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    monkeypatch.setattr(importlib.import_module("triton.runtime"), "driver", Driver())
+    with pytest.raises(ValueError, match=f"{reason}.* wants gcc and Python's headers") as caught:
+        triton_wkv4.check_launcher()
+    assert "\n" not in str(caught.value)
+
+
 def test_refused_on_a_cpu():
     x = draw(0, 1, 2, 3)
     with pytest.raises(ValueError, match=r"no wkv4 backend 'triton' on cpu; available: .*chunked"):

@@ -22,6 +22,7 @@ from rich.table import Table
 from receptance import measure
 from receptance.config import published
 from receptance.data.ondisk import written
+from receptance.directories import existing
 from receptance.engine import load_engine
 from receptance.engine.files import is_quantised
 from receptance.engine.packing import Kind
@@ -33,7 +34,7 @@ _MEMORY_TOKENS = 100  # read and generated before memory is looked at
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Measure how fast a model runs on this machine, and compare it with what memory allows."""
+    """Measure how fast a model runs on this machine's CPU, and compare it with its memory."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """What `receptance generate` takes; without it random weights of a published size."""
@@ -57,11 +58,14 @@ class Options:
 
 
 def _check(options: Options) -> None:
-    counts = (*options.batches, *options.prefill, options.threads or 1)
+    threads = 1 if options.threads is None else options.threads
+    counts = (*options.batches, *options.prefill, threads)
     if least := [n for n in counts if n < 1]:
         raise ValueError(f"{least[0]} rows, tokens or threads; give at least 1")
     if not 0 < options.seconds < 3600:
         raise ValueError(f"seconds is {options.seconds}; it must be above 0 and below an hour")
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"there is no folder {options.json.parent} to write {options.json} into")
 
 
 @dataclass
@@ -118,7 +122,7 @@ def _reporting(console: Console, options: Options, findings: Findings) -> Iterat
 
 
 def _usual_dtypes(source: str) -> tuple[str, ...]:
-    if is_quantised(Path(source).expanduser()):
+    if is_quantised(existing(source)):
         return ("stored",)
     return ("float32", "bfloat16", *(("int8", "int4") if native.is_available() else ()))
 

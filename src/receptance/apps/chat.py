@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from receptance.directories import expanded
 from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
 from receptance.generation import Generation, prefill
+from receptance.rows import Request
 from receptance.sampling import Sampling
 from receptance.state import State
 from receptance.templates import TEMPLATES, TURN_END, Template
@@ -65,7 +66,9 @@ class Chat:
 
     def answer(self, message: str) -> Iterator[str]:
         """Pieces of the answer to a message; the state moves on when the last has been taken."""
-        prompt = self.tokenizer.encode(self.template.prompt(message))
+        # What was typed need not be UTF-8: see the command's _tolerate_any_text.
+        text = self.template.prompt(message).encode("utf-8", "surrogateescape")
+        prompt = self.tokenizer.encode(text)
         before = self.state
         self._last = (before, message)
         generation = Generation(
@@ -105,11 +108,11 @@ class Chat:
         """Store the conversation's state."""
         if self.state is None:
             raise ValueError("nothing has been said yet")
-        self.state.save(Path(path).expanduser(), self.engine.fingerprint())
+        self.state.save(expanded(path), self.engine.fingerprint())
 
     def load(self, path: str) -> None:
         """Continue from a stored state."""
-        state = State.load(Path(path).expanduser(), self.engine.fingerprint())
+        state = State.load(expanded(path), self.engine.fingerprint())
         self.state, self._last = state.to(self.engine.device), None
 
 
@@ -125,6 +128,7 @@ def _template(options: Options) -> Template:
 def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
     options = tyro.cli(Options, args=argv, prog="receptance chat")
+    Request(max_tokens=options.max_tokens, seed=options.seed)  # checks them before a model is read
     engine, tokenizer = options.engine.load(options.model)
     chat = Chat(engine, tokenizer, options)
     print(f"{options.model}: type a message, or /help.")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from receptance.conversion.converting import PASSES, Dtype, Format, Report, Target, check, convert
 from receptance.conversion.source import Note, Source, open_source
+from receptance.directories import expanded
 from receptance.progress import progress_bar, say
 
 
@@ -44,10 +45,10 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(Options, args=argv, prog="receptance convert")
     console = Console()
     target = Target(
-        path=options.out.expanduser(),
+        path=expanded(options.out),
         format=options.to,
         dtype=options.dtype,
-        shard_bytes=int(options.shard_gb * 1e9),
+        shard_bytes=options.shard_gb * 1e9,
     )
     source = _source(options, console)
     check(source, target)

@@ -174,7 +174,9 @@ def _driver() -> Finding:
 
 def _triton() -> Finding:
     if importlib.util.find_spec("triton") is not None:
-        return Finding(f"{_version('triton')} (GPU kernels)")
+        able = any(map(shutil.which, ("gcc", "clang")))
+        fix = None if able else "no C compiler to launch them with: apt install gcc python3-dev"
+        return Finding(f"{_version('triton')} (GPU kernels)", fix if torch.version.cuda else None)
     if torch.version.cuda is None:
         return Finding("absent (GPU kernels): it comes with a CUDA build of torch")
     return Finding("absent (GPU kernels)", "pip install triton")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from receptance.checkpoint import read_model
 from receptance.config import ModelConfig
-from receptance.directories import existing
+from receptance.directories import existing, expanded
 from receptance.engine.files import About, is_quantised, write_quantised
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
@@ -59,7 +59,7 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, quantise and write tensor by tensor, report."""
     options = tyro.cli(Options, args=argv, prog="receptance quantize")
-    out = options.out.expanduser()
+    out = expanded(options.out)
     _check(options, out)
     config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)
     calibration = _calibration(options, config, tensors, tokenizer)
@@ -87,7 +87,7 @@ def _check(options: Options, out: Path) -> None:
         )
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")
-    if is_quantised(existing(Path(options.model).expanduser())):
+    if is_quantised(existing(options.model)):
         raise ValueError(
             f"{options.model} is quantised already; start from the model that it was made from"
         )

@@ -18,7 +18,7 @@ from receptance.adapters import ADAPTER_FILE
 from receptance.adapters import base as adapters
 from receptance.checkpoint import FORMAT, read_tensors
 from receptance.config import ModelConfig
-from receptance.directories import existing, newest_checkpoint, step_directories
+from receptance.directories import current, existing, step_directories
 from receptance.engine import files as quantised
 from receptance.formats import hf, hub, read_pth, read_safetensors
 from receptance.formats.files import check_file, reason
@@ -59,8 +59,8 @@ class Contents:
 
 def find(source: str | Path) -> Contents:
     """What is at a path or a hub id. ValueError in one line when it is none of what we know."""
-    path = existing(Path(source).expanduser())
     try:
+        path = existing(source)
         if isinstance(source, str) and not path.exists() and hub.is_hub_id(source):
             path = hub.resolve(source)
         return _in_directory(path) if path.is_dir() else _in_file(path)
@@ -79,9 +79,9 @@ def _in_directory(path: Path) -> Contents:
         return _quantised(path, fields)
     if (path / ADAPTER_FILE).is_file():
         return replace(_in_file(path / ADAPTER_FILE), path=path)
-    if steps := step_directories(path):
-        newest, _ = newest_checkpoint(path)
-        return replace(_in_directory(newest), about=f"the newest of {len(steps)} in {path}")
+    if (newest := current(path)) != path:
+        count = len(step_directories(path))
+        return replace(_in_directory(newest), about=f"the newest whole one of {count} in {path}")
     if (path / "config.json").is_file():
         return _transformers(path)
     return _in_file(_only_file(path))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from receptance.checking.contents import Contents, find
+from receptance.checkpoint import is_ours
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.formats.hf import find_tokenizer
 from receptance.manifest import MANIFEST, read_manifest, verify
@@ -210,7 +211,7 @@ def _tokenizer(contents: Contents, vocabulary: int | None) -> str:
 
 
 def _damage(path: Path) -> str | None:
-    if not (path / MANIFEST).is_file():
+    if not is_ours(path):
         return None
     try:
         verify(path)

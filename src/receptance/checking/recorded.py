@@ -14,6 +14,7 @@ It lies beside a directory and not in it: a manifest vouches for every file in t
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class Recorded:
 
 def beside(path: Path) -> Path:
     """Where the logits of the model at a path are looked for."""
-    return path.with_name(path.name + ".logits")
+    named = path if path.name not in ("", "..") else Path(os.path.abspath(path))
+    return named.with_name(named.name + ".logits")
 
 
 def write(file: Path, tokens: Tensor, logits: Tensor, *, model: str, stored: str) -> None:

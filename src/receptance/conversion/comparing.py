@@ -91,7 +91,12 @@ def differing(
 def equal(there: Tensor, here: Tensor, dtype: torch.dtype) -> bool:
     """Whether the values there are, rounded to a type, those here, to the bit."""
     pairs = zip(chunks(there), chunks(here), strict=True)
-    return all(torch.equal(x.to(dtype).to(y.dtype), y) for x, y in pairs)
+    return all(torch.equal(_bits(x.to(dtype).to(y.dtype)), _bits(y)) for x, y in pairs)
+
+
+def _bits(values: Tensor) -> Tensor:
+    # As numbers, NaN differs from itself, and -0 does not from 0.
+    return values.view(torch.uint8)
 
 
 def near(there: Tensor, here: Tensor, block: int, share: float) -> bool:

@@ -16,7 +16,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from receptance.checkpoint import write_description
+from receptance.checkpoint import found_tokenizer, write_description
 from receptance.conversion.comparing import (
     Difference,
     Same,
@@ -27,16 +27,16 @@ from receptance.conversion.comparing import (
     probe,
 )
 from receptance.conversion.source import Note, Source, Streamed, open_source
-from receptance.directories import Draft, one_line
-from receptance.formats import hf
+from receptance.directories import Draft, existing, one_line
+from receptance.formats import ggmf, hf
 from receptance.formats.ggmf import Stored, decay_parameter, stored_decay, stored_kind, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
 from receptance.formats.names import Shape, some, tensor_shapes
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
 from receptance.formats.writing import Layout
-from receptance.manifest import sync, write_manifest
-from receptance.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from receptance.manifest import MANIFEST, sync, write_manifest
+from receptance.tokenizer import END_OF_TEXT, Tokenizer
 
 Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
 Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
@@ -52,7 +52,6 @@ _SUFFIXES: dict[str, Format] = {
     ".bin": "ggmf",
 }
 _DIRECTORIES = ("hf", "receptance")
-_FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
 _USUAL_EPSILON = 1e-5
 _DECAYS = (".att.time_decay", ".att.time_first")
 
@@ -73,7 +72,7 @@ class Target:
     """Read off the path's suffix if not given."""
     dtype: Dtype | None = None
     """Of the weights; None keeps that of each tensor, as far as the format has it."""
-    shard_bytes: int = 5_000_000_000
+    shard_bytes: float = 5_000_000_000
     """hf: the size above which weights are cut into several files."""
 
     def __post_init__(self) -> None:
@@ -82,7 +81,7 @@ class Target:
             object.__setattr__(self, "format", by_suffix)
         _check_path(self.path, self.format, by_suffix)
         _check_dtype(self.format, self.dtype)
-        if self.shard_bytes < 1:
+        if not self.shard_bytes >= 1:  # nor NaN
             raise ValueError(f"shard_bytes is {self.shard_bytes}; 5,000,000,000 are usual")
 
     def kind(self, source: Source) -> Stored:
@@ -102,7 +101,7 @@ class Target:
     def _dtype(self, source: Source, name: str, shape: Shape) -> torch.dtype:
         if self.format == "ggmf":
             stored = stored_kind(name, shape, self.kind(source))
-            return _FLOATS.get(stored, torch.float32)
+            return ggmf.FLOATS.get(stored, torch.float32)
         own = source.dtypes[name]
         if self.dtype is None:
             return own
@@ -178,6 +177,7 @@ def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report
         raise ValueError(str(error).replace(str(path), str(target.path))) from None
     size = sum(file.stat().st_size for file in draft.folder.iterdir())
     if entries is not None:
+        _check_absent(target.path)
         draft.finish(entries)
     else:
         _publish(draft.folder, source, target)
@@ -318,16 +318,19 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
 
 
 def _check_absent(path: Path) -> None:
-    if os.path.lexists(path):
+    if os.path.lexists(path) or existing(path).exists():
         raise ValueError(f"{path} exists; give another name")
 
 
 def _check_beside(source: Source, folder: Path) -> None:
-    """ValueError when a file in the folder would be read with the wrong tokenizer."""
+    """ValueError when a file in the folder would harm it, or be read with the wrong tokenizer."""
+    if (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder} is a checkpoint, and whole without more files; write elsewhere")
     if source.tokenizer is None or not folder.is_dir():
         return
     beside = hf.find_tokenizer(folder, source.config.vocab_size)
-    if beside is not None and load_tokenizer(beside).fingerprint != source.tokenizer.fingerprint:
+    found = found_tokenizer(beside, source.config)
+    if beside and found and found.fingerprint != source.tokenizer.fingerprint:
         raise ValueError(
             f"{beside} is the tokenizer of another model and would be taken for that of this one; "
             "write to a folder of its own"

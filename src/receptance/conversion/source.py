@@ -13,16 +13,21 @@ import torch
 from torch import Tensor
 
 from receptance import formats
-from receptance.checkpoint import check_tokenizer, read_model, read_tensors
+from receptance.checkpoint import (
+    check_tokenizer,
+    found_tokenizer,
+    is_ours,
+    read_model,
+    read_tensors,
+)
 from receptance.config import ModelConfig
-from receptance.directories import existing, newest_checkpoint, step_directories
+from receptance.directories import current, existing
 from receptance.engine.files import is_quantised
 from receptance.formats import hf
 from receptance.formats.ggmf import GGMFFile
 from receptance.formats.pth import is_mapped
 from receptance.formats.rescaling import Unscaled, looks_rescaled
-from receptance.manifest import MANIFEST
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str, int], object]
 """Told the name of each tensor that is read, and how many values it has."""
@@ -71,14 +76,12 @@ def open_source(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    path = existing(Path(source).expanduser())
-    if path.is_dir() and not (path / "config.json").exists() and step_directories(path):
-        path, _ = newest_checkpoint(path)
-    if (path / MANIFEST).is_file():
-        return _own(path, tokenizer)
+    path = current(existing(source))
+    if is_ours(path):
+        return _own(path, tokenizer, revision)
     weights = formats.read(path if path.exists() else str(source), revision=revision)
     if tokenizer is None:
-        tokenizer = _found_tokenizer(weights)
+        tokenizer = found_tokenizer(weights.tokenizer, weights.config)
     if tokenizer is not None:
         check_tokenizer(tokenizer, weights.config)
     return Source(
@@ -93,25 +96,19 @@ def open_source(
 
 def _opener(weights: formats.Weights) -> Callable[[], Mapping[str, Tensor]]:
     # What can't be mapped is in memory now, and would only be read again.
-    if weights.source.suffix in (".pth", ".pt") and not is_mapped(weights.source):
-        return lambda: weights.tensors
     source = weights.source
+    if source.is_file() and source.suffix in (".pth", ".pt") and not is_mapped(source):
+        return lambda: weights.tensors
     return lambda: formats.read(source).tensors
 
 
-def _own(path: Path, tokenizer: Tokenizer | None) -> Source:
-    config, tensors, found = read_model(path, tokenizer=tokenizer)
+def _own(path: Path, tokenizer: Tokenizer | None, revision: str | None) -> Source:
+    config, tensors, found = read_model(path, tokenizer=tokenizer, revision=revision)
     # Opened again without comparing it with its manifest again.
     if is_quantised(path):
         return Source(path, config, _dtypes(tensors), lambda: tensors, found)
     dtypes = _dtypes(tensors)
     return Source(path, config, dtypes, lambda: read_tensors(path, "model"), found)
-
-
-def _found_tokenizer(weights: formats.Weights) -> Tokenizer | None:
-    if weights.tokenizer is not None:
-        return load_tokenizer(weights.tokenizer)
-    return ByteTokenizer() if weights.config.vocab_size == ByteTokenizer().vocab_size else None
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
@@ -124,7 +121,7 @@ def _rescale_every(path: Path) -> int:
     if not (path / "config.json").is_file():
         return 0
     every = hf.read_config(path).get("rescale_every", hf.RESCALE_EVERY)
-    return every if isinstance(every, int) else 0
+    return every if isinstance(every, int) and every > 0 else 0
 
 
 class Streamed(Mapping[str, Tensor]):

@@ -103,7 +103,7 @@ def write_quantised(
 
 def read_quantised(directory: str | Path) -> QuantisedModel:
     """What `write_quantised` wrote; ValueError if a bit of it differs or it is something else."""
-    directory = existing(Path(directory).expanduser())
+    directory = existing(directory)
     verify(directory)
     return open_quantised(directory)
 

@@ -22,6 +22,7 @@ from receptance.model.inputs import check_inputs
 from receptance.model.rwkv import fingerprint
 from receptance.model.v4 import LayerState
 from receptance.ops.triton_products import Tiles
+from receptance.ops.triton_wkv4 import check_launcher
 from receptance.quantize import quantise
 from receptance.state import State
 
@@ -35,13 +36,15 @@ Run = Callable[[], None]
 
 def cuda_graph(run: Run) -> Run:
     """What replays a recording of run; run is called twice, and the first call may compile."""
+    # Of the current device: what torch would capture on by itself belongs to the first one used.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads may go on to allocate memory meanwhile.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
@@ -56,8 +59,9 @@ class GpuEngine(OneCall):
 
     `initial`, of one row, is where rows begin if not empty. `capture` makes a recording of a step
     (None: `cuda_graph`), one for each of 1, 2, 4, ... rows when a batch first needs it. `tiles`
-    cut the products. Calls must not overlap: an engine has one memory to work in. On another
-    device Triton's interpreter is wanted (TRITON_INTERPRET=1 when it is imported): for tests.
+    cut the products. ValueError if Triton cannot launch anything here. Calls must not overlap: an
+    engine has one memory to work in. On another device Triton's interpreter is wanted
+    (TRITON_INTERPRET=1 when it is imported): for tests.
     """
 
     batch_invariant = False
@@ -74,10 +78,13 @@ class GpuEngine(OneCall):
         tiles: Tiles | None = None,
         capture: Callable[[Run], Run] | None = None,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
+        # With its number, whatever the current one is later.
+        self.config, self.device = config, torch.empty(0, device=device).device
         self._fingerprint, self._tiles = fingerprint, tiles or Tiles()
         self._capture = capture or (cuda_graph if self.device.type == "cuda" else _unrecorded)
         with self._on_device():
+            if self.device.type == "cuda":
+                check_launcher()
             self._weights = gpu_weights(config, matrices, vectors, self.device)
         self._model = torch_model(config, self._weights, vectors, self.device)
         self._initial = self._empty_state() if initial is None else initial.to(self.device)

@@ -77,6 +77,8 @@ def load_engine(
     check_device(device)
     if dtype is not None and dtype not in KINDS:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(KINDS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; wanted 1 or more")
     chosen = _choose(backend, device)
     if chosen == "torch":
         return _torch_engine(source, tokenizer, device, dtype, adapter)
@@ -87,7 +89,7 @@ def load_engine(
         make = partial(gpu_engine, device=device)
     if adapter is not None:
         return _adapted(source, tokenizer, dtype, group, adapter, make)
-    path = existing(Path(source).expanduser())
+    path = existing(source)
     if files.is_quantised(path):
         on_gpu = device if chosen == "triton" else None
         return _quantised(path, dtype, tokenizer, threads, on_gpu)

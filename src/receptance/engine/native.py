@@ -122,6 +122,8 @@ class NativeEngine(OneCall):
     ) -> tuple[Tensor, State]:
         """What goes into the head, [B,T] -> [B,T,C] float32, and the state (see Model.features)."""
         check_inputs(self.config, tokens, state, lengths, resets)
+        if elsewhere := [x for x in (tokens, lengths, resets) if x is not None and not x.is_cpu]:
+            raise ValueError(f"the native kernels read on the CPU, not on {elsewhere[0].device}")
         batch, time = tokens.shape
         state = self._initial.rows([0] * batch) if state is None else state
         parts = [state.tensors[name].float().contiguous() for name in LayerState._fields]

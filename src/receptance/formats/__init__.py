@@ -16,7 +16,15 @@ from receptance.formats.names import conform, infer_config, is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
 
-__all__ = ["Weights", "infer_config", "read", "read_ggmf", "read_pth", "read_safetensors"]
+__all__ = [
+    "Weights",
+    "check_local",
+    "infer_config",
+    "read",
+    "read_ggmf",
+    "read_pth",
+    "read_safetensors",
+]
 
 _READERS = {
     ".pth": read_pth,
@@ -59,9 +67,14 @@ def read(source: str | Path, *, revision: str | None = None) -> Weights:
         raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
 
 
-def _read_path(path: Path, revision: str | None) -> Weights:
+def check_local(path: Path, revision: str | None) -> None:
+    """ValueError if a revision was given for what is on this machine."""
     if revision is not None:
         raise ValueError(f"{path}: revision {revision!r} was given, but only hub models have them")
+
+
+def _read_path(path: Path, revision: str | None) -> Weights:
+    check_local(path, revision)
     return _read_directory(path) if path.is_dir() else _read_file(path)
 
 

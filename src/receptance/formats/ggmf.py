@@ -22,10 +22,13 @@ from receptance.directories import one_line
 from receptance.formats.files import check_file
 from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantise, quantise
 from receptance.formats.names import Shape, infer_config, some, tensor_shapes
-from receptance.formats.writing import chunks
+from receptance.formats.writing import chunks, pieces
 
 Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
 """What the matrices of a written file are; vectors are always FP32."""
+
+FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
+"""What those types are here that are no blocks."""
 
 _MAGIC = b"fmgg"  # "ggmf" as a little-endian number
 _VERSIONS = (100, 101)
@@ -75,7 +78,7 @@ class GGMFFile(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a tensor comes; known without reading it."""
-        return torch.float16 if self._entries[name].kind == "FP16" else torch.float32
+        return FLOATS.get(self._entries[name].kind, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
@@ -300,18 +303,13 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> No
     file.write(_TENSOR.pack(tensor.dim(), len(label), _CODES[stored]))
     file.write(struct.pack(f"<{tensor.dim()}i", *tensor.shape[::-1]))
     file.write(label)
-    for values in chunks(tensor):
-        file.write(_encoded(name, values.float().numpy(), stored))
+    plain = stored in FLOATS
+    file.writelines(pieces(name, tensor, FLOATS[stored]) if plain else _blocks(name, tensor, kind))
 
 
-def _encoded(name: str, values: np.ndarray, kind: str) -> memoryview:
-    if kind in KINDS:
-        try:
-            return quantise(values, kind).data
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be written as {kind}: {error}") from None
-    with np.errstate(over="ignore"):
-        converted = values.astype(_FLOATS[kind], copy=False)
-    if (np.isinf(converted) & np.isfinite(values)).any():
-        raise ValueError(f"{name} has values too large for {kind}; write FP32")
-    return converted.data
+def _blocks(name: str, tensor: Tensor, kind: Stored) -> Iterator[memoryview]:
+    try:
+        for values in chunks(tensor):
+            yield quantise(values.float().numpy(), kind).data
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be written as {kind}: {error}") from None

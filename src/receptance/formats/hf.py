@@ -186,7 +186,7 @@ def write_hf(
     config: ModelConfig,
     layout: Layout,
     tensors: Mapping[str, Tensor],
-    shard_bytes: int,
+    shard_bytes: float,
 ) -> None:
     """Put config.json and the tensors into a directory, in files of about shard_bytes at most.
 
@@ -235,7 +235,7 @@ def tokenizer_fields(end_of_text: str | None) -> dict[str, Any]:
     }
 
 
-def _shards(layout: Layout, shard_bytes: int) -> list[list[str]]:
+def _shards(layout: Layout, shard_bytes: float) -> list[list[str]]:
     """The names in order, cut into lists of as many bytes; at least one tensor in each."""
     shards: list[list[str]] = [[]]
     size = 0

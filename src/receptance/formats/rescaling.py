@@ -37,7 +37,7 @@ class Unscaled(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor, power = self._tensors[name], exponent(name, self._every)
-        return tensor * 2**power if power else tensor
+        return tensor * 2.0**power if power else tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

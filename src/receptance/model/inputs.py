@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
+from receptance.model.v4 import LayerState
 from receptance.state import State
+
+_INTEGERS = (torch.int64, torch.int32)
 
 
 def check_inputs(
@@ -17,12 +20,14 @@ def check_inputs(
     resets: Tensor | None,
 ) -> None:
     """ValueError says which argument of a call does not fit the others or the model."""
-    if tokens.dim() != 2 or tokens.is_floating_point():
-        raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted ids [B,T]")
+    if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
+        raise ValueError(
+            f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted ids [B,T], int64 or int32"
+        )
     if state is not None:
         _check_state(config, tokens, state)
     if lengths is not None and (
-        lengths.shape != tokens.shape[:1] or lengths.dtype not in (torch.int64, torch.int32)
+        lengths.shape != tokens.shape[:1] or lengths.dtype not in _INTEGERS
     ):
         raise ValueError(
             f"lengths are {lengths.dtype} {list(lengths.shape)}; tokens {list(tokens.shape)} "
@@ -38,28 +43,46 @@ def check_inputs(
         _check_values(config, tokens, lengths)
 
 
+def check_ids(tokens: Tensor, known: int) -> None:
+    """ValueError unless all ids, of any shape, are 0 to known - 1."""
+    if not tokens.numel():
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= known:
+        found = low if low < 0 else high
+        raise ValueError(f"token id {found} is out of range; this model knows 0 to {known - 1}")
+
+
 def _check_state(config: ModelConfig, tokens: Tensor, state: State) -> None:
-    layers, batch, width = state.tensors["time_shift"].shape
+    """Every tensor of it: kernels believe whatever they are told."""
+    wanted = (config.num_layers, tokens.shape[0], config.width)
+    for name in LayerState._fields:
+        part = state.tensors.get(name)
+        if part is None or part.shape != wanted or part.device != tokens.device:
+            raise ValueError(_misfit(config, tokens, name, part))
+
+
+def _misfit(config: ModelConfig, tokens: Tensor, name: str, part: Tensor | None) -> str:
+    """What is wrong with a tensor of a state."""
+    if part is None or part.dim() != 3:
+        found = "none" if part is None else list(part.shape)
+        return f"{name} of the state is {found}; wanted [L,B,C], so it is damaged"
+    layers, batch, width = part.shape
     if (layers, width) != (config.num_layers, config.width):
-        raise ValueError(
+        return (
             f"this state belongs to a model of {layers} layers and width {width}; this one has "
             f"{config.num_layers} layers and width {config.width}"
         )
     if batch != tokens.shape[0]:
-        raise ValueError(
+        return (
             f"the state holds {batch} rows and tokens {tokens.shape[0]}; select rows with "
             "State.rows()"
         )
+    return f"the state is on {part.device} and tokens on {tokens.device}; move it with State.to()"
 
 
 def _check_values(config: ModelConfig, tokens: Tensor, lengths: Tensor | None) -> None:
-    if tokens.numel():
-        low, high = (int(x) for x in tokens.aminmax())
-        if low < 0 or high >= config.vocab_size:
-            found = low if low < 0 else high
-            raise ValueError(
-                f"token id {found} is out of range; this model knows 0 to {config.vocab_size - 1}"
-            )
+    check_ids(tokens, config.vocab_size)
     if lengths is not None and lengths.numel():
         low, high = (int(x) for x in lengths.aminmax())
         if low < 0 or high > tokens.shape[1]:

@@ -44,8 +44,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         version = VERSIONS[config.version]
-        self.layer = layer
-        if layer == 0:
+        # A number of its own would have torch.compile make a program for every block.
+        self.first = layer == 0
+        if self.first:
             self.ln0 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.ln1 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.ln2 = LayerNorm(config.width, config.layer_norm_epsilon)
@@ -60,7 +61,7 @@ class Block(nn.Module):
         dropout: float,
     ) -> tuple[Tensor, v4.LayerState]:
         """[B,T,C] -> [B,T,C], and the layer's state after it."""
-        if self.layer == 0:
+        if self.first:
             x = self.ln0(x)
         mixed, state = self.att(self.ln1(x), state, reading)
         x = F.dropout(x + mixed, dropout, self.training)

@@ -153,7 +153,8 @@ class ChannelMix(nn.Module):
         receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
         hidden = apply(self.key, reading, mix, previous, x, self.time_mix_k).relu_()
         value = apply(self.value, reading, torch.square, hidden)
-        return receptance * value, state._replace(channel_shift=last)
+        # Not _replace, which torch.compile of torch 2.11 cannot follow.
+        return receptance * value, LayerState(state.time_shift, last, *state[2:])
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:

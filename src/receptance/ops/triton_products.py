@@ -30,8 +30,8 @@ class Tiles:
     dot_rows: int = 16
     """Outputs of one program for a batch."""
     warps: int = 4
-    stages: int = 4
-    """Groups under way at once for a batch."""
+    stages: int = 3
+    """Groups under way at once for a batch: of 4, int8 for 64 rows wants more than 99 KB."""
     most_floats: int = 16
     """Rows of the largest batch that is multiplied here, with float weights: torch has more."""
     most_codes: int = 64

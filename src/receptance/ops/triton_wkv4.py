@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import subprocess
 from typing import Any
 
 import torch
@@ -43,6 +44,20 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 def is_available() -> bool:
     """Whether Triton is installed."""
     return _INSTALLED
+
+
+def check_launcher() -> None:
+    """ValueError if Triton cannot build here what launches its kernels; nothing after it has."""
+    runtime = importlib.import_module("triton.runtime")
+    try:
+        _ = runtime.driver.active
+    except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
+        failed = isinstance(error, subprocess.CalledProcessError)
+        reason = "the C compiler failed" if failed else str(error).partition("\n")[0]
+        raise ValueError(
+            f"Triton cannot build what launches its kernels: {reason}. It wants gcc and Python's "
+            "headers (apt install gcc python3-dev); without them choose another backend"
+        ) from error
 
 
 def choose_variant(batch: int, time: int, width: int) -> str:
@@ -212,6 +227,7 @@ def _kernel(name: str, tuned: bool) -> tuple[Any, bool]:
     kernel = getattr(importlib.import_module("receptance.ops.triton_wkv4_kernels"), name)
     if not isinstance(kernel, triton.JITFunction):
         return kernel, True
+    check_launcher()
     if tuned:
         choices = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in _CONFIGURATIONS]
         kernel = triton.autotune(choices, key=["C"])(kernel)

@@ -207,7 +207,7 @@ def replay(
     n = w * 0
     for chunk in range(0, N if SERIAL else 1):
         if SERIAL:
-            _store(start + chunk * 3 * C, inside, C, _settle(a, b, o, n, w))
+            _store(start + (piece + chunk) * 3 * C, inside, C, _settle(a, b, o, n, w))
         for first in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), GROUP):
             position = (piece + chunk) * CHUNK + first
             t, left = row * T + position, end - position
