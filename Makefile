@@ -36,7 +36,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py $(RUN)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
