@@ -61,7 +61,8 @@ class Files:
                 f"{kind}.bin",
                 lambda path: write_ggmf(path, self.config, self._tensors(), kind),
             )
-        source = self.ggmf("FP32")
+        # As its documentation does: embedding and head stay as they are in the source.
+        source = self.ggmf("FP16")
         return self._once(f"{kind}.bin", lambda path: self._quantise(source, path, kind))
 
     def _once(self, name: str, make: Callable[[Path], object]) -> str:

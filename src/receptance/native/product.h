@@ -57,63 +57,114 @@ inline float sum_of(const Tile& sums) {
     return lanes[0];
 }
 
-// Makes codes, scales and sums of one row's values.
-inline void encode(const Activations& a, int64_t inputs, const Matrix& like) {
-    if (!is_integer(like.kind)) return;
-    const bool four = like.kind == Weight::int4;
+// Rounds kBlock values to 16-bit integers; returns their unit.
+inline float round_block(const float* from, int32_t* codes) {
+    Float most{};
+    for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
+        most = max(most, -minus_abs(load<Float>(from + i)));
+    float largest = 0;
+    for (int i = 0; i < RECEPTANCE_LANES; ++i) largest = most[i] > largest ? most[i] : largest;
+    const float scale = largest / 32767, inverse = scale > 0 ? 1 / scale : 0;
+    for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
+        store(codes + i, to_nearest(load<Float>(from + i) * inverse));
+    return scale;
+}
+
+// Makes codes, scales and sums of one row's values; order(codes, to) says how the codes of a block lie.
+template <class Order>
+inline void encode(const Activations& a, int64_t inputs, const Matrix& like, const Order& order) {
+    alignas(64) int32_t codes[kBlock];
     for (int64_t block = 0; block * kBlock < inputs; ++block) {
-        const float* from = a.values + block * kBlock;
-        int16_t* to = a.codes + block * kBlock;
-        Float most{};
-        for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
-            most = max(most, -minus_abs(load<Float>(from + i)));
-        float largest = 0;
-        for (int i = 0; i < RECEPTANCE_LANES; ++i) largest = most[i] > largest ? most[i] : largest;
-        const float scale = largest / 32767, inverse = scale > 0 ? 1 / scale : 0;
-        a.scales[block] = scale;
-        alignas(64) int32_t codes[kBlock];
-        for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
-            store(codes + i, to_nearest(load<Float>(from + i) * inverse));
-        if (four) {
-            for (int64_t i = 0; i < kBlock; i += 8)
-                for (int64_t j = 0; j < 4; ++j) {
-                    to[i + 2 * j] = (int16_t)codes[i + j];
-                    to[i + 2 * j + 1] = (int16_t)codes[i + j + 4];
-                }
-            for (int64_t i = 0; i < kBlock; i += like.group) {
-                int32_t sum = 0;
-                for (int64_t j = i; j < i + like.group; ++j) sum += codes[j];
-                a.sums[(block * kBlock + i) / like.group] = (float)sum * scale;
-            }
-        } else {
+        const float scale = a.scales[block] = round_block(a.values + block * kBlock, codes);
+        order(codes, a.codes + block * kBlock);
+        if (like.kind != Weight::int4) continue;
+        for (int64_t i = 0; i < kBlock; i += like.group) {
+            int32_t sum = 0;
+            for (int64_t j = i; j < i + like.group; ++j) sum += codes[j];
+            a.sums[(block * kBlock + i) / like.group] = (float)sum * scale;
+        }
+    }
+}
+
+// For matrices in tiles: pairs of inputs as they come out of the matrices' words.
+inline void encode_for_tiles(const Activations& a, int64_t inputs, const Matrix& like) {
+    if (like.kind == Weight::int8)
+        encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
             for (int64_t i = 0; i < kBlock; i += 4) {
                 to[i] = (int16_t)codes[i];
                 to[i + 1] = (int16_t)codes[i + 2];
                 to[i + 2] = (int16_t)codes[i + 1];
                 to[i + 3] = (int16_t)codes[i + 3];
             }
-        }
-    }
+        });
+    if (like.kind == Weight::int4)
+        encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
+            for (int64_t i = 0; i < kBlock; i += 8)
+                for (int64_t j = 0; j < 4; ++j) {
+                    to[i + 2 * j] = (int16_t)codes[i + j];
+                    to[i + 2 * j + 1] = (int16_t)codes[i + j + 4];
+                }
+        });
+}
+
+// For a matrix in rows: one after another.
+inline void encode_for_rows(const Activations& a, int64_t inputs, const Matrix& like) {
+    if (is_integer(like.kind))
+        encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
+            for (int64_t i = 0; i < kBlock; ++i) to[i] = (int16_t)codes[i];
+        });
 }
 
 // ---- tiles: every matrix but the last of channel mixing -----------------------------------------
 
-// Sums of kOutputs outputs for R rows. The functions below add up in an array of their own, which
-// stays in registers, and write it here once.
-template <int R>
-using Sums = Float[R][kVectors];
+// Sums of G tiles, kOutputs outputs each, for R rows. What the functions below add up at every step is
+// an array of their own, which stays in registers.
+template <int R, int G>
+using Sums = Float[G][R][kVectors];
 
-template <int R, class T>
-__attribute__((noinline)) void tile_product(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
-    Sums<R> sums = {};
-    const T* from = (const T*)w.data + tile * w.inputs * kOutputs;
-    for (int64_t k = 0; k < w.inputs; ++k, from += kOutputs) {
-        __builtin_prefetch((const char*)from + kPrefetch);
-        Float weights[kVectors];
-        for (int v = 0; v < kVectors; ++v) weights[v] = widen(from + v * RECEPTANCE_LANES);
+// With few rows a sum waits for its last addition: so many tiles are read side by side that
+// kChains of them are under way.
+constexpr int kChains = 4;
+template <int R>
+constexpr int kTiles = R * kVectors < kChains ? kChains / (R * kVectors) : 1;
+
+// G tiles as G streams of memory, each of `bytes`.
+template <int G>
+struct Streams {
+    const char* at;
+    int64_t bytes, left;
+
+    Streams(const void* data, int64_t tile, int64_t bytes)
+        : at((const char*)data + tile * bytes), bytes(bytes), left(bytes) {}
+    const char* operator[](int g) const { return at + g * bytes; }
+    // Asks for what comes kPrefetch later, all streams together; behind its end a stream goes on
+    // where the last one ends.
+    void prefetch(int g) const {
+        constexpr int64_t ahead = kPrefetch / G;
+        __builtin_prefetch(at + g * bytes + ahead + (left > ahead ? 0 : (G - 1) * bytes));
+    }
+    void advance(int64_t n) {
+        at += n;
+        left -= n;
+    }
+};
+
+template <int R, int G, class T>
+__attribute__((noinline)) void tile_product(const Matrix& w, int64_t tile, const Activations& a, Sums<R, G>& out) {
+    Sums<R, G> sums = {};
+    Streams<G> from(w.data, tile, w.inputs * kOutputs * sizeof(T));
+    for (int64_t k = 0; k < w.inputs; ++k, from.advance(kOutputs * sizeof(T))) {
+        Float weights[G][kVectors];
+        for (int g = 0; g < G; ++g) {
+            from.prefetch(g);
+            for (int v = 0; v < kVectors; ++v)
+                weights[g][v] = widen((const T*)from[g] + v * RECEPTANCE_LANES);
+        }
         for (int m = 0; m < R; ++m) {
             const Float x = broadcast(a.values[m * a.stride + k]);
-            for (int v = 0; v < kVectors; ++v) sums[m][v] = add_product(sums[m][v], weights[v], x);
+            for (int g = 0; g < G; ++g)
+                for (int v = 0; v < kVectors; ++v)
+                    sums[g][m][v] = add_product(sums[g][m][v], weights[g][v], x);
         }
     }
     std::memcpy(out, sums, sizeof sums);
@@ -125,109 +176,126 @@ inline void load_params(Float (&to)[kVectors], const uint16_t* from) {
         to[v] = load<Float>((const bfloat16*)from + v * RECEPTANCE_LANES);
 }
 
-template <int R>
-__attribute__((noinline)) void tile_product_int8(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
-    Sums<R> sums = {};
+template <int R, int G>
+__attribute__((noinline)) void tile_product_int8(const Matrix& w, int64_t tile, const Activations& a, Sums<R, G>& out) {
+    std::memset(out, 0, sizeof out);
     const int64_t blocks = round_up(w.inputs, kBlock) / kBlock;
-    const char* from = (const char*)w.data + tile * blocks * kBlock * kOutputs;
+    Streams<G> from(w.data, tile, blocks * kBlock * kOutputs);
     const uint16_t* params = w.params + tile * blocks * kOutputs;
     for (int64_t block = 0; block < blocks; ++block, params += kOutputs) {
         const int16_t* codes = a.codes + block * kBlock;
-        Int exact[R][kVectors] = {};
-        for (int64_t k = 0; k < kBlock; k += 4, from += 4 * kOutputs) {
-            __builtin_prefetch(from + kPrefetch);
-            Pairs even[kVectors], odd[kVectors];
-            for (int v = 0; v < kVectors; ++v) {
-                Pairs both;
-                std::memcpy(&both, from + v * sizeof both, sizeof both);
-                even[v] = both << 8 >> 8;
-                odd[v] = both >> 8;
+        Int exact[G][R][kVectors] = {};
+        for (int64_t k = 0; k < kBlock; k += 4, from.advance(4 * kOutputs)) {
+            Pairs even[G][kVectors], odd[G][kVectors];
+            for (int g = 0; g < G; ++g) {
+                from.prefetch(g);
+                for (int v = 0; v < kVectors; ++v) {
+                    Pairs both;
+                    std::memcpy(&both, from[g] + v * sizeof both, sizeof both);
+                    even[g][v] = both << 8 >> 8;
+                    odd[g][v] = both >> 8;
+                }
             }
             for (int m = 0; m < R; ++m) {
                 const Pairs x = broadcast_pair(codes + m * a.stride + k);
                 const Pairs y = broadcast_pair(codes + m * a.stride + k + 2);
-                for (int v = 0; v < kVectors; ++v) {
-                    exact[m][v] = add_products(exact[m][v], even[v], x);
-                    exact[m][v] = add_products(exact[m][v], odd[v], y);
-                }
+                for (int g = 0; g < G; ++g)
+                    for (int v = 0; v < kVectors; ++v) {
+                        exact[g][m][v] = add_products(exact[g][m][v], even[g][v], x);
+                        exact[g][m][v] = add_products(exact[g][m][v], odd[g][v], y);
+                    }
             }
         }
-        Float scale[kVectors];
-        load_params(scale, params);
-        for (int m = 0; m < R; ++m) {
-            const Float s = broadcast(a.scales[m * (a.stride / kBlock) + block]);
-            for (int v = 0; v < kVectors; ++v)
-                sums[m][v] = add_product(sums[m][v], to_float(exact[m][v]), s * scale[v]);
+        for (int g = 0; g < G; ++g) {
+            Float scale[kVectors];
+            load_params(scale, params + g * blocks * kOutputs);
+            for (int m = 0; m < R; ++m) {
+                const Float s = broadcast(a.scales[m * (a.stride / kBlock) + block]);
+                for (int v = 0; v < kVectors; ++v)
+                    out[g][m][v] = add_product(out[g][m][v], to_float(exact[g][m][v]), s * scale[v]);
+            }
         }
     }
-    std::memcpy(out, sums, sizeof sums);
 }
 
-template <int R>
-__attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, const Activations& a, Sums<R>& out) {
-    Sums<R> sums = {};
+template <int R, int G>
+__attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, const Activations& a, Sums<R, G>& out) {
+    std::memset(out, 0, sizeof out);
     const int64_t groups = round_up(w.inputs, kBlock) / w.group, per_block = kBlock / w.group;
-    const char* from = (const char*)w.data + tile * groups * w.group * (kOutputs / 2);
+    Streams<G> from(w.data, tile, groups * w.group * (kOutputs / 2));
     const uint16_t* params = w.params + tile * groups * 2 * kOutputs;
     for (int64_t group = 0; group < groups; ++group, params += 2 * kOutputs) {
         const int16_t* codes = a.codes + group * w.group;
-        __builtin_prefetch((const char*)params + kPrefetch / 4);
-        Int exact[R][kVectors] = {};
-        for (int64_t k = 0; k < w.group; k += 8, from += 4 * kOutputs) {
-            __builtin_prefetch(from + kPrefetch);
-            Word words[kVectors];
-            // One vector at a time: a longer copy goes through memory in 16-byte pieces.
-            for (int v = 0; v < kVectors; ++v)
-                std::memcpy(&words[v], from + v * sizeof words[v], sizeof words[v]);
-            for (int part = 0; part < 4; ++part) {
-                Pairs weights[kVectors];
+        Int exact[G][R][kVectors] = {};
+        for (int64_t k = 0; k < w.group; k += 8, from.advance(4 * kOutputs)) {
+            Word words[G][kVectors];
+            for (int g = 0; g < G; ++g) {
+                from.prefetch(g);
+                // One vector at a time: a longer copy goes through memory in 16-byte pieces.
                 for (int v = 0; v < kVectors; ++v)
-                    weights[v] = (Pairs)(words[v] >> (4 * part) & 0x000F000F);
+                    std::memcpy(&words[g][v], from[g] + v * sizeof(Word), sizeof(Word));
+            }
+            for (int part = 0; part < 4; ++part) {
+                Pairs weights[G][kVectors];
+                for (int g = 0; g < G; ++g)
+                    for (int v = 0; v < kVectors; ++v)
+                        weights[g][v] = (Pairs)(words[g][v] >> (4 * part) & 0x000F000F);
                 for (int m = 0; m < R; ++m) {
                     const Pairs x = broadcast_pair(codes + m * a.stride + k + 2 * part);
-                    for (int v = 0; v < kVectors; ++v)
-                        exact[m][v] = add_products(exact[m][v], weights[v], x);
+                    for (int g = 0; g < G; ++g)
+                        for (int v = 0; v < kVectors; ++v)
+                            exact[g][m][v] = add_products(exact[g][m][v], weights[g][v], x);
                 }
             }
         }
-        Float scale[kVectors], minimum[kVectors];
-        load_params(scale, params);
-        load_params(minimum, params + kOutputs);
-        for (int m = 0; m < R; ++m) {
-            const Float s = broadcast(a.scales[m * (a.stride / kBlock) + group / per_block]);
-            const Float sum = broadcast(a.sums[m * (a.stride / 32) + group]);
-            for (int v = 0; v < kVectors; ++v) {
-                sums[m][v] = add_product(sums[m][v], to_float(exact[m][v]), s * scale[v]);
-                sums[m][v] = add_product(sums[m][v], minimum[v], sum);
+        for (int g = 0; g < G; ++g) {
+            const uint16_t* own = params + g * groups * 2 * kOutputs;
+            __builtin_prefetch((const char*)own + kPrefetch / 4);
+            Float scale[kVectors], minimum[kVectors];
+            load_params(scale, own);
+            load_params(minimum, own + kOutputs);
+            for (int m = 0; m < R; ++m) {
+                const Float s = broadcast(a.scales[m * (a.stride / kBlock) + group / per_block]);
+                const Float sum = broadcast(a.sums[m * (a.stride / 32) + group]);
+                for (int v = 0; v < kVectors; ++v) {
+                    out[g][m][v] = add_product(out[g][m][v], to_float(exact[g][m][v]), s * scale[v]);
+                    out[g][m][v] = add_product(out[g][m][v], minimum[v], sum);
+                }
             }
         }
     }
-    std::memcpy(out, sums, sizeof sums);
 }
 
-// Sums of R rows, handed to put(m, first output, vector) one vector at a time.
-template <int R, class Put>
+// Sums of R rows and G tiles, handed to put(m, first output, vector) one vector at a time.
+template <int R, int G, class Put>
 void tile_rows(const Matrix& w, int64_t tile, const Activations& a, int64_t m, const Put& put) {
-    Sums<R> sums;
+    Sums<R, G> sums;
     const Activations rows = a.row(m);
     switch (w.kind) {
-        case Weight::float32: tile_product<R, float>(w, tile, rows, sums); break;
-        case Weight::bfloat16: tile_product<R, bfloat16>(w, tile, rows, sums); break;
-        case Weight::float16: tile_product<R, float16>(w, tile, rows, sums); break;
-        case Weight::int8: tile_product_int8<R>(w, tile, rows, sums); break;
-        case Weight::int4: tile_product_int4<R>(w, tile, rows, sums); break;
+        case Weight::float32: tile_product<R, G, float>(w, tile, rows, sums); break;
+        case Weight::bfloat16: tile_product<R, G, bfloat16>(w, tile, rows, sums); break;
+        case Weight::float16: tile_product<R, G, float16>(w, tile, rows, sums); break;
+        case Weight::int8: tile_product_int8<R, G>(w, tile, rows, sums); break;
+        case Weight::int4: tile_product_int4<R, G>(w, tile, rows, sums); break;
     }
-    for (int i = 0; i < R; ++i)
-        for (int v = 0; v < kVectors; ++v)
-            put(m + i, tile * kOutputs + v * RECEPTANCE_LANES, sums[i][v]);
+    for (int g = 0; g < G; ++g)
+        for (int i = 0; i < R; ++i)
+            for (int v = 0; v < kVectors; ++v)
+                put(m + i, (tile + g) * kOutputs + v * RECEPTANCE_LANES, sums[g][i][v]);
 }
 
-// tile_rows<n> for n up to R, which is not known before.
+// tile_rows of all tiles for n rows, a number up to R that is not known before.
 template <int R, class Put>
-void some_rows(int64_t n, const Matrix& w, int64_t tile, const Activations& a, int64_t m,
+void some_rows(int64_t n, const Matrix& w, Range tiles, const Activations& a, int64_t m,
                const Put& put) {
-    if (n == R) tile_rows<R>(w, tile, a, m, put);
-    else if constexpr (R > 1) some_rows<R - 1>(n, w, tile, a, m, put);
+    if (n == R) {
+        int64_t tile = tiles.begin;
+        for (; tile + kTiles<R> <= tiles.end; tile += kTiles<R>)
+            tile_rows<R, kTiles<R>>(w, tile, a, m, put);
+        for (; tile < tiles.end; ++tile) tile_rows<R, 1>(w, tile, a, m, put);
+    } else if constexpr (R > 1) {
+        some_rows<R - 1>(n, w, tiles, a, m, put);
+    }
 }
 
 // put(m, first output, vector) for rows [0, count) and every output of the tiles of `tiles`.
@@ -236,10 +304,14 @@ void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, 
     const int64_t most = is_integer(w.kind) ? kIntRows : kFloatRows;
     for (int64_t first = 0; first < count; first += kRows) {
         const int64_t rows = std::min(kRows, count - first), pieces = (rows + most - 1) / most;
+        if (pieces == 1) {
+            some_rows<kFloatRows>(rows, w, tiles, a, first, put);
+            continue;
+        }
         for (int64_t tile = tiles.begin; tile < tiles.end; ++tile)
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 const int64_t m = rows * piece / pieces, n = rows * (piece + 1) / pieces - m;
-                some_rows<kFloatRows>(n, w, tile, a, first + m, put);
+                some_rows<kFloatRows>(n, w, {tile, tile + 1}, a, first + m, put);
             }
     }
 }

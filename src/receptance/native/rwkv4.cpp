@@ -67,20 +67,22 @@ Activations take_activations(Memory& memory, int64_t rows, int64_t stride) {
 }
 
 struct Buffers {
-    int64_t stride, hidden_stride;
-    float *x, *key, *value, *receptance, *hidden, *normed;
-    Activations mixed[3], average;
+    int64_t stride;
+    float *x, *key, *value, *receptance, *normed;
+    Activations mixed[3], average, hidden;
+    char* partial;  // of the outputs of ffn.value
     int64_t* row_of;  // of every position
 
     Buffers(Memory& memory, const Weights& w, int64_t positions, int threads)
-        : stride(round_up(w.width, kBlock)), hidden_stride(round_up(w.ffn_width, kBlock)) {
+        : stride(round_up(w.width, kBlock)) {
         const int64_t own = std::max<int64_t>(positions, threads);
         for (float** vector : {&x, &key, &value, &receptance})
             *vector = memory.take<float>(positions * stride);
-        hidden = memory.take<float>(positions * hidden_stride);
         normed = memory.take<float>(2 * threads * stride);
         for (Activations& a : mixed) a = take_activations(memory, own, stride);
         average = take_activations(memory, own, stride);
+        hidden = take_activations(memory, own, round_up(w.ffn_width, kBlock));
+        partial = memory.take<char>(round_up(w.width, kColumns) / kColumns * kPartial);
         row_of = memory.take<int64_t>(positions);
     }
 };
@@ -106,6 +108,12 @@ struct Worker {
     Range positions() const { return alone() ? Range{0, 1} : me.share(pass.positions); }
     // With a single position every thread has activations of its own.
     Activations own(const Activations& a) const { return alone() ? a.row(me.id) : a; }
+    // The same of values that all threads share.
+    Activations own_codes(const Activations& a) const {
+        Activations mine = own(a);
+        mine.values = a.values;
+        return mine;
+    }
     Range tiles(const Matrix& m) const { return me.share(round_up(m.outputs, kOutputs) / kOutputs); }
 
     void embed() const {
@@ -143,7 +151,7 @@ struct Worker {
                     const Float x = load<Float>(now + c), y = load<Float>(last + c);
                     store(to.values + c, y + load<Float>(shares[i] + c) * (x - y));
                 }
-                encode(to, w.width, *matrices[i]);
+                encode_for_tiles(to, w.width, *matrices[i]);
             }
             if (p + 1 == pass.starts[row + 1] && me.id == (alone() ? 0 : me.id))
                 std::memcpy(after + row * w.width, now, w.width * sizeof(float));
@@ -173,13 +181,10 @@ struct Worker {
             average(l, at, t.begin * kOutputs);
         me.wait();
 
-        Activations gated = b.average;  // its values are shared
-        if (alone()) {
-            gated = own(b.average);
-            gated.values = b.average.values;
-        }
+        const Activations gated = own_codes(b.average);
         const Range mine = positions();
-        for (int64_t p = mine.begin; p < mine.end; ++p) encode(gated.row(p), w.width, l.output);
+        for (int64_t p = mine.begin; p < mine.end; ++p)
+            encode_for_tiles(gated.row(p), w.width, l.output);
         rows_done();
         product(l.output, tiles(l.output), gated, pass.positions,
                 [this](int64_t m, int64_t n, Float x) {
@@ -244,17 +249,25 @@ struct Worker {
                {&l.ffn_key, &l.ffn_receptance});
         multiply(l.ffn_key, b.mixed[0], [this](int64_t m, int64_t n, Float x) {
             const Float positive = x < 0 ? Float{} : x;  // NaN stays NaN
-            store(b.hidden + m * b.hidden_stride + n, positive * positive);
+            store(b.hidden.values + m * b.hidden.stride + n, positive * positive);
         });
         multiply(l.ffn_receptance, b.mixed[1], [this](int64_t m, int64_t n, Float x) {
             store(b.receptance + m * b.stride + n, sigmoid(x));
         });
         me.wait();
 
+        const Activations hidden = own_codes(b.hidden);
+        const Range mine = positions();
+        int64_t nonzero = 0;
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+            encode_for_rows(hidden.row(p), w.ffn_width, l.ffn_value);
+            nonzero += count_nonzero(hidden.row(p).values, w.ffn_width);
+        }
+        if (!alone() || me.id == 0) pass.nonzero += nonzero;
+        rows_done();
+
         const Range columns = me.share(round_up(w.width, kColumns), kColumns);
-        const int64_t nonzero = sparse_product(l.ffn_value, columns, b.hidden, b.hidden_stride,
-                                               pass.positions, b.value, b.key, b.stride);
-        if (me.id == 0) pass.nonzero += nonzero;
+        sparse_product(l.ffn_value, columns, hidden, pass.positions, b.value, b.stride, b.partial);
         for (int64_t p = 0; p < pass.positions; ++p)
             for (int64_t c = columns.begin; c < columns.end; c += RECEPTANCE_LANES) {
                 const int64_t i = p * b.stride + c;
@@ -327,7 +340,7 @@ void head(const Weights& w, const float* features, int64_t count, float* logits,
             const Activations row = a.row(m);
             std::memset(row.values, 0, stride * sizeof(float));
             std::memcpy(row.values, features + m * w.width, w.width * sizeof(float));
-            encode(row, w.width, w.head);
+            encode_for_tiles(row, w.width, w.head);
         }
         me.wait();
         const int64_t vocab = w.vocab_size;

@@ -2,6 +2,7 @@
 // model/v4.py; the layouts of the matrices are in engine/packing.py.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -48,7 +49,7 @@ struct Pass {
     const bool* resets;     // [positions] or null
     StateParts before, after;  // not the same memory
     float* features;           // [positions][C]
-    int64_t nonzero;           // out: inputs of ffn.value that were not zero, over all layers
+    std::atomic<int64_t> nonzero;  // out: inputs of ffn.value that were not zero, over all layers
 };
 
 // Memory that one function works in, kept for its next call.

@@ -1,22 +1,25 @@
-// Products with the last matrix of channel mixing, most of whose inputs are zero and skipped: its
-// layout is "rows" of engine/packing.py.
+// Products with the last matrix of channel mixing, most of whose inputs are zero: its layout is "rows"
+// of engine/packing.py.
 //
-// Every output is summed piece by piece of the inputs, and within a piece over those that are not
-// zero, one after another: whatever the number of rows, columns at a time and threads.
+// Every output is summed piece by piece of the inputs. With integers a piece is a group that shares
+// its parameters, and its sum is exact: the same with and without the zeros, and in any order. With
+// floats it is kPiece inputs, and those of them that are not zero are added one after another. So the
+// result is the same for any number of rows, columns at a time and threads.
 #pragma once
+
+#include <type_traits>
 
 #include "product.h"
 
 namespace receptance {
 namespace {
 
-constexpr int64_t kColumns = 64;     // outputs at a time, and inputs of a piece: as floats they fill
-constexpr int64_t kPiece = 64;       // half of a first-level cache
-constexpr int64_t kTogether = 4;     // inputs at a time for one row
-constexpr int64_t kPieces = 128;     // whose nonzero inputs are listed for one row
-constexpr int64_t kFew = 4;          // up to so many rows go one after another through as many
-constexpr int64_t kNear = 256;       // inputs as a second-level cache keeps
-constexpr int64_t kSparseRows = 32;  // of more rows so many at a time
+constexpr int64_t kColumns = 64;     // outputs at a time
+constexpr int64_t kPiece = 64;       // inputs of a piece of floats
+constexpr int64_t kFew = 4;          // up to so many rows leave out what is zero in each:
+constexpr int64_t kListed = 4096;    // inputs for which one row lists what is not
+constexpr int64_t kNear = 256;       // inputs that a second-level cache keeps, for more rows
+constexpr int64_t kSparseRows = 32;  // of more rows of floats so many at a time
 
 // For every set of 8 bits the places of those that are 1, in order.
 struct Places {
@@ -30,112 +33,187 @@ struct Places {
 constexpr Places kPlaces;
 
 // Writes `first` plus the places of those of x[0, count) that are not zero, and up to 8 numbers more;
-// returns how many they are. Adds x to sum.
-inline int64_t find_nonzero(const float* x, int64_t count, int64_t first, uint16_t* to,
-                            float& sum) {
-    int64_t n = 0;
-    Tile sums = {};
-    const auto take = [&](const float* from, int64_t k) {
-        for (int64_t i = 0; i < kOutputs; i += 8) {
-            const unsigned bits = not_zero(from + i);
-            for (int j = 0; j < 8; ++j)
-                to[n + j] = (uint16_t)(kPlaces.of[bits][j] + (uint16_t)(first + k + i));
-            n += __builtin_popcount(bits);
-        }
-        for (int v = 0; v < kVectors; ++v) sums[v] += load<Float>(from + v * RECEPTANCE_LANES);
+// returns how many they are.
+inline int64_t find_nonzero(const float* x, int64_t count, int64_t first, uint16_t* to) {
+    int64_t n = 0, k = 0;
+    const auto take = [&](const float* from) {
+        const unsigned bits = not_zero(from);
+        for (int j = 0; j < 8; ++j)
+            to[n + j] = (uint16_t)(kPlaces.of[bits][j] + (uint16_t)(first + k));
+        n += __builtin_popcount(bits);
     };
-    int64_t k = 0;
-    for (; k + kOutputs <= count; k += kOutputs) take(x + k, k);
+    for (; k + 8 <= count; k += 8) take(x + k);
     if (k < count) {
-        float rest[kOutputs] = {};
+        float rest[8] = {};
         std::memcpy(rest, x + k, (count - k) * sizeof(float));
-        take(rest, k);
+        take(rest);
     }
-    sum += sum_of(sums);
+    return n;
+}
+
+inline int64_t count_nonzero(const float* x, int64_t count) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < count; ++i) n += x[i] != 0;
     return n;
 }
 
 constexpr int kRowVectors = kColumns / RECEPTANCE_LANES;
 using RowVectors = Float[kRowVectors];
 
-// Weights of one input and kColumns outputs: each(from, put) calls put(v, weights as floats) for
-// every vector of outputs. What is summed up of them has to be multiplied by unit(v).
+// ---- weights of one or a few inputs and kColumns outputs ----------------------------------------
+//
+// add(sums, from, offset, x) adds kTogether inputs' products: their weights are `offset` bytes behind
+// from[i], x[i] is what they are multiplied by. Sums are loaded and stored for kSet inputs at a time.
+// total(sums) makes floats of the sums of integers.
+
 template <class T>
-struct Row {
+struct FloatRows {
+    using Value = float;
+    static const float* values(const Activations& a) { return a.values; }
+    static constexpr int kSums = kRowVectors;
+    using Sum = Float;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 1, kSet = 4;
     static constexpr int64_t kBytes = kColumns * sizeof(T);
-    static constexpr float unit(int) { return 1; }
-    template <class Put>
-    static inline void each(const char* from, const Put& put) {
-        for (int v = 0; v < kRowVectors; ++v) put(v, widen((const T*)from + v * RECEPTANCE_LANES));
+    static inline void add(Sums& sums, const char* const* from, int64_t offset, const float* x) {
+        const Float factor = broadcast(*x);
+        const T* weights = (const T*)(*from + offset);
+        for (int v = 0; v < kRowVectors; ++v)
+            sums[v] = add_product(sums[v], factor, widen(weights + v * RECEPTANCE_LANES));
     }
 };
 
-// Codes lie in words of 32 bits, and become floats at their place in the word: times a power of 2,
-// which spares shifting them.
-template <>
-struct Row<int8_t> {
+// The halves of two inputs' words, paired: what is multiplied by pairs of activations.
+struct Halves {
+    Word low, high;
+    Halves(Word a, Word b) : low((a & 0xFFFF) | b << 16), high(a >> 16 | (b & 0xFFFF0000)) {}
+};
+
+struct Int8Rows {
+    using Value = int16_t;
+    static const int16_t* values(const Activations& a) { return a.codes; }
+    static constexpr int kSums = kRowVectors;
+    using Sum = Int;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 2, kSet = 4;
     static constexpr int64_t kBytes = kColumns;
     static constexpr int kWords = 16 / RECEPTANCE_LANES;
-    static constexpr float unit(int v) { return v < 3 * kWords ? 0x1p-24f : 1; }
+
+    // put(v, pairs) for every vector of outputs.
     template <class Put>
-    static inline void each(const char* from, const Put& put) {
+    static inline void pairs(const char* a, const char* b, const Put& put) {
         for (int h = 0; h < kWords; ++h) {
-            Int words;
-            std::memcpy(&words, from + h * sizeof words, sizeof words);
-            put(h, to_float(words << 24));
-            put(kWords + h, to_float((words << 16) & INT32_C(-0x1000000)));
-            put(2 * kWords + h, to_float((words << 8) & INT32_C(-0x1000000)));
-            put(3 * kWords + h, to_float(words >> 24));
+            Word first, second;
+            std::memcpy(&first, a + h * sizeof first, sizeof first);
+            std::memcpy(&second, b + h * sizeof second, sizeof second);
+            const Halves both(first, second);
+            put(h, (Pairs)both.low << 8 >> 8);
+            put(kWords + h, (Pairs)both.low >> 8);
+            put(2 * kWords + h, (Pairs)both.high << 8 >> 8);
+            put(3 * kWords + h, (Pairs)both.high >> 8);
         }
+    }
+    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
+        const Pairs factors = broadcast_pair(x);
+        pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
+            sums[v] = add_products(sums[v], weights, factors);
+        });
+    }
+    static inline void total(const Sums& sums, RowVectors& to) {
+        for (int v = 0; v < kRowVectors; ++v) to[v] = to_float(sums[v]);
     }
 };
 
-struct FourBitRow {
+struct Int4Rows {
+    using Value = int16_t;
+    static const int16_t* values(const Activations& a) { return a.codes; }
     static constexpr int64_t kBytes = kColumns / 2;
 #if RECEPTANCE_LANES == 16
-    // Two of the eight codes of 8 words at a time.
-    static constexpr float unit(int) { return 1; }
+    // A vector has room for the 8 words of two inputs. So four inputs are added at a time, and the
+    // halves of the sums, each of 8 outputs, in the end.
+    static constexpr int kSums = 8;
+    using Sum = Int;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 4, kSet = 8;
+
     template <class Put>
-    static inline void each(const char* from, const Put& put) {
-        Word words, shift;
-        for (int half = 0; half < 2; ++half) std::memcpy((char*)&words + 32 * half, from, 32);
+    static inline void pairs(const char* a, const char* b, const Put& put) {
+        const Halves both(twice(a), twice(b));
+        Word shift;
         for (int i = 0; i < 16; ++i) shift[i] = i / 8 * 4;
-        for (int v = 0; v < kRowVectors; ++v)
-            put(v, to_float((Int)(words >> (shift + 8 * v) & 15)));
-    }
-#else
-    static constexpr int kWords = 8 / RECEPTANCE_LANES;
-    static constexpr float unit(int v) {
-        return v < 7 * kWords ? 1 / (float)(1 << 4 * (v / kWords)) : 1;
-    }
-    template <class Put>
-    static inline void each(const char* from, const Put& put) {
-        for (int h = 0; h < kWords; ++h) {
-            Word words;
-            std::memcpy(&words, from + h * sizeof words, sizeof words);
-            for (int code = 0; code < 7; ++code)
-                put(code * kWords + h, to_float((Int)(words & (15u << 4 * code))));
-            put(7 * kWords + h, to_float((Int)(words >> 28)));
+        for (int v = 0; v < kRowVectors; ++v) {
+            const Word half = v < 2 ? both.low : both.high;
+            put(v, (Pairs)(half >> (shift + v % 2 * 8) & 0x000F000F));
         }
+    }
+    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
+        const Halves both(joined(load8(from[0] + offset), load8(from[2] + offset)),
+                          joined(load8(from[1] + offset), load8(from[3] + offset)));
+        int32_t factors[2];
+        std::memcpy(factors, x, sizeof factors);
+        const Pairs pairs = (Pairs)joined(_mm256_set1_epi32(factors[0]), _mm256_set1_epi32(factors[1]));
+        for (int c = 0; c < 4; ++c) {
+            sums[c] = add_products(sums[c], (Pairs)(both.low >> 4 * c & 0x000F000F), pairs);
+            sums[4 + c] = add_products(sums[4 + c], (Pairs)(both.high >> 4 * c & 0x000F000F), pairs);
+        }
+    }
+    static inline void total(const Sums& sums, RowVectors& to) {
+        for (int v = 0; v < kRowVectors; ++v) {
+            const __m512i first = (__m512i)sums[2 * v], second = (__m512i)sums[2 * v + 1];
+            const Int one = (Int)_mm512_shuffle_i64x2(first, second, 0x44);
+            to[v] = to_float(one + (Int)_mm512_shuffle_i64x2(first, second, 0xEE));
+        }
+    }
+
+private:
+    static inline __m256i load8(const char* from) { return _mm256_loadu_si256((const __m256i*)from); }
+    static inline Word joined(__m256i low, __m256i high) {
+        return (Word)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    static inline Word twice(const char* from) { return (Word)_mm512_broadcast_i64x4(load8(from)); }
+#else
+    static constexpr int kSums = kRowVectors;
+    using Sum = Int;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 2, kSet = 4;
+    static constexpr int kWords = 8 / RECEPTANCE_LANES;
+
+    template <class Put>
+    static inline void pairs(const char* a, const char* b, const Put& put) {
+        for (int h = 0; h < kWords; ++h) {
+            Word first, second;
+            std::memcpy(&first, a + h * sizeof first, sizeof first);
+            std::memcpy(&second, b + h * sizeof second, sizeof second);
+            const Halves both(first, second);
+            for (int c = 0; c < 4; ++c) {
+                put(c * kWords + h, (Pairs)(both.low >> 4 * c & 0x000F000F));
+                put((4 + c) * kWords + h, (Pairs)(both.high >> 4 * c & 0x000F000F));
+            }
+        }
+    }
+    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
+        const Pairs factors = broadcast_pair(x);
+        pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
+            sums[v] = add_products(sums[v], weights, factors);
+        });
+    }
+    static inline void total(const Sums& sums, RowVectors& to) {
+        for (int v = 0; v < kRowVectors; ++v) to[v] = to_float(sums[v]);
     }
 #endif
 };
 
-template <class R>
-inline void add_row(RowVectors& sum, float factor, const char* from) {
-    const Float x = broadcast(factor);
-    R::each(from, [&](int v, Float weights) { sum[v] = add_product(sum[v], x, weights); });
-}
+constexpr int64_t kPartial = 2 * kColumns * sizeof(float);  // the largest sums, of Int4Rows
 
-// Calls work(row) with the type of a matrix's rows.
+// Calls work(rows) with the type of a matrix's rows.
 template <class Work>
 inline void with_rows(const Matrix& w, const Work& work) {
     switch (w.kind) {
-        case Weight::float32: return work(Row<float>{});
-        case Weight::bfloat16: return work(Row<bfloat16>{});
-        case Weight::float16: return work(Row<float16>{});
-        case Weight::int8: return work(Row<int8_t>{});
-        case Weight::int4: return work(FourBitRow{});
+        case Weight::float32: return work(FloatRows<float>{});
+        case Weight::bfloat16: return work(FloatRows<bfloat16>{});
+        case Weight::float16: return work(FloatRows<float16>{});
+        case Weight::int8: return work(Int8Rows{});
+        case Weight::int4: return work(Int4Rows{});
     }
 }
 
@@ -143,174 +221,245 @@ inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
 }
 
-// At most kPiece inputs [first, first + count), all of one group that shares its parameters.
+// The inputs of a piece, and their weights for the first output.
+template <class R>
 struct Piece {
-    int64_t first, count;
-    bool begins, ends;                // the group
-    const bfloat16 *scale, *minimum;  // of all outputs; null where there are none
+    const Matrix& w;
+    int64_t number, first, count, stride;
+    const char* base;
+
+    static int64_t inputs(const Matrix& w) { return w.group ? w.group : kPiece; }
+
+    Piece(const Matrix& w, int64_t number)
+        : w(w),
+          number(number),
+          first(number * inputs(w)),
+          count(std::min(inputs(w), w.inputs - first)),
+          stride(round_up(w.outputs, kColumns) / kColumns * R::kBytes),
+          base((const char*)w.data + first * stride) {}
+
+    const char* at(int64_t input, int64_t column) const {
+        return base + input * stride + column / kColumns * R::kBytes;
+    }
+    // y[column, column + kColumns) += the sums of one row.
+    void finish(const typename R::Sums& sums, const Activations& row, int64_t column, float* y) const {
+        if constexpr (std::is_same_v<typename R::Value, float>) {
+            y += column;
+            for (int v = 0; v < kRowVectors; ++v, y += RECEPTANCE_LANES)
+                store(y, load<Float>(y) + sums[v]);
+        } else {
+            RowVectors exact;
+            R::total(sums, exact);
+            add(exact, row, column, y);
+        }
+    }
+    void add(const RowVectors& exact, const Activations& row, int64_t column, float* y) const {
+        const bool four = w.kind == Weight::int4;
+        const int64_t outputs = round_up(w.outputs, kColumns);
+        const bfloat16* scale = (const bfloat16*)w.params + number * outputs * (four ? 2 : 1) + column;
+        const Float unit = broadcast(row.scales[first / kBlock]);
+        const Float sum = broadcast(four ? row.sums[number] : 0);
+        y += column;
+        for (int v = 0, n = 0; v < kRowVectors; ++v, n += RECEPTANCE_LANES) {
+            Float to = add_product(load<Float>(y + n), exact[v], unit * widen(scale + n));
+            if (four) to = add_product(to, widen(scale + outputs + n), sum);
+            store(y + n, to);
+        }
+    }
 };
 
-// What the group of a piece has summed up to here for kColumns outputs from `column` on.
-inline void begin_sums(RowVectors& sum, bool begins, const float* partial, int64_t column) {
-    for (int v = 0; v < kRowVectors; ++v)
-        sum[v] = begins ? Float{} : load<Float>(partial + column + v * RECEPTANCE_LANES);
-}
+// ---- few rows: without what is zero -------------------------------------------------------------
 
-// Keeps it, or adds it to the outputs y; `total` is the sum of the group's activations.
+// Those inputs of some pieces that are not zero in one row.
 template <class R>
-inline void end_sums(const RowVectors& sum, const Piece& p, bool ends, float total, int64_t column,
-                     float* partial, float* y) {
-    const auto each = [&](float* to, const auto& next) {
-        for (int v = 0; v < kRowVectors; ++v) {
-            const int64_t n = column + v * RECEPTANCE_LANES;
-            store(to + n, next(v, n));
-        }
-    };
-    if (!ends) return each(partial, [&](int v, int64_t) { return sum[v]; });
-    if (!p.scale) return each(y, [&](int v, int64_t n) { return load<Float>(y + n) + sum[v]; });
-    const auto scaled = [&](int v, int64_t n) {
-        return add_product(load<Float>(y + n), widen(p.scale + n), sum[v] * R::unit(v));
-    };
-    if (!p.minimum) return each(y, scaled);
-    const Float all = broadcast(total);
-    each(y, [&](int v, int64_t n) {
-        return add_product(scaled(v, n), widen(p.minimum + n), all);
-    });
-}
+struct Picked {
+    uint16_t which[kListed + 8];  // behind the first input of the first piece
+    int64_t ends[kListed / 32], count = 0;
 
-// The piece that begins with input `first`.
-inline Piece piece_at(const Matrix& w, int64_t first) {
-    const int64_t group_size = w.group ? w.group : kPiece, group = first / group_size;
-    const int64_t inside = first - group * group_size;
-    const int64_t left = std::min(group_size - inside, w.inputs - first);
-    const int64_t count = std::min(kPiece, left), stride = round_up(w.outputs, kColumns);
-    const bool four = w.kind == Weight::int4;
-    const bfloat16* params = (const bfloat16*)w.params + group * stride * (four ? 2 : 1);
-    return {first, count, inside == 0, count == left,
-            w.params ? params : nullptr, four ? params + stride : nullptr};
-}
-
-// One row: a few inputs that are not zero at a time, over all columns. So whole stretches of memory
-// are left out; gaps between short ones the processor would fetch unasked.
-template <class R>
-int64_t sparse_row(const Matrix& w, Range inputs, Range columns, const float* x, float* y,
-                   float* partial) {
-    uint16_t which[kPieces * kPiece + 8];
-    Piece pieces[kPieces];
-    int64_t ends[kPieces], nonzero = 0;
-    float totals[kPieces];
-    const int64_t run = (columns.end - columns.begin) / kColumns * R::kBytes;
-    const int64_t stride = round_up(w.outputs, kColumns) / kColumns * R::kBytes;
-    const int64_t ahead = std::max(kTogether, kPrefetch / std::max<int64_t>(run, 1));
-    for (int64_t first = inputs.begin; first < inputs.end;) {
-        const char* base =
-            (const char*)w.data + first * stride + columns.begin / kColumns * R::kBytes;
-        const float* values = x + first;
-        int64_t n = 0, found = 0;
-        for (const int64_t begin = first; n < kPieces && first < inputs.end; ++n) {
-            const Piece p = pieces[n] = piece_at(w, first);  // the first of them begins a group
-            totals[n] = p.begins ? 0 : totals[n - 1];
-            found += find_nonzero(x + first, p.count, first - begin, which + found, totals[n]);
-            ends[n] = found;
-            first += p.count;
+    Picked(const Matrix& w, Range pieces, const float* values) {
+        const int64_t begin = Piece<R>(w, pieces.begin).first;
+        for (int64_t number = pieces.begin; number < pieces.end; ++number) {
+            const Piece<R> piece(w, number);
+            count += find_nonzero(values + piece.first, piece.count, piece.first - begin,
+                                  which + count);
+            ends[number - pieces.begin] = count;
         }
-        nonzero += found;
-        for (int64_t i = 0, at = 0; i < n; ++i)
-            for (bool begins = true, last = false; !last; begins = false) {
-                const int64_t count = std::min(kTogether, ends[i] - at);
-                const int64_t coming = std::min(kTogether, found - at - ahead);
-                const char *from[kTogether], *then[kTogether];
-                float factors[kTogether];
-                for (int64_t j = 0; j < count; ++j) {
-                    from[j] = base + which[at + j] * stride;
-                    factors[j] = values[which[at + j]];
-                }
-                for (int64_t j = 0; j < coming; ++j)
-                    then[j] = base + which[at + ahead + j] * stride;
-                at += count;
-                last = at == ends[i];
-                for (int64_t c = columns.begin, offset = 0; c < columns.end;
-                     c += kColumns, offset += R::kBytes) {
-                    RowVectors sum;
-                    begin_sums(sum, pieces[i].begins && begins, partial, c);
-                    for (int64_t j = 0; j < count; ++j)
-                        add_row<R>(sum, factors[j], from[j] + offset);
-                    for (int64_t j = 0; j < coming; ++j) prefetch(then[j] + offset, R::kBytes);
-                    end_sums<R>(sum, pieces[i], pieces[i].ends && last, totals[i], c, partial, y);
-                }
-            }
     }
-    return nonzero;
+};
+
+// A few inputs at a time, over all columns. So whole stretches of memory are left out; gaps between
+// short ones the processor would fetch unasked.
+template <class R>
+void one_row(const Matrix& w, Range pieces, Range columns, const Activations& row, float* y,
+             typename R::Sums* partial) {
+    const Picked<R> picked(w, pieces, row.values);
+    const int64_t run = (columns.end - columns.begin) / kColumns * R::kBytes;
+    const int64_t ahead = std::max<int64_t>(R::kSet, kPrefetch / std::max<int64_t>(run, 1));
+    const Piece<R> start(w, pieces.begin);
+    const char* base = start.at(0, columns.begin);
+    const typename R::Value* x = R::values(row) + start.first;
+    for (int64_t number = pieces.begin, at = 0; number < pieces.end; ++number) {
+        const Piece<R> piece(w, number);
+        const int64_t end = picked.ends[number - pieces.begin];
+        for (bool begins = true; at < end; begins = false) {
+            const int64_t found = std::min<int64_t>(R::kSet, end - at);
+            const int64_t count = round_up(found, R::kTogether);
+            const int64_t coming = std::min<int64_t>(R::kSet, picked.count - at - ahead);
+            const char *from[R::kSet], *then[R::kSet];
+            typename R::Value values[R::kSet];
+            for (int64_t j = 0; j < found; ++j) {
+                from[j] = base + picked.which[at + j] * piece.stride;
+                values[j] = x[picked.which[at + j]];
+            }
+            for (int64_t j = found; j < count; ++j) from[j] = from[0], values[j] = 0;
+            for (int64_t j = 0; j < coming; ++j)
+                then[j] = base + picked.which[at + ahead + j] * piece.stride;
+            at += found;
+            typename R::Sums* kept = partial + columns.begin / kColumns;
+            for (int64_t c = columns.begin; c < columns.end; c += kColumns, ++kept) {
+                // Vector by vector: a copy of all would leave them in memory.
+                typename R::Sums sums;
+                for (int v = 0; v < R::kSums; ++v) sums[v] = begins ? typename R::Sum{} : (*kept)[v];
+                const int64_t offset = (c - columns.begin) / kColumns * R::kBytes;
+                for (int64_t j = 0; j < count; j += R::kTogether)
+                    R::add(sums, from + j, offset, values + j);
+                for (int64_t j = 0; j < coming; ++j) prefetch(then[j] + offset, R::kBytes);
+                if (at == end) piece.finish(sums, row, c, y);
+                else
+                    for (int v = 0; v < R::kSums; ++v) (*kept)[v] = sums[v];
+            }
+        }
+    }
 }
 
-// Several rows: the weights of a piece are made floats once for all, some columns at a time.
+// The rows in turns, so that what one has read is near for the next.
 template <class R>
-int64_t sparse_rows(const Matrix& w, Range columns, const float* x, int64_t x_stride, int64_t count,
-                    float* y, float* partial, int64_t y_stride) {
+void few_rows(const Matrix& w, Range columns, const Activations& a, int64_t count, float* y,
+              int64_t y_stride, void* partial) {
+    const int64_t inputs = Piece<R>::inputs(w), pieces = (w.inputs + inputs - 1) / inputs;
+    const int64_t step = (count == 1 ? kListed : kNear) / inputs;
+    for (int64_t first = 0; first < pieces; first += step)
+        for (int64_t m = 0; m < count; ++m)
+            one_row<R>(w, {first, std::min(first + step, pieces)}, columns, a.row(m),
+                       y + m * y_stride, (typename R::Sums*)partial);
+}
+
+// ---- many rows ----------------------------------------------------------------------------------
+
+// Asks for the next piece's columns, or those of this piece that come next.
+template <class R>
+inline void prefetch_next(const Piece<R>& piece, Range columns, int64_t column, int64_t input) {
+    const bool last = column + kColumns >= columns.end;
+    if (!last) prefetch(piece.at(input, column + kColumns), R::kBytes);
+    else if (piece.first + piece.count + input < piece.w.inputs)
+        prefetch(piece.at(piece.count + input, columns.begin), R::kBytes);
+}
+
+// Floats: the weights of a piece are widened once for all rows, some columns at a time, and what is
+// zero is left out.
+template <class T>
+void many_rows(FloatRows<T>, const Matrix& w, Range columns, const Activations& a, int64_t count,
+               float* y, int64_t y_stride) {
+    using R = FloatRows<T>;
     uint16_t which[kSparseRows][kPiece + 8];
-    int64_t found[kSparseRows], nonzero = 0;
-    float totals[kSparseRows];
+    int64_t found[kSparseRows];
     alignas(64) float widened[kPiece * kColumns];
-    const int64_t stride = round_up(w.outputs, kColumns) / kColumns * R::kBytes;
-    const int64_t run = (columns.end - columns.begin) / kColumns * R::kBytes;
-    for (int64_t first = 0; first < w.inputs;) {
-        const Piece p = piece_at(w, first);
-        const float* values = x + first;
-        for (int64_t m = 0; m < count; ++m) {
-            if (p.begins) totals[m] = 0;
-            found[m] = find_nonzero(values + m * x_stride, p.count, 0, which[m], totals[m]);
-            nonzero += found[m];
-        }
-        const char* base = (const char*)w.data + first * stride;
-        first += p.count;
+    for (int64_t number = 0; number * kPiece < w.inputs; ++number) {
+        const Piece<R> piece(w, number);
+        for (int64_t m = 0; m < count; ++m)
+            found[m] = find_nonzero(a.row(m).values + piece.first, piece.count, 0, which[m]);
         for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
-            const bool last = c + kColumns >= columns.end;
-            const int64_t ahead = last ? p.count * stride + R::kBytes - run : R::kBytes;
-            const char* from = base + c / kColumns * R::kBytes;
-            for (int64_t k = 0; k < p.count; ++k, from += stride) {
-                prefetch(from + ahead, R::kBytes);
-                R::each(from, [&](int v, Float weights) {
-                    store(widened + k * kColumns + v * RECEPTANCE_LANES, weights);
-                });
+            for (int64_t k = 0; k < piece.count; ++k) {
+                prefetch_next(piece, columns, c, k);
+                const T* from = (const T*)piece.at(k, c);
+                for (int64_t n = 0; n < kColumns; n += RECEPTANCE_LANES)
+                    store(widened + k * kColumns + n, widen(from + n));
             }
             for (int64_t m = 0; m < count; ++m) {
-                RowVectors sum;
-                begin_sums(sum, p.begins, partial + m * y_stride, c);
-                for (int64_t i = 0; i < found[m]; ++i)
-                    add_row<Row<float>>(sum, values[m * x_stride + which[m][i]],
-                                        (const char*)(widened + which[m][i] * kColumns));
-                end_sums<R>(sum, p, p.ends, totals[m], c, partial + m * y_stride, y + m * y_stride);
+                RowVectors sums = {};
+                const float* x = a.row(m).values + piece.first;
+                for (int64_t i = 0; i < found[m]; ++i) {
+                    const char* from = (const char*)(widened + which[m][i] * kColumns);
+                    FloatRows<float>::add(sums, &from, 0, x + which[m][i]);
+                }
+                piece.finish(sums, a.row(m), c, y + m * y_stride);
             }
         }
     }
-    return nonzero;
 }
 
-// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of kColumns), of x[m] without
-// its zeros; returns how many inputs were not zero. `partial` is memory like y.
-inline int64_t sparse_product(const Matrix& w, Range columns, const float* x, int64_t x_stride,
-                              int64_t count, float* y, float* partial, int64_t y_stride) {
+// Rows and vectors of outputs that are summed side by side: as many as there are registers for.
+constexpr int kDenseRows = RECEPTANCE_LANES == 16 ? 6 : RECEPTANCE_LANES == 8 ? 3 : 2;
+constexpr int kDenseVectors = 4;
+
+// Sums of R rows and kDenseVectors vectors over the pairs of weights of a piece.
+template <int R>
+__attribute__((noinline)) void dense_product(const Pairs* weights, int64_t pairs,
+                                             const int16_t* codes, int64_t stride, Int* out) {
+    Int sums[R][kDenseVectors] = {};
+    for (int64_t p = 0; p < pairs; ++p, weights += kRowVectors)
+        for (int m = 0; m < R; ++m) {
+            const Pairs x = broadcast_pair(codes + m * stride + 2 * p);
+            for (int v = 0; v < kDenseVectors; ++v)
+                sums[m][v] = add_products(sums[m][v], weights[v], x);
+        }
+    for (int m = 0; m < R; ++m) std::memcpy(out + m * kRowVectors, sums[m], sizeof sums[m]);
+}
+
+template <int R>
+inline void some_dense(int64_t rows, const Pairs* weights, int64_t pairs, const int16_t* codes,
+                       int64_t stride, Int* out) {
+    if (rows == R) dense_product<R>(weights, pairs, codes, stride, out);
+    else if constexpr (R > 1) some_dense<R - 1>(rows, weights, pairs, codes, stride, out);
+}
+
+// Integers: a piece is taken apart once for all rows, some columns at a time; zeros are not left out,
+// for looking for them costs more than multiplying them.
+template <class R>
+void many_rows(R, const Matrix& w, Range columns, const Activations& a, int64_t count, float* y,
+               int64_t y_stride) {
+    Pairs weights[kBlock / 2][kRowVectors];
+    for (int64_t number = 0; number * w.group < w.inputs; ++number) {
+        const Piece<R> piece(w, number);
+        const int64_t pairs = (piece.count + 1) / 2;
+        for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
+            for (int64_t p = 0; p < pairs; ++p) {
+                const int64_t k = 2 * p, last = std::min(k + 1, piece.count - 1);
+                for (int64_t i = k; i <= last; ++i) prefetch_next(piece, columns, c, i);
+                R::pairs(piece.at(k, c), piece.at(last, c),
+                         [&](int v, Pairs both) { weights[p][v] = both; });
+            }
+            const int64_t blocks = (count + kDenseRows - 1) / kDenseRows;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t m = count * block / blocks, n = count * (block + 1) / blocks - m;
+                const int16_t* codes = a.row(m).codes + piece.first;
+                Int sums[kDenseRows][kRowVectors];
+                for (int v = 0; v < kRowVectors; v += kDenseVectors)
+                    some_dense<kDenseRows>(n, weights[0] + v, pairs, codes, a.stride, sums[0] + v);
+                for (int64_t i = 0; i < n; ++i) {
+                    RowVectors exact;
+                    for (int v = 0; v < kRowVectors; ++v) exact[v] = to_float(sums[i][v]);
+                    piece.add(exact, a.row(m + i), c, y + (m + i) * y_stride);
+                }
+            }
+        }
+    }
+}
+
+// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of kColumns). `partial` is memory
+// of kPartial bytes for every kColumns outputs.
+inline void sparse_product(const Matrix& w, Range columns, const Activations& a, int64_t count,
+                           float* y, int64_t y_stride, void* partial) {
     for (int64_t m = 0; m < count; ++m)
         std::memset(y + m * y_stride + columns.begin, 0,
                     (columns.end - columns.begin) * sizeof(float));
-    int64_t nonzero = 0;
-    with_rows(w, [&](auto row) {
-        using R = decltype(row);
-        if (count > kFew) {
-            for (int64_t m = 0; m < count; m += kSparseRows)
-                nonzero += sparse_rows<R>(w, columns, x + m * x_stride, x_stride,
-                                          std::min(kSparseRows, count - m), y + m * y_stride,
-                                          partial + m * y_stride, y_stride);
-            return;
-        }
-        const int64_t step = count == 1 ? w.inputs : kNear;
-        for (int64_t first = 0; first < w.inputs; first += step)
-            for (int64_t m = 0; m < count; ++m)
-                nonzero += sparse_row<R>(w, {first, std::min(first + step, w.inputs)}, columns,
-                                         x + m * x_stride, y + m * y_stride,
-                                         partial + m * y_stride);
+    with_rows(w, [&](auto rows) {
+        using R = decltype(rows);
+        if (count <= kFew) return few_rows<R>(w, columns, a, count, y, y_stride, partial);
+        for (int64_t m = 0; m < count; m += kSparseRows)
+            many_rows(rows, w, columns, a.row(m), std::min(kSparseRows, count - m),
+                      y + m * y_stride, y_stride);
     });
-    return nonzero;
 }
 
 }  // namespace
