@@ -12,7 +12,7 @@ from tiny import make_model, same_bits
 from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, native_engine
 from receptance.engine.native import POSITIONS, layouts
-from receptance.engine.packing import FLOATS, pack
+from receptance.engine.packing import FLOATS, Packed, pack
 from receptance.model import Model
 from receptance.ops import native
 from receptance.quantize import quantise
@@ -48,6 +48,15 @@ def engine_of(model: Model, kind: str, **options: object) -> NativeEngine:
     return native_engine(model.config, dict(model.state_dict()), kind, **options)
 
 
+def packed(model: Model, kind: str) -> dict[str, Packed]:
+    """Its matrices in a type of weights."""
+    weights = {name: model.get_parameter(name).detach() for name in layouts(model.config)}
+    return {
+        name: pack(w.to(FLOATS[kind]) if kind in FLOATS else quantise(w, kind), layout)
+        for (name, layout), w in zip(layouts(model.config).items(), weights.values(), strict=True)
+    }
+
+
 def rounded(model: Model, kind: str) -> Model:
     """A float32 model with the weights that the engine has."""
     model = copy.deepcopy(model)
@@ -75,16 +84,9 @@ def tokens(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_equals_the_torch_model(kind, config, instruction_set):
     model = random_model(config)
-    matrices = {
-        name: pack(
-            model.get_parameter(name).detach().to(FLOATS[kind])
-            if kind in FLOATS
-            else quantise(model.get_parameter(name).detach(), kind),
-            layout,
-        )
-        for name, layout in layouts(config).items()
-    }
-    engine = NativeEngine(config, matrices, model.state_dict(), "", instruction_set=instruction_set)
+    engine = NativeEngine(
+        config, packed(model, kind), model.state_dict(), "", instruction_set=instruction_set
+    )
     ids, lengths = tokens(config, 3, 21), torch.tensor([21, 0, 8])
     resets = torch.rand(3, 21, generator=torch.Generator().manual_seed(1)) < 0.1
     with torch.no_grad():
@@ -131,11 +133,16 @@ def test_states_go_from_one_engine_to_the_other():
     assert engine.fingerprint() == model.fingerprint()
 
 
-def test_not_a_number_is_not_hidden():
+@every_kind
+@pytest.mark.parametrize("where", ["ln1", "ln2"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_not_hidden(kind, where, value):
     model = make_model()
     with torch.no_grad():
-        model.get_parameter("blocks.1.ffn.key.weight")[0, 0] = torch.nan
-    assert engine_of(model, "float32")(tokens(model.config, 1, 3))[0].isnan().all()
+        model.get_parameter(f"blocks.1.{where}.bias")[0] = value
+    ids = tokens(model.config, 1, 9)
+    assert not engine_of(model, kind)(ids)[0].isfinite().any()
+    assert not engine_of(model, kind)(ids[:, :1])[0].isfinite().any()
 
 
 # ---- the law, to the bit ------------------------------------------------------------------------
@@ -148,10 +155,13 @@ def test_company_cuts_padding_and_threads_change_no_bit(kind, cuts, rows, data):
     config = SIZES[data.draw(st.integers(0, len(SIZES) - 1))]
     model = random_model(config)
     ids, at = tokens(config, rows, 40), data.draw(st.integers(0, rows - 1))
-    alone = engine_of(model, kind, threads=1)
+    instructions = data.draw(st.sampled_from(native.instruction_sets()))
+    parts = config, packed(model, kind), model.state_dict(), ""
+    alone = NativeEngine(*parts, threads=1, instruction_set=instructions)
     wanted, wanted_state = alone(ids[at : at + 1])
 
-    engine = engine_of(model, kind, threads=data.draw(st.integers(1, 3)))
+    threads = data.draw(st.integers(1, 3))
+    engine = NativeEngine(*parts, threads=threads, instruction_set=instructions)
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=rows, max_size=rows)))
     lengths[at] = 40
     logits, state, borders = [], None, [0, *sorted(cuts), 40]
@@ -161,6 +171,22 @@ def test_company_cuts_padding_and_threads_change_no_bit(kind, cuts, rows, data):
         logits.append(piece[at])
     assert torch.equal(torch.cat(logits), wanted[0])
     assert same_bits(state.rows(at).tensors, wanted_state.tensors)
+
+
+@every_kind
+@pytest.mark.parametrize("config", SIZES, ids=lambda c: f"C{c.width}")
+def test_instruction_sets_that_fuse_multiply_and_add_give_the_same_bits(kind, config):
+    sets = [name for name in native.instruction_sets() if name != "portable"]
+    if len(sets) < 2:
+        pytest.skip(f"this processor has one of them: {sets}")
+    model, ids = random_model(config), tokens(config, 7, 5)
+    parts = config, packed(model, kind), model.state_dict(), ""
+    found = [NativeEngine(*parts, instruction_set=name) for name in sets]
+    for rows in (1, 3, 7):
+        first, *others = [engine(ids[:rows]) for engine in found]
+        for logits, state in others:
+            assert torch.equal(logits, first[0])
+            assert same_bits(state.tensors, first[1].tensors)
 
 
 @every_kind
@@ -205,15 +231,7 @@ def test_weights_of_zero_activations_are_not_read(kind):
     with torch.no_grad():
         model.get_parameter("blocks.0.ffn.key.weight")[5].zero_()
         wanted = engine_of(model, kind)(ids)[0]
-        matrices = {
-            name: pack(
-                model.get_parameter(name).detach().to(FLOATS[kind])
-                if kind in FLOATS
-                else quantise(model.get_parameter(name).detach(), kind),
-                layout,
-            )
-            for name, layout in layouts(config).items()
-        }
+    matrices = packed(model, kind)
     matrices["blocks.0.ffn.value.weight"].data[5].fill_(torch.nan if kind in FLOATS else 1)
     engine = NativeEngine(config, matrices, model.state_dict(), "")
     for start in range(9):  # few positions at a time are not widened together

@@ -151,7 +151,7 @@ class TestMemory:
     @pytest.fixture(autouse=True)
     def _as_on_a_gpu(self, monkeypatch):
         """This CPU may lack bfloat16 instructions, and then casts the other way."""
-        monkeypatch.setattr(parts, "_CPU_MULTIPLIES_BFLOAT16", True)
+        monkeypatch.setattr(parts, "CPU_MULTIPLIES_BFLOAT16", True)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize(

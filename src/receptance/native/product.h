@@ -57,14 +57,20 @@ inline float sum_of(const Tile& sums) {
     return lanes[0];
 }
 
-// Rounds kBlock values to 16-bit integers; returns their unit.
+// Rounds kBlock values to 16-bit integers; returns their unit: NaN if any of them is not finite.
 inline float round_block(const float* from, int32_t* codes) {
-    Float most{};
-    for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
-        most = max(most, -minus_abs(load<Float>(from + i)));
-    float largest = 0;
-    for (int i = 0; i < RECEPTANCE_LANES; ++i) largest = most[i] > largest ? most[i] : largest;
-    const float scale = largest / 32767, inverse = scale > 0 ? 1 / scale : 0;
+    Float most{}, finite{};
+    for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES) {
+        const Float x = load<Float>(from + i);
+        most = max(most, -minus_abs(x));
+        finite += x * 0;
+    }
+    float largest = 0, zero = 0;
+    for (int i = 0; i < RECEPTANCE_LANES; ++i) {
+        largest = most[i] > largest ? most[i] : largest;
+        zero += finite[i];
+    }
+    const float scale = largest / 32767 + zero, inverse = scale > 0 ? 1 / scale : 0;
     for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES)
         store(codes + i, to_nearest(load<Float>(from + i) * inverse));
     return scale;

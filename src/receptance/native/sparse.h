@@ -89,17 +89,10 @@ struct Halves {
     Halves(Word a, Word b) : low((a & 0xFFFF) | b << 16), high(a >> 16 | (b & 0xFFFF0000)) {}
 };
 
-struct Int8Rows {
-    using Value = int16_t;
-    static const int16_t* values(const Activations& a) { return a.codes; }
-    static constexpr int kSums = kRowVectors;
-    using Sum = Int;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 2, kSet = 4;
+// pairs(a, b, put) takes the words of two inputs apart: put(v, weights) for every vector of outputs.
+struct Int8Pairs {
     static constexpr int64_t kBytes = kColumns;
     static constexpr int kWords = 16 / RECEPTANCE_LANES;
-
-    // put(v, pairs) for every vector of outputs.
     template <class Put>
     static inline void pairs(const char* a, const char* b, const Put& put) {
         for (int h = 0; h < kWords; ++h) {
@@ -113,31 +106,14 @@ struct Int8Rows {
             put(3 * kWords + h, (Pairs)both.high >> 8);
         }
     }
-    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
-        const Pairs factors = broadcast_pair(x);
-        pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
-            sums[v] = add_products(sums[v], weights, factors);
-        });
-    }
-    static inline void total(const Sums& sums, RowVectors& to) {
-        for (int v = 0; v < kRowVectors; ++v) to[v] = to_float(sums[v]);
-    }
 };
 
-struct Int4Rows {
-    using Value = int16_t;
-    static const int16_t* values(const Activations& a) { return a.codes; }
+struct Int4Pairs {
     static constexpr int64_t kBytes = kColumns / 2;
-#if RECEPTANCE_LANES == 16
-    // A vector has room for the 8 words of two inputs. So four inputs are added at a time, and the
-    // halves of the sums, each of 8 outputs, in the end.
-    static constexpr int kSums = 8;
-    using Sum = Int;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 4, kSet = 8;
-
     template <class Put>
     static inline void pairs(const char* a, const char* b, const Put& put) {
+#if RECEPTANCE_LANES == 16
+        // A vector has room for the 8 words twice.
         const Halves both(twice(a), twice(b));
         Word shift;
         for (int i = 0; i < 16; ++i) shift[i] = i / 8 * 4;
@@ -146,15 +122,64 @@ struct Int4Rows {
             put(v, (Pairs)(half >> (shift + v % 2 * 8) & 0x000F000F));
         }
     }
+    static inline Word twice(const char* from) {
+        return (Word)_mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)from));
+    }
+#else
+        constexpr int kWords = 8 / RECEPTANCE_LANES;
+        for (int h = 0; h < kWords; ++h) {
+            Word first, second;
+            std::memcpy(&first, a + h * sizeof first, sizeof first);
+            std::memcpy(&second, b + h * sizeof second, sizeof second);
+            const Halves both(first, second);
+            for (int c = 0; c < 4; ++c) {
+                put(c * kWords + h, (Pairs)(both.low >> 4 * c & 0x000F000F));
+                put((4 + c) * kWords + h, (Pairs)(both.high >> 4 * c & 0x000F000F));
+            }
+        }
+    }
+#endif
+};
+
+template <class Layout>
+struct IntRows : Layout {
+    using Value = int16_t;
+    static const int16_t* values(const Activations& a) { return a.codes; }
+    static constexpr int kSums = kRowVectors;
+    using Sum = Int;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 2, kSet = 4;
+    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
+        const Pairs factors = broadcast_pair(x);
+        Layout::pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
+            sums[v] = add_products(sums[v], weights, factors);
+        });
+    }
+    static inline void total(const Sums& sums, RowVectors& to) {
+        for (int v = 0; v < kRowVectors; ++v) to[v] = to_float(sums[v]);
+    }
+};
+
+#if RECEPTANCE_LANES == 16
+// Four inputs at a time, two in either half of a vector, whose sums, of 8 outputs each, are added in
+// the end.
+template <>
+struct IntRows<Int4Pairs> : Int4Pairs {
+    using Value = int16_t;
+    static const int16_t* values(const Activations& a) { return a.codes; }
+    static constexpr int kSums = 8;
+    using Sum = Int;
+    using Sums = Sum[kSums];
+    static constexpr int kTogether = 4, kSet = 8;
     static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
         const Halves both(joined(load8(from[0] + offset), load8(from[2] + offset)),
                           joined(load8(from[1] + offset), load8(from[3] + offset)));
         int32_t factors[2];
         std::memcpy(factors, x, sizeof factors);
-        const Pairs pairs = (Pairs)joined(_mm256_set1_epi32(factors[0]), _mm256_set1_epi32(factors[1]));
+        const Pairs all = (Pairs)joined(_mm256_set1_epi32(factors[0]), _mm256_set1_epi32(factors[1]));
         for (int c = 0; c < 4; ++c) {
-            sums[c] = add_products(sums[c], (Pairs)(both.low >> 4 * c & 0x000F000F), pairs);
-            sums[4 + c] = add_products(sums[4 + c], (Pairs)(both.high >> 4 * c & 0x000F000F), pairs);
+            sums[c] = add_products(sums[c], (Pairs)(both.low >> 4 * c & 0x000F000F), all);
+            sums[4 + c] = add_products(sums[4 + c], (Pairs)(both.high >> 4 * c & 0x000F000F), all);
         }
     }
     static inline void total(const Sums& sums, RowVectors& to) {
@@ -170,40 +195,10 @@ private:
     static inline Word joined(__m256i low, __m256i high) {
         return (Word)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
-    static inline Word twice(const char* from) { return (Word)_mm512_broadcast_i64x4(load8(from)); }
-#else
-    static constexpr int kSums = kRowVectors;
-    using Sum = Int;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 2, kSet = 4;
-    static constexpr int kWords = 8 / RECEPTANCE_LANES;
-
-    template <class Put>
-    static inline void pairs(const char* a, const char* b, const Put& put) {
-        for (int h = 0; h < kWords; ++h) {
-            Word first, second;
-            std::memcpy(&first, a + h * sizeof first, sizeof first);
-            std::memcpy(&second, b + h * sizeof second, sizeof second);
-            const Halves both(first, second);
-            for (int c = 0; c < 4; ++c) {
-                put(c * kWords + h, (Pairs)(both.low >> 4 * c & 0x000F000F));
-                put((4 + c) * kWords + h, (Pairs)(both.high >> 4 * c & 0x000F000F));
-            }
-        }
-    }
-    static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
-        const Pairs factors = broadcast_pair(x);
-        pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
-            sums[v] = add_products(sums[v], weights, factors);
-        });
-    }
-    static inline void total(const Sums& sums, RowVectors& to) {
-        for (int v = 0; v < kRowVectors; ++v) to[v] = to_float(sums[v]);
-    }
-#endif
 };
+#endif
 
-constexpr int64_t kPartial = 2 * kColumns * sizeof(float);  // the largest sums, of Int4Rows
+constexpr int64_t kPartial = 2 * kColumns * sizeof(float);  // the largest sums, of int4
 
 // Calls work(rows) with the type of a matrix's rows.
 template <class Work>
@@ -212,8 +207,8 @@ inline void with_rows(const Matrix& w, const Work& work) {
         case Weight::float32: return work(FloatRows<float>{});
         case Weight::bfloat16: return work(FloatRows<bfloat16>{});
         case Weight::float16: return work(FloatRows<float16>{});
-        case Weight::int8: return work(Int8Rows{});
-        case Weight::int4: return work(Int4Rows{});
+        case Weight::int8: return work(IntRows<Int8Pairs>{});
+        case Weight::int4: return work(IntRows<Int4Pairs>{});
     }
 }
 

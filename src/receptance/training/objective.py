@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.data.batches import Batch
-from receptance.model import Model
+from receptance.model import Model, parts
 from receptance.state import State
 from receptance.training.options import TrainOptions
 
@@ -37,8 +37,11 @@ class _HeadLoss(torch.autograd.Function):
         z_loss: float,
     ) -> tuple[Tensor, Tensor]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        # Few CPUs multiply bfloat16 fast, and there the float32 masters are the better operand.
-        matrix = weight if x.device.type == "cpu" else weight.to(x.dtype)
+        # A CPU's products are no wider than their factors: the logits take the float32 masters. So
+        # do the gradients where bfloat16 is multiplied slowly.
+        narrow = not x.is_cpu or (x.dtype == torch.bfloat16 and parts.CPU_MULTIPLIES_BFLOAT16)
+        matrix = weight.to(x.dtype) if narrow else weight
+        scorer = weight if x.is_cpu else matrix
         grad_x = x.new_empty(x.shape, dtype=matrix.dtype) if wants_x else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
         exact = torch.promote_types(matrix.dtype, torch.float32)
@@ -47,7 +50,7 @@ class _HeadLoss(torch.autograd.Function):
         rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for at in range(0, x.shape[0], rows):
             part, wanted = x[at : at + rows].to(matrix.dtype), targets[at : at + rows, None]
-            logits = _wide_product(part, matrix.T, exact)
+            logits = _wide_product(part.to(scorer.dtype), scorer.T, exact)
             scores = torch.log_softmax(logits, dim=-1)
             entropy -= scores.gather(1, wanted).sum()
             # Pulls on the largest logit, and in proportion to the probabilities.
@@ -104,7 +107,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
     if left.dtype == total.dtype:
         total.addmm_(left, right, beta=float(not first))  # 0 overwrites
     else:
-        product = _wide_product(left, right, total.dtype)
+        product = left @ right if left.is_cpu else _wide_product(left, right, total.dtype)
         total.copy_(product) if first else total.add_(product)
 
 
