@@ -138,6 +138,7 @@ def _dry_run(options: Options) -> None:
     start = options.start
     if start.init is not None:
         sizes = checkpoint.load(start.init)[0].config
+        start.check_sizes(sizes)
     else:
         sizes = start.sizes(_vocabulary(start.tokenizer))
     found = estimate(

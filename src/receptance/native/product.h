@@ -237,9 +237,9 @@ __attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, 
             Word words[G][kVectors];
             for (int g = 0; g < G; ++g) {
                 from.prefetch(g);
-                // One vector at a time: a longer copy goes through memory in 16-byte pieces.
+                // Loads, not copies into the array: those of several vectors go through memory.
                 for (int v = 0; v < kVectors; ++v)
-                    std::memcpy(&words[g][v], from[g] + v * sizeof(Word), sizeof(Word));
+                    words[g][v] = load<Word>((const uint32_t*)from[g] + v * RECEPTANCE_LANES);
             }
             for (int part = 0; part < 4; ++part) {
                 Pairs weights[G][kVectors];

@@ -102,6 +102,18 @@ class StartOptions:
             return replace(published(self.size), vocab_size=vocab_size)
         return ModelConfig(vocab_size=vocab_size, width=self.width, num_layers=self.layers)
 
+    def check_sizes(self, found: ModelConfig) -> None:
+        """ValueError if the model of --init, of these sizes, is not what was asked for beside it."""
+        default, wanted = StartOptions(), self.sizes(found.vocab_size)
+        said = {"width": self.width != default.width, "num_layers": self.layers != default.layers}
+        for name, is_said in said.items():
+            asked, has = getattr(wanted, name), getattr(found, name)
+            if (self.size or is_said) and asked != has:
+                raise ValueError(
+                    f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; leave "
+                    "--size, --width and --layers out"
+                )
+
 
 @dataclass(frozen=True)
 class Start:
@@ -126,6 +138,7 @@ def begin(
     tokenizer = None
     if options.init is not None:
         model, tokenizer = checkpoint.load(options.init, dtype=torch.float32)
+        options.check_sizes(model.config)
         sizes, given = model.config, model.state_dict().items()
     with ranks.first_alone():  # the others find it done
         corpus = _corpus(out, data, options, tokenizer, console)
