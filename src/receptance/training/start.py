@@ -103,15 +103,15 @@ class StartOptions:
         return ModelConfig(vocab_size=vocab_size, width=self.width, num_layers=self.layers)
 
     def check_sizes(self, found: ModelConfig) -> None:
-        """ValueError if the model of --init, of these sizes, is not what was asked for beside it."""
+        """ValueError if other sizes were asked for than the model of --init has."""
         default, wanted = StartOptions(), self.sizes(found.vocab_size)
         said = {"width": self.width != default.width, "num_layers": self.layers != default.layers}
         for name, is_said in said.items():
             asked, has = getattr(wanted, name), getattr(found, name)
             if (self.size or is_said) and asked != has:
                 raise ValueError(
-                    f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; leave "
-                    "--size, --width and --layers out"
+                    f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; "
+                    "leave --size, --width and --layers out"
                 )
 
 
