@@ -17,6 +17,9 @@ from receptance.checking.recorded import beside
 from receptance.checking.verifying import Check, Subject, record, verify
 from receptance.progress import progress_bar, say
 
+_PIPED_WIDTH = 160
+"""A row for each check, for `grep`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -49,6 +52,8 @@ def main(argv: list[str]) -> None:
         print(json.dumps(as_json(subject, checks), indent=1))
     else:
         console = Console()
+        if not console.is_terminal:
+            console.width = _PIPED_WIDTH
         console.print(table(checks))
         if options.record:
             say(console, f"recorded {file}")
