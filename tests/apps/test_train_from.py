@@ -145,11 +145,15 @@ class TestInit:
         assert same_bits(model.state_dict(), before)
         begun("train", "--resume", "--out", "new", "--steps", 2)
 
-    @pytest.mark.parametrize("asked", [["--width", 64], ["--layers", 9], ["--size", "169m"]])
+    @pytest.mark.parametrize("asked", [["--width", 256], ["--layers", 9], ["--size", "169m"]])
     @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
     def test_other_sizes_than_the_model_has_are_refused(self, folder, asked, dry):
         line = refused("train", "text.txt", "--init", "run", "--out", "new", *asked, *dry)
         assert "the model of --init has" in line and "leave" in line
+
+    def test_sizes_said_twice_are_refused(self, folder):
+        asked = "--size", "169m", "--width", 64
+        assert "leave those out" in refused("train", "text.txt", "--out", "new", *asked)
 
     def test_nothing_there(self, folder):
         assert "nowhere" in refused("train", "text.txt", "--init", "nowhere", "--out", "new")

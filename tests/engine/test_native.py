@@ -30,6 +30,13 @@ ERRORS = {kind: 4e-4 if kind.startswith("int") else 2e-5 for kind in KINDS}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _threads_even_for_little_work():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("receptance.engine.native._PRODUCTS_PER_THREAD", 1)
+        yield
+
+
 def random_model(config: ModelConfig) -> Model:
     """Random weights of a trained model's scale: outputs of matrices near one."""
     model = Model(config)
@@ -119,6 +126,13 @@ def test_every_float16_is_widened_as_torch_does():
         assert torch.equal(engine.head(torch.eye(16)), finite.float().T)
 
 
+def test_tokens_may_lie_apart_in_memory():
+    model = make_model()
+    engine, ids = engine_of(model, "float32"), tokens(model.config, 4, 6)
+    for part in (ids[:, 2:3], ids[1:2, ::2], ids.T[:1], ids.T[::2]):
+        assert torch.equal(engine(part)[0], engine(part.contiguous().clone())[0])
+
+
 def test_states_go_from_one_engine_to_the_other():
     model = make_model()
     engine = engine_of(model, "float32")
@@ -143,6 +157,21 @@ def test_what_is_not_finite_is_not_hidden(kind, where, value):
     ids = tokens(model.config, 1, 9)
     assert not engine_of(model, kind)(ids)[0].isfinite().any()
     assert not engine_of(model, kind)(ids[:, :1])[0].isfinite().any()
+
+
+@every_kind
+@pytest.mark.parametrize("config", SIZES, ids=lambda c: f"C{c.width}")
+def test_a_row_that_is_not_finite_harms_no_other(kind, config):
+    engine, ids = engine_of(random_model(config), kind, threads=1), tokens(config, 2, 6)
+    wanted, state = engine(ids)
+    state.tensors["time_shift"][0, 0] = torch.nan
+    _, clean = engine(ids)
+    healthy = engine(ids, clean)[0]
+    found = engine(ids, state)[0]
+    assert found[0].isnan().all()
+    assert torch.equal(found[1], healthy[1])
+    for rows in (1, 2):
+        assert torch.equal(engine(ids[:rows])[0], wanted[:rows])
 
 
 # ---- the law, to the bit ------------------------------------------------------------------------
@@ -182,8 +211,8 @@ def test_instruction_sets_that_fuse_multiply_and_add_give_the_same_bits(kind, co
     model, ids = random_model(config), tokens(config, 7, 5)
     parts = config, packed(model, kind), model.state_dict(), ""
     found = [NativeEngine(*parts, instruction_set=name) for name in sets]
-    for rows in (1, 3, 7):
-        first, *others = [engine(ids[:rows]) for engine in found]
+    for rows, length in [(1, 1), (2, 1), (4, 1), (1, 5), (3, 5), (7, 5)]:
+        first, *others = [engine(ids[:rows, :length]) for engine in found]
         for logits, state in others:
             assert torch.equal(logits, first[0])
             assert same_bits(state.tensors, first[1].tensors)
@@ -210,7 +239,7 @@ def test_a_long_prompt_is_read_in_pieces(kind):
 def test_zero_activations_are_skipped_and_counted(kind):
     config = ModelConfig(vocab_size=40, width=32, num_layers=1)
     model = rounded(random_model(config), kind)
-    engine, ids = engine_of(model, "float32"), tokens(config, 2, 9)
+    engine, ids = engine_of(model, kind), tokens(config, 2, 9)
     zeros = []
     model.get_submodule("blocks.0.ffn.value").register_forward_pre_hook(
         lambda _, inputs: zeros.append((inputs[0] == 0).float().mean().item())
@@ -223,20 +252,34 @@ def test_zero_activations_are_skipped_and_counted(kind):
 
 
 @every_kind
-def test_weights_of_zero_activations_are_not_read(kind):
+def test_weights_of_zero_activations_change_nothing(kind):
     """Inputs of ffn.value that never fire may hold anything."""
     config = ModelConfig(vocab_size=40, width=32, num_layers=1)
     model = random_model(config)
     ids = tokens(config, 1, 9)
     with torch.no_grad():
         model.get_parameter("blocks.0.ffn.key.weight")[5].zero_()
-        wanted = engine_of(model, kind)(ids)[0]
+        clean = engine_of(model, kind)
     matrices = packed(model, kind)
     matrices["blocks.0.ffn.value.weight"].data[5].fill_(torch.nan if kind in FLOATS else 1)
     engine = NativeEngine(config, matrices, model.state_dict(), "")
     for start in range(9):  # few positions at a time are not widened together
-        assert engine(ids[:, start : start + 1])[0].isfinite().all()
-    assert torch.equal(engine(ids)[0], wanted)
+        one = ids[:, start : start + 1]
+        assert torch.equal(engine(one)[0], clean(one)[0])
+    assert torch.equal(engine(ids)[0], clean(ids)[0])
+
+
+@every_kind
+def test_more_inputs_than_are_listed_at_once(kind):
+    """ffn.value's nonzero inputs are found kListed at a time (sparse.h)."""
+    config = ModelConfig(vocab_size=40, width=32, num_layers=1, ffn_width=4100)
+    model, ids = random_model(config), tokens(config, 2, 6)
+    with torch.no_grad():
+        wanted = rounded(model, kind)(ids)[0]
+    engine = engine_of(model, kind)
+    found = engine(ids)[0]
+    torch.testing.assert_close(found, wanted, atol=ERRORS[kind], rtol=0)
+    assert torch.equal(engine(ids[:, :1])[0], found[:, :1])
 
 
 # ---- what is refused ----------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class NativeEngine(OneCall):
 
     @property
     def skipped(self) -> float:
-        """The share of ffn.value's inputs that were zero, and so skipped, up to now."""
+        """The share of ffn.value's inputs that were zero up to now; few positions skip them."""
         return 1 - self._nonzero / self._inputs if self._inputs else 0.0
 
     @property
@@ -129,7 +129,7 @@ class NativeEngine(OneCall):
         parts = [state.tensors[name].float().contiguous() for name in LayerState._fields]
         step = max(1, POSITIONS // max(batch, 1))
         if lengths is None and resets is None and time <= step:
-            starts, ids = _equal_rows(batch, time), tokens.flatten().long()
+            starts, ids = _equal_rows(batch, time), tokens.flatten().long().contiguous()
             packed, parts = self._pass(parts, starts, ids, None)
             features = packed.view(batch, time, self.config.width)
             return features, State(_named(parts), state.tokens + time)

@@ -86,7 +86,7 @@ inline void encode(const Activations& a, int64_t inputs, const Matrix& like, con
         if (like.kind != Weight::int4) continue;
         for (int64_t i = 0; i < kBlock; i += like.group) {
             int32_t sum = 0;
-            for (int64_t j = i; j < i + like.group; ++j) sum += codes[j];
+            for (int64_t j = i; j < i + like.group; ++j) sum += (int16_t)codes[j];
             a.sums[(block * kBlock + i) / like.group] = (float)sum * scale;
         }
     }

@@ -20,8 +20,7 @@ inline Float sigmoid(Float x) {
     return (x > 0 ? Float{} + 1 : small) / (small + 1);
 }
 
-// x[0, width) to mean 0 and variance 1, times weight, plus bias; zeros up to `stride`, as the padding
-// of weight and bias is zero.
+// x[0, width) to mean 0 and variance 1, times weight, plus bias; zeros up to `stride`.
 void layer_norm(const float* x, const float* weight, const float* bias, int64_t width,
                 int64_t stride, float epsilon, float* out) {
     const auto total = [&](const auto& term) {
@@ -41,6 +40,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
         const Float centred = (load<Float>(x + c) - mean) * inverse;
         store(out + c, centred * load<Float>(weight + c) + load<Float>(bias + c));
     }
+    // Already so, unless the mean is not finite.
+    std::memset(out + width, 0, (stride - width) * sizeof(float));
 }
 
 // Hands out pieces of the workspace, aligned to cache lines.

@@ -66,14 +66,22 @@ using RowVectors = Float[kRowVectors];
 // from[i], x[i] is what they are multiplied by. Sums are loaded and stored for kSet inputs at a time.
 // total(sums) makes floats of the sums of integers.
 
+template <class V, class S, int Count, int Together, int Set>
+struct Rows {
+    using Value = V;
+    using Sum = S;
+    using Sums = S[Count];
+    static constexpr int kSums = Count, kTogether = Together, kSet = Set;
+    static const V* values(const Activations& a) {
+        if constexpr (std::is_same_v<V, float>)
+            return a.values;
+        else
+            return a.codes;
+    }
+};
+
 template <class T>
-struct FloatRows {
-    using Value = float;
-    static const float* values(const Activations& a) { return a.values; }
-    static constexpr int kSums = kRowVectors;
-    using Sum = Float;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 1, kSet = 4;
+struct FloatRows : Rows<float, Float, kRowVectors, 1, 4> {
     static constexpr int64_t kBytes = kColumns * sizeof(T);
     static inline void add(Sums& sums, const char* const* from, int64_t offset, const float* x) {
         const Float factor = broadcast(*x);
@@ -142,13 +150,7 @@ struct Int4Pairs {
 };
 
 template <class Layout>
-struct IntRows : Layout {
-    using Value = int16_t;
-    static const int16_t* values(const Activations& a) { return a.codes; }
-    static constexpr int kSums = kRowVectors;
-    using Sum = Int;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 2, kSet = 4;
+struct IntRows : Layout, Rows<int16_t, Int, kRowVectors, 2, 4> {
     static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
         const Pairs factors = broadcast_pair(x);
         Layout::pairs(from[0] + offset, from[1] + offset, [&](int v, Pairs weights) {
@@ -164,13 +166,7 @@ struct IntRows : Layout {
 // Four inputs at a time, two in either half of a vector, whose sums, of 8 outputs each, are added in
 // the end.
 template <>
-struct IntRows<Int4Pairs> : Int4Pairs {
-    using Value = int16_t;
-    static const int16_t* values(const Activations& a) { return a.codes; }
-    static constexpr int kSums = 8;
-    using Sum = Int;
-    using Sums = Sum[kSums];
-    static constexpr int kTogether = 4, kSet = 8;
+struct IntRows<Int4Pairs> : Int4Pairs, Rows<int16_t, Int, 8, 4, 8> {
     static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
         const Halves both(joined(load8(from[0] + offset), load8(from[2] + offset)),
                           joined(load8(from[1] + offset), load8(from[3] + offset)));

@@ -22,8 +22,6 @@ using Int = int32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
 using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // two to a lane
-using Bytes = uint8_t __attribute__((vector_size(RECEPTANCE_LANES)));
-using SignedBytes = int8_t __attribute__((vector_size(RECEPTANCE_LANES)));
 using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
 
 struct bfloat16 {
@@ -208,30 +206,6 @@ inline Float widen(const float16* from) {
     const Word bits = __builtin_convertvector(raw, Word);
     const Float size = (Float)((bits & 0x7FFF) << 13) * 0x1p112f;
     return (Float)((Word)size | (bits & 0x8000) << 16);
-#endif
-}
-inline Float widen(const int8_t* from) {
-#if defined(__AVX512F__)
-    return (Float)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
-#elif defined(__AVX2__)
-    return (Float)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
-#else
-    SignedBytes raw;
-    std::memcpy(&raw, from, sizeof raw);
-    return __builtin_convertvector(raw, Float);
-#endif
-}
-
-// RECEPTANCE_LANES bytes, each two codes of four bits.
-inline Word two_codes(const uint8_t* from) {
-#if defined(__AVX512F__)
-    return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-#elif defined(__AVX2__)
-    return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-    Bytes raw;
-    std::memcpy(&raw, from, sizeof raw);
-    return __builtin_convertvector(raw, Word);
 #endif
 }
 

@@ -16,7 +16,7 @@ from receptance.model import Model, parts
 from receptance.state import State
 from receptance.training.options import TrainOptions
 
-# Elements of the logits that exist at one time.
+# How many logits exist at one time.
 LOGITS_AT_ONCE = 1 << 24
 
 
@@ -48,18 +48,24 @@ class _HeadLoss(torch.autograd.Function):
         entropy = torch.zeros((), dtype=exact, device=x.device)
         penalty = torch.zeros_like(entropy)
         rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        # Fresh memory is slow on a CPU: all logits, and then their scores, take the same.
+        room = x.new_empty(min(rows, len(x)) * x.is_cpu, weight.shape[0], dtype=exact)
         for at in range(0, x.shape[0], rows):
             part, wanted = x[at : at + rows].to(matrix.dtype), targets[at : at + rows, None]
-            logits = _wide_product(part.to(scorer.dtype), scorer.T, exact)
-            scores = torch.log_softmax(logits, dim=-1)
-            entropy -= scores.gather(1, wanted).sum()
+            if x.is_cpu:
+                logits = torch.mm(part.to(exact), scorer.T.to(exact), out=room[: len(part)])
+            else:
+                logits = _wide_product(part, scorer.T, exact)
             # Pulls on the largest logit, and in proportion to the probabilities.
             pull = torch.zeros_like(wanted, dtype=exact)
             if max_logit_penalty:
                 largest, place = logits.max(dim=-1, keepdim=True)
                 penalty += max_logit_penalty / 2 * largest.square().sum()
+            normaliser = logits[:, :1].clone()
+            scores = torch.log_softmax(logits, dim=-1, out=logits if x.is_cpu else None)
+            entropy -= scores.gather(1, wanted).sum()
             if z_loss:
-                normaliser = (logits - scores)[:, :1]
+                normaliser -= scores[:, :1]
                 penalty += z_loss * normaliser.square().sum()
                 pull = 2 * z_loss * normaliser
             if wants_x or wants_weight:

@@ -63,10 +63,10 @@ class StartOptions:
     """bytes, bpe:SIZE (trained on the text), or a tokenizer file."""
     size: str | None = None
     """A published size (169m, 430m, 1.5b, 3b, 7b, 14b) instead of --width and --layers."""
-    width: int = 256
-    """Channels, C."""
-    layers: int = 6
-    """Blocks, L."""
+    width: int | None = None
+    """Channels, C: 256 unless --size or --init says otherwise."""
+    layers: int | None = None
+    """Blocks, L: 6 unless --size or --init says otherwise."""
     validation: float = 0.02
     """Share of the text that is kept for validation."""
     exclude: tuple[str, ...] = ()
@@ -97,18 +97,21 @@ class StartOptions:
             raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
 
     def sizes(self, vocab_size: int) -> ModelConfig:
-        """Those of a new model."""
+        """Those of a new model. ValueError if they are said twice."""
         if self.size is not None:
+            if (self.width, self.layers) != (None, None):
+                raise ValueError(f"size {self.size!r} says width and layers; leave those out")
             return replace(published(self.size), vocab_size=vocab_size)
-        return ModelConfig(vocab_size=vocab_size, width=self.width, num_layers=self.layers)
+        width = 256 if self.width is None else self.width
+        layers = 6 if self.layers is None else self.layers
+        return ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers)
 
     def check_sizes(self, found: ModelConfig) -> None:
         """ValueError if other sizes were asked for than the model of --init has."""
-        default, wanted = StartOptions(), self.sizes(found.vocab_size)
-        said = {"width": self.width != default.width, "num_layers": self.layers != default.layers}
-        for name, is_said in said.items():
+        wanted = self.sizes(found.vocab_size)
+        for name, said in {"width": self.width, "num_layers": self.layers}.items():
             asked, has = getattr(wanted, name), getattr(found, name)
-            if (self.size or is_said) and asked != has:
+            if (self.size or said is not None) and asked != has:
                 raise ValueError(
                     f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; "
                     "leave --size, --width and --layers out"
