@@ -49,20 +49,18 @@ class _HeadLoss(torch.autograd.Function):
         penalty = torch.zeros_like(entropy)
         rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
         # Fresh memory is slow on a CPU: all logits, and then their scores, take the same.
-        room = x.new_empty(min(rows, len(x)) * x.is_cpu, weight.shape[0], dtype=exact)
+        room = x.new_empty(min(rows, len(x)), len(weight), dtype=exact) if x.is_cpu else None
         for at in range(0, x.shape[0], rows):
             part, wanted = x[at : at + rows].to(matrix.dtype), targets[at : at + rows, None]
-            if x.is_cpu:
-                logits = torch.mm(part.to(exact), scorer.T.to(exact), out=room[: len(part)])
-            else:
-                logits = _wide_product(part, scorer.T, exact)
+            out = None if room is None else room[: len(part)]
+            logits = _wide_product(part.to(scorer.dtype), scorer.T, exact, out)
             # Pulls on the largest logit, and in proportion to the probabilities.
             pull = torch.zeros_like(wanted, dtype=exact)
             if max_logit_penalty:
                 largest, place = logits.max(dim=-1, keepdim=True)
                 penalty += max_logit_penalty / 2 * largest.square().sum()
             normaliser = logits[:, :1].clone()
-            scores = torch.log_softmax(logits, dim=-1, out=logits if x.is_cpu else None)
+            scores = torch.log_softmax(logits, dim=-1, out=out)
             entropy -= scores.gather(1, wanted).sum()
             if z_loss:
                 normaliser -= scores[:, :1]
@@ -97,15 +95,17 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
-def _wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix product in a type that may be wider than that of its factors.
+def _wide_product(
+    left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """A matrix product in a type that may be wider than that of its factors, on a CPU in `out`.
 
     NVIDIA's GPUs sum products of narrow numbers in float32; they need not be widened first.
     """
     on_nvidia = left.is_cuda and torch.version.hip is None
     if on_nvidia and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
