@@ -143,6 +143,27 @@ def mix(previous: Tensor, x: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(previous, x, share.to(x.dtype))
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2, elementwise."""
+    if torch.compiler.is_compiling():  # which fuses better
+        return x.relu().square()
+    return _SquaredReLU.apply(x)  # type: ignore[no-any-return]
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """Its gradient, 2 max(x, 0), in two passes over memory where autograd's takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu().square_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.relu().mul_(grads[0]).mul_(2)  # type: ignore[no-any-return]
+
+
 def apply(layer: Linear, reading: Reading, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """layer(make(*inputs)), where the gradient makes the layer's input again instead of keeping it.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.config import ModelConfig
-from receptance.model.parts import Linear, Reading, apply, mix, token_shift
+from receptance.model.parts import Linear, Reading, apply, mix, squared_relu, token_shift
 from receptance.ops import WKVState, wkv4
 
 
@@ -151,8 +151,8 @@ class ChannelMix(nn.Module):
         """[B,T,C] -> [B,T,C], and the state after it."""
         previous, x, last = token_shift(x, state.channel_shift, reading)
         receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
-        hidden = apply(self.key, reading, mix, previous, x, self.time_mix_k).relu_()
-        value = apply(self.value, reading, torch.square, hidden)
+        key = apply(self.key, reading, mix, previous, x, self.time_mix_k)
+        value = apply(self.value, reading, squared_relu, key)
         # Not _replace, which torch.compile of torch 2.11 cannot follow.
         return receptance * value, LayerState(state.time_shift, last, *state[2:])
 
