@@ -99,9 +99,10 @@ class StartOptions:
     def sizes(self, vocab_size: int) -> ModelConfig:
         """Those of a new model. ValueError if they are said twice."""
         if self.size is not None:
+            model = replace(published(self.size), vocab_size=vocab_size)
             if (self.width, self.layers) != (None, None):
                 raise ValueError(f"size {self.size!r} says width and layers; leave those out")
-            return replace(published(self.size), vocab_size=vocab_size)
+            return model
         width = 256 if self.width is None else self.width
         layers = 6 if self.layers is None else self.layers
         return ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers)
