@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command import SMALL, call
-from tiny import TEXT, same_bits
+from tiny import TEXT, make_model, same_bits, small_bpe
 
 from receptance.adapters import load_adapter
 from receptance.checkpoint import load, read_tensors
@@ -67,8 +69,27 @@ class TestCorpora:
 
     def test_a_folder_knows_its_tokenizer(self, corpus):
         """That of a recipe need not be there."""
-        begun("train", corpus, "--out", "new", "--steps", 1, *SMALL.split(),
-              "--tokenizer", "20B_tokenizer.json")  # fmt: skip
+        Path("mine.toml").write_text('tokenizer = "20B_tokenizer.json"\nsteps = 9')
+        recipe = "--recipe", "mine.toml", *SMALL.split()[2:]
+        directory = begun("train", corpus, "--out", "new", "--steps", 1, *recipe)
+        assert load(directory)[1].kind == "bytes"
+        begun("train", "--resume", "--out", "new", "--steps", 2, *recipe[:2])
+        seen = call("train", corpus, "--dry-run", *recipe)
+        assert seen.code == 0 and f"{load(directory)[0].config.num_parameters:,}" in seen.out
+
+    @pytest.mark.parametrize(
+        ("named", "said"),
+        [
+            ("bpe:300", "has its own tokenizer"),
+            ("tokenizer.json", "trained with|another tokenizer"),
+            ("nowhere.json", "no such file"),
+        ],
+    )
+    @pytest.mark.parametrize("how", [["corpus"], ["text.txt", "--init", "run"]])
+    def test_another_tokenizer_is_refused(self, named, said, how, corpus):
+        small_bpe().save(Path())
+        line = refused("train", *how, "--tokenizer", named, "--out", "new", "--steps", 1)
+        assert re.search(said, line)
 
     @pytest.mark.parametrize(("place", "id"), [(64, 300), (64, -1), (200, 256), (1990, 300)])
     @pytest.mark.parametrize("seed", [0, 1])
@@ -144,6 +165,24 @@ class TestInit:
         assert tokenizer.kind == "bytes"
         assert same_bits(model.state_dict(), before)
         begun("train", "--resume", "--out", "new", "--steps", 2)
+
+    def test_the_tokenizer_is_named_if_it_is_not_beside_the_weights(self, folder):
+        """As of an official file."""
+        torch.save(make_model(300).state_dict(), "bare.pth")
+        small_bpe(300).save(Path("run"))  # somewhere else
+        start = ["train", "text.txt", "--init", "bare.pth", "--batch", 2, "--context", 32]
+        assert "pass it with --tokenizer" in refused(*start, "--out", "new", "--steps", 1)
+        start += ["--tokenizer", "run/tokenizer.json"]
+        for tune in ("all", "lora"):
+            begun(*start, "--tune", tune, "--out", tune, "--steps", 1)
+            begun("train", "--resume", "--out", tune, "--steps", 2)
+        assert call(*start, "--dry-run").code == 0
+
+    def test_a_recipe_s_tokenizer_is_for_a_new_model(self, folder):
+        Path("mine.toml").write_text('tokenizer = "bpe:300"')
+        words = "--recipe mine.toml --steps 1 --batch 2 --context 32".split()
+        directory = begun("train", "text.txt", "--init", "run", "--out", "new", *words)
+        assert load(directory)[1].kind == "bytes"
 
     @pytest.mark.parametrize("asked", [["--width", 256], ["--layers", 9], ["--size", "169m"]])
     @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

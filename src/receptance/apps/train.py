@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +15,19 @@ import tyro
 from rich.console import Console
 
 from receptance import checkpoint
+from receptance.data import TokenFiles, is_corpus
 from receptance.directories import expanded, newest_checkpoint, step_directories
 from receptance.lock import RunLock
 from receptance.progress import say
 from receptance.recipes import apply_recipe
-from receptance.tokenizer import load_tokenizer
+from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.estimate import DEFAULT_UTILISATION, estimate, show
 from receptance.training.logs import check_kinds
 from receptance.training.ranks import joined
 from receptance.training.run import Run, RunOptions
 from receptance.training.start import (
     MAY_CHANGE,
+    NEW_TOKENIZER,
     StartOptions,
     begin,
     check_new,
@@ -76,8 +78,8 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, prepare or resume, train, report."""
     options = _parsed(argv, Options())
-    if options.recipe is not None:  # what is given on the command line comes first
-        options = _parsed(argv, apply_recipe(Options(), options.recipe))
+    if options.recipe is not None:
+        options = _parsed(argv, _recipe(options.recipe, options))
     if options.dry_run:
         _dry_run(options)
         return
@@ -112,6 +114,21 @@ def main(argv: list[str]) -> None:
         Run(out, options.run, parts, console).go()
 
 
+def _recipe(name: str, given: Options) -> Options:
+    """The recipe's, but for its tokenizer where the model or the corpus brings one."""
+    recipe = apply_recipe(Options(), name)
+    if given.start.init is None and _corpus_tokenizer(given.data) is None:
+        return recipe
+    return replace(recipe, start=replace(recipe.start, tokenizer=None))
+
+
+def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
+    """Of a corpus of tokens that says what made it."""
+    if len(data) == 1 and is_corpus(data[0]):
+        return TokenFiles.open(data[0]).tokenizer
+    return None
+
+
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
     """What nobody but the user can mend, in words."""
@@ -137,10 +154,12 @@ def _parsed(argv: list[str], default: Options) -> Options:
 def _dry_run(options: Options) -> None:
     start = options.start
     if start.init is not None:
-        sizes = checkpoint.load(start.init)[0].config
+        sizes = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())[0]
         start.check_sizes(sizes)
     else:
-        sizes = start.sizes(_vocabulary(start.tokenizer))
+        own = _corpus_tokenizer(options.data)
+        name = start.tokenizer or NEW_TOKENIZER
+        sizes = start.sizes(_vocabulary(name) if own is None else own.vocab_size)
     found = estimate(
         sizes,
         start.train,

@@ -32,6 +32,9 @@ from receptance.training.saving import read_training, restore
 from receptance.training.sharding import build, whole_model
 from receptance.training.trainer import Trainer
 
+# Of a model that is trained from nothing on text.
+NEW_TOKENIZER = "bpe:2048"
+
 # Options that a resumed run may change; the rest would make it another run.
 MAY_CHANGE = (
     "steps",
@@ -54,13 +57,15 @@ class StartOptions:
     """What is trained, and where."""
 
     init: str | None = None
-    """Start from this model (any that `receptance generate` reads) with its tokenizer."""
+    """Start from this model (any that `receptance generate` reads) with its tokenizer: name that
+    with --tokenizer if it is not beside the weights."""
     tune: Literal["all", "lora", "state"] = "all"
     """Train all parameters, or keep those of --init and train low-rank matrices beside them, or
     only the state that rows begin from."""
     lora: LoRAOptions = field(default_factory=LoRAOptions)
-    tokenizer: str = "bpe:2048"
-    """bytes, bpe:SIZE (trained on the text), or a tokenizer file."""
+    tokenizer: str | None = None
+    """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless --init or the
+    corpus has one."""
     size: str | None = None
     """A published size (169m, 430m, 1.5b, 3b, 7b, 14b) instead of --width and --layers."""
     width: int | None = None
@@ -96,6 +101,16 @@ class StartOptions:
         if self.parallel == "fsdp" and self.context_ranks > 1:
             raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
 
+    def named_tokenizer(self) -> Tokenizer | None:
+        """The one that exists already and was named. ValueError if one is to be trained instead,
+        though the model of --init has its own."""
+        name = self.tokenizer
+        if name is None or not name.startswith("bpe:"):
+            return None if name is None else load_tokenizer(name)
+        if self.init is not None:
+            raise ValueError(f"the model of --init has its own tokenizer; leave {name} out")
+        return None
+
     def sizes(self, vocab_size: int) -> ModelConfig:
         """Those of a new model. ValueError if they are said twice."""
         if self.size is not None:
@@ -115,7 +130,7 @@ class StartOptions:
             if (self.size or said is not None) and asked != has:
                 raise ValueError(
                     f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; "
-                    "leave --size, --width and --layers out"
+                    "leave --size, --width and --layers out, on the command line and in a recipe"
                 )
 
 
@@ -139,14 +154,17 @@ def begin(
     if not data:
         raise ValueError("no data; name a text file, a folder or a glob, or use --resume")
     given: Iterable[tuple[str, Tensor]] | None = None
-    tokenizer = None
+    tokenizer = options.named_tokenizer()
     if options.init is not None:
-        model, tokenizer = checkpoint.load(options.init, dtype=torch.float32)
+        model, tokenizer = _first_model(options.init, tokenizer)
         options.check_sizes(model.config)
         sizes, given = model.config, model.state_dict().items()
+    else:
+        options.sizes(1)  # before any text is read
     with ranks.first_alone():  # the others find it done
         corpus = _corpus(out, data, options, tokenizer, console)
-    tokenizer = tokenizer or corpus.tokenizer or load_tokenizer(options.tokenizer)
+    tokenizer = tokenizer or corpus.tokenizer
+    assert tokenizer is not None
     if given is None:
         sizes = options.sizes(tokenizer.vocab_size)
         seed, bound = options.train.seed, options.train.learning_rate
@@ -177,15 +195,14 @@ def _corpus(
 ) -> TokenFiles:
     """The tokens that are named, or those of the text that is, in the run folder."""
     if len(data) == 1 and is_corpus(data[0]):
-        folder = expanded(data[0]).is_dir()  # of a corpus, which says what made it
-        if not folder and tokenizer is None and ":" not in options.tokenizer:
-            tokenizer = load_tokenizer(options.tokenizer)
         end = tokenizer.end_of_text if tokenizer else 0
         corpus = TokenFiles.open(data[0], validation=options.validation, end_of_text=end)
-        if corpus.tokenizer is None and tokenizer is None and ":" in options.tokenizer:
+        if tokenizer is None and corpus.tokenizer is None:
             raise ValueError(
                 f"{data[0]} does not say which tokenizer made it; give it with --tokenizer"
             )
+        if tokenizer is None and options.tokenizer is not None:
+            raise ValueError(f"{data[0]} has its own tokenizer; leave {options.tokenizer} out")
         return corpus
     how = PrepareOptions(
         **asdict(options.read),
@@ -193,7 +210,8 @@ def _corpus(
         exclude=options.exclude,
         seed=options.train.seed,
     )
-    return prepare(data, out / "data", tokenizer or options.tokenizer, how, console)
+    made = options.tokenizer or NEW_TOKENIZER
+    return prepare(data, out / "data", tokenizer or made, how, console)
 
 
 # ---- a run that goes on -------------------------------------------------------------------------
@@ -275,7 +293,7 @@ def resume(
         values = checkpoint.read_tensors(directory, "model").items()
     else:
         assert options.init is not None
-        model, tokenizer = checkpoint.load(options.init, dtype=torch.float32)
+        model, tokenizer = _first_model(options.init, options.named_tokenizer())
         sizes, values = model.config, model.state_dict().items()
     trainer = _trainer(sizes, values, corpus, tokenizer, options, ranks, directory)
     restore(trainer, directory, parameters=False)
@@ -283,6 +301,10 @@ def resume(
 
 
 # ---- both ---------------------------------------------------------------------------------------
+
+
+def _first_model(init: str, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer]:
+    return checkpoint.load(init, tokenizer=tokenizer, dtype=torch.float32)
 
 
 def _trainer(
@@ -297,8 +319,8 @@ def _trainer(
     checkpoint.check_tokenizer(tokenizer, sizes)
     if corpus.tokenizer is not None and corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"the corpus was made with another tokenizer ({corpus.tokenizer.kind}) than that of "
-            f"the model ({tokenizer.kind}); prepare the text again with the model's"
+            f"the corpus was made with another tokenizer ({corpus.tokenizer.kind}) than the one "
+            f"to be used ({tokenizer.kind}); prepare the text again with that"
         )
     batches = Batches(
         corpus.train,
