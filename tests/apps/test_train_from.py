@@ -180,7 +180,7 @@ class TestInit:
 
     def test_a_recipe_s_tokenizer_is_for_a_new_model(self, folder):
         Path("mine.toml").write_text('tokenizer = "bpe:300"')
-        words = "--recipe mine.toml --steps 1 --batch 2 --context 32".split()
+        words = ["--recipe", "mine.toml", "--steps", "1", "--batch", "2", "--context", "32"]
         directory = begun("train", "text.txt", "--init", "run", "--out", "new", *words)
         assert load(directory)[1].kind == "bytes"
 

@@ -1,14 +1,18 @@
 """load_engine: what runs a model, for every source, type and adapter."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import make_model, same_bits, small_bpe
 
 from receptance import State, load, save
 from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptions
+from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, load_engine
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.files import About, write_quantised
+from receptance.engine.load import _MAPPED_PASSES
 from receptance.generation import generate
 from receptance.model import Model
 from receptance.ops import native
@@ -75,6 +79,22 @@ def test_a_quantised_directory_is_mapped_and_the_same_everywhere(saved, tmp_path
         in_torch, _ = load_engine(there, backend="torch")
         assert torch.equal(in_torch(IDS)[0], wide(IDS)[0])
     assert generate(engine, tokenizer, "fox", max_tokens=3)
+
+
+@needs_kernels
+def test_mapped_weights_are_copied_once_the_engine_is_used_for_long(tmp_path):
+    config = ModelConfig(vocab_size=300, width=128, num_layers=1)  # nothing is padded
+    engine, _ = load_engine(quantised(Model(config), tmp_path / "small", "int4"))
+    maps, file = Path("/proc/self/maps"), tmp_path / "small" / "weights.safetensors"
+    wanted, state = engine(IDS)
+    for _ in range(_MAPPED_PASSES - 1):
+        assert not maps.exists() or str(file) in maps.read_text()
+        engine(IDS)
+    for _ in range(2):
+        found, after = engine(IDS)
+        assert not maps.exists() or str(file) not in maps.read_text()
+        assert torch.equal(found, wanted)
+        assert same_bits(after.tensors, state.tensors)
 
 
 @needs_kernels

@@ -29,6 +29,9 @@ from receptance.state import State
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Backend = Literal["auto", "native", "triton", "torch"]
+# Passes over a mapped file. A copy takes as long as some tokens, where fresh memory is slow as
+# dozens: whoever wants one or two need not wait for it.
+_MAPPED_PASSES = 8
 _TORCH_DTYPES = ("float32", "bfloat16")
 
 
@@ -167,11 +170,8 @@ def _quantised(
 
         parts = found.config, found.matrices, found.vectors, found.about.source
         return GpuEngine(*parts, device=on_gpu), found.tokenizer
-    sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in found.matrices.values())
-    arena = Arena(sum(room(*size) for size in sizes))
-    matrices = {name: m.held_by(arena) for name, m in found.matrices.items()}
-    parts = found.config, matrices, found.vectors, found.about.source
-    return NativeEngine(*parts, threads=threads), found.tokenizer
+    parts = found.config, found.matrices, found.vectors, found.about.source
+    return NativeEngine(*parts, threads=threads, copy_before=_MAPPED_PASSES + 1), found.tokenizer
 
 
 def _torch_engine(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
-from receptance.engine.packing import KINDS, Layout, Packed
+from receptance.engine.memory import Arena
+from receptance.engine.packing import KINDS, Layout, Packed, room
 from receptance.model.inputs import check_inputs
 from receptance.model.v4 import LayerState
 from receptance.ops import native
@@ -56,8 +57,9 @@ def layouts(config: ModelConfig) -> dict[str, Layout]:
 class NativeEngine(OneCall):
     """A model whose matrices are packed, of one type or several (an `Engine`).
 
-    The tensors are read where they are, so memory maps stay maps. `initial`, of one row, is where
-    rows begin if not empty; `threads` None means torch's own number at every call. Calls must not
+    The tensors are read where they are; `copy_before`, for those of a mapped file, is the number of
+    the pass before which matrices get memory of their own. `initial`, of one row, is where rows
+    begin if not empty; `threads` None means torch's own number at every call. Calls must not
     overlap: an engine has one memory to work in.
     """
 
@@ -73,13 +75,16 @@ class NativeEngine(OneCall):
         initial: State | None = None,
         threads: int | None = None,
         instruction_set: str = "",
+        copy_before: int | None = None,
     ) -> None:
         self.config, self.threads = config, threads
         self._fingerprint = fingerprint
         self._initial = initial or _empty_state(config)
         self._matrices = [matrices[name] for name in layouts(config)]
         self._vectors = list(_padded_vectors(config, vectors))
-        self._kernels = _kernels(config, self._vectors, self._matrices, instruction_set)
+        self._instruction_set = instruction_set
+        self._kernels = self._compiled()
+        self._passes, self._copy_before = 0, copy_before
         self._block_numbers = sum(m.outputs * m.inputs for m in self._matrices[2:])
         self._inputs = self._nonzero = 0
 
@@ -152,6 +157,9 @@ class NativeEngine(OneCall):
 
         Row b has the ids [starts[b], starts[b + 1]).
         """
+        self._passes += 1
+        if self._passes == self._copy_before:
+            self._copy()
         count = ids.shape[0]
         features = torch.empty(count, self.config.width)
         after = [torch.empty_like(x) for x in before]
@@ -173,6 +181,17 @@ class NativeEngine(OneCall):
             pointers = features.data_ptr(), logits.data_ptr()
             self._kernels.head(count, *pointers, self._num_threads(count * width * vocabulary))
         return logits
+
+    def _copy(self) -> None:
+        sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in self._matrices)
+        arena = Arena(sum(room(*size) for size in sizes))
+        self._matrices = [m.held_by(arena) for m in self._matrices]
+        self._kernels = self._compiled()
+
+    def _compiled(self) -> Any:
+        """The kernels, with the addresses of what this engine holds."""
+        parts = self._vectors, self._matrices, self._instruction_set
+        return _kernels(self.config, *parts)
 
     def _num_threads(self, products: int) -> int:
         """As many as there are, but none for less work than it takes to wake it."""

@@ -22,7 +22,7 @@ from receptance.adapters import (
 )
 from receptance.config import ModelConfig, published
 from receptance.data import Batches, PrepareOptions, ReadOptions, TokenFiles, is_corpus, prepare
-from receptance.directories import expanded, step_directories
+from receptance.directories import step_directories
 from receptance.model import Model, starting_values
 from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.logs import METRICS
