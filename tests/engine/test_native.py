@@ -189,7 +189,7 @@ def test_company_cuts_padding_and_threads_change_no_bit(kind, cuts, rows, data):
     alone = NativeEngine(*parts, threads=1, instruction_set=instructions)
     wanted, wanted_state = alone(ids[at : at + 1])
 
-    threads = data.draw(st.integers(1, 3))
+    threads = data.draw(st.integers(1, 6))
     engine = NativeEngine(*parts, threads=threads, instruction_set=instructions)
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=rows, max_size=rows)))
     lengths[at] = 40

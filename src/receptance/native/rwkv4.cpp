@@ -71,7 +71,7 @@ struct Buffers {
     int64_t stride;
     float *x, *key, *value, *receptance, *normed;
     Activations mixed[3], average, hidden;
-    char* partial;  // of the outputs of ffn.value
+    Scratch scratch;  // of ffn.value
     int64_t* row_of;  // of every position
 
     Buffers(Memory& memory, const Weights& w, int64_t positions, int threads)
@@ -83,7 +83,9 @@ struct Buffers {
         for (Activations& a : mixed) a = take_activations(memory, own, stride);
         average = take_activations(memory, own, stride);
         hidden = take_activations(memory, own, round_up(w.ffn_width, kBlock));
-        partial = memory.take<char>(round_up(w.width, kColumns) / kColumns * kPartial);
+        scratch = {memory.take<float>(kSparseRows * stride),
+                   memory.take<char>(threads * (round_up(w.width, kColumns) / kColumns) * kPartial),
+                   stride};
         row_of = memory.take<int64_t>(positions);
     }
 };
@@ -267,8 +269,8 @@ struct Worker {
         if (!alone() || me.id == 0) pass.nonzero += nonzero;
         rows_done();
 
+        sparse_product(l.ffn_value, me, hidden, pass.positions, b.value, b.stride, b.scratch);
         const Range columns = me.share(round_up(w.width, kColumns), kColumns);
-        sparse_product(l.ffn_value, columns, hidden, pass.positions, b.value, b.stride, b.partial);
         for (int64_t p = 0; p < pass.positions; ++p)
             for (int64_t c = columns.begin; c < columns.end; c += RECEPTANCE_LANES) {
                 const int64_t i = p * b.stride + c;

@@ -1,10 +1,11 @@
 // Products with the last matrix of channel mixing, most of whose inputs are zero: its layout is "rows"
 // of engine/packing.py.
 //
-// Every output is summed piece by piece of the inputs. With integers a piece is a group that shares
-// its parameters, and its sum is exact: the same with and without the zeros, and in any order. With
-// floats it is kPiece inputs, and those of them that are not zero are added one after another. So the
-// result is the same for any number of rows, columns at a time and threads.
+// Every output is summed piece by piece of the inputs, and the pieces segment by segment. With integers
+// a piece is a group that shares its parameters, and its sum is exact: the same with and without the
+// zeros, and in any order. With floats it is kPiece inputs, and those of them that are not zero are
+// added one after another. So the result is the same for any number of rows, columns at a time and
+// threads.
 #pragma once
 
 #include <type_traits>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int64_t kColumns = 64;     // outputs at a time
 constexpr int64_t kPiece = 64;       // inputs of a piece of floats
+constexpr int64_t kSegments = 4;     // of the inputs, added one after another: threads share them
 constexpr int64_t kFew = 4;          // up to so many rows leave out what is zero in each:
 constexpr int64_t kListed = 4096;    // inputs for which one row lists what is not
 constexpr int64_t kNear = 256;       // inputs that a second-level cache keeps, for more rows
@@ -212,6 +214,28 @@ inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
 }
 
+// What the threads work in.
+struct Scratch {
+    float* sums;           // [kSparseRows][stride]
+    char* partial;         // of every thread, kPartial bytes for kColumns outputs
+    int64_t stride;
+
+    float* sum(int64_t row) const { return sums + row * stride; }
+};
+static_assert(kSegments * kFew <= kSparseRows, "few rows have their segments there");
+
+inline void clear(float* y, int64_t y_stride, int64_t count, Range columns) {
+    for (int64_t m = 0; m < count; ++m)
+        std::memset(y + m * y_stride + columns.begin, 0,
+                    (columns.end - columns.begin) * sizeof(float));
+}
+
+// y[c] += x[c].
+inline void add_columns(float* y, const float* x, Range columns) {
+    for (int64_t c = columns.begin; c < columns.end; c += RECEPTANCE_LANES)
+        store(y + c, load<Float>(y + c) + load<Float>(x + c));
+}
+
 // The inputs of a piece, and their weights for the first output.
 template <class R>
 struct Piece {
@@ -220,6 +244,10 @@ struct Piece {
     const char* base;
 
     static int64_t inputs(const Matrix& w) { return w.group ? w.group : kPiece; }
+    static Range segment(const Matrix& w, int64_t s) {
+        const int64_t pieces = (w.inputs + inputs(w) - 1) / inputs(w);
+        return {pieces * s / kSegments, pieces * (s + 1) / kSegments};
+    }
 
     Piece(const Matrix& w, int64_t number)
         : w(w),
@@ -251,6 +279,9 @@ struct Piece {
         const Float unit = broadcast(row.scales[first / kBlock]);
         const Float sum = broadcast(four ? row.sums[number] : 0);
         y += column;
+        // Those of the next piece: too few lines side by side for a processor to guess them.
+        for (int64_t n = 2 * outputs; four && n <= 3 * outputs; n += outputs)
+            prefetch((const char*)(scale + n), kColumns * sizeof(bfloat16));
         for (int v = 0, n = 0; v < kRowVectors; ++v, n += RECEPTANCE_LANES) {
             Float to = add_product(load<Float>(y + n), exact[v], unit * widen(scale + n));
             if (four) to = add_product(to, widen(scale + outputs + n), sum);
@@ -323,16 +354,32 @@ void one_row(const Matrix& w, Range pieces, Range columns, const Activations& ro
     }
 }
 
-// The rows in turns, so that what one has read is near for the next.
+// Each thread has some columns of some segments: long stretches of memory, if there are no more threads
+// than segments. The rows in turns, so that what one has read is near for the next.
 template <class R>
-void few_rows(const Matrix& w, Range columns, const Activations& a, int64_t count, float* y,
-              int64_t y_stride, void* partial) {
-    const int64_t inputs = Piece<R>::inputs(w), pieces = (w.inputs + inputs - 1) / inputs;
-    const int64_t step = (count == 1 ? kListed : kNear) / inputs;
-    for (int64_t first = 0; first < pieces; first += step)
-        for (int64_t m = 0; m < count; ++m)
-            one_row<R>(w, {first, std::min(first + step, pieces)}, columns, a.row(m),
-                       y + m * y_stride, (typename R::Sums*)partial);
+void few_rows(const Matrix& w, Member me, const Activations& a, int64_t count, float* y,
+              int64_t y_stride, const Scratch& scratch) {
+    const int64_t outputs = round_up(w.outputs, kColumns);
+    const int64_t step = (count == 1 ? kListed : kNear) / Piece<R>::inputs(w);
+    const auto partial = (typename R::Sums*)(scratch.partial + me.id * (outputs / kColumns) * kPartial);
+    const Range mine = me.share(kSegments * outputs, kColumns);
+    for (int64_t s = 0; s < kSegments; ++s) {
+        const Range columns{std::max(mine.begin - s * outputs, (int64_t)0),
+                            std::min(mine.end - s * outputs, outputs)};
+        if (columns.begin >= columns.end) continue;
+        clear(scratch.sum(s * kFew), scratch.stride, count, columns);
+        const Range pieces = Piece<R>::segment(w, s);
+        for (int64_t first = pieces.begin; first < pieces.end; first += step)
+            for (int64_t m = 0; m < count; ++m)
+                one_row<R>(w, {first, std::min(first + step, pieces.end)}, columns, a.row(m),
+                           scratch.sum(s * kFew + m), partial);
+    }
+    me.wait();
+    const Range columns = me.share(outputs, kColumns);
+    clear(y, y_stride, count, columns);
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t s = 0; s < kSegments; ++s)
+            add_columns(y + m * y_stride, scratch.sum(s * kFew + m), columns);
 }
 
 // ---- many rows ----------------------------------------------------------------------------------
@@ -349,13 +396,13 @@ inline void prefetch_next(const Piece<R>& piece, Range columns, int64_t column, 
 // Floats: the weights of a piece are widened once for all rows, some columns at a time, and what is
 // zero is left out.
 template <class T>
-void many_rows(FloatRows<T>, const Matrix& w, Range columns, const Activations& a, int64_t count,
-               float* y, int64_t y_stride) {
+void many_rows(FloatRows<T>, const Matrix& w, Range pieces, Range columns, const Activations& a,
+               int64_t count, float* y, int64_t y_stride) {
     using R = FloatRows<T>;
     uint16_t which[kSparseRows][kPiece + 8];
     int64_t found[kSparseRows];
     alignas(64) float widened[kPiece * kColumns];
-    for (int64_t number = 0; number * kPiece < w.inputs; ++number) {
+    for (int64_t number = pieces.begin; number < pieces.end; ++number) {
         const Piece<R> piece(w, number);
         for (int64_t m = 0; m < count; ++m)
             found[m] = find_nonzero(a.row(m).values + piece.first, piece.count, 0, which[m]);
@@ -407,10 +454,10 @@ inline void some_dense(int64_t rows, const Pairs* weights, int64_t pairs, const 
 // Integers: a piece is taken apart once for all rows, some columns at a time; zeros are not left out,
 // for looking for them costs more than multiplying them.
 template <class R>
-void many_rows(R, const Matrix& w, Range columns, const Activations& a, int64_t count, float* y,
-               int64_t y_stride) {
+void many_rows(R, const Matrix& w, Range pieces, Range columns, const Activations& a,
+               int64_t count, float* y, int64_t y_stride) {
     Pairs weights[kBlock / 2][kRowVectors];
-    for (int64_t number = 0; number * w.group < w.inputs; ++number) {
+    for (int64_t number = pieces.begin; number < pieces.end; ++number) {
         const Piece<R> piece(w, number);
         const int64_t pairs = (piece.count + 1) / 2;
         for (int64_t c = columns.begin; c < columns.end; c += kColumns) {
@@ -437,19 +484,24 @@ void many_rows(R, const Matrix& w, Range columns, const Activations& a, int64_t 
     }
 }
 
-// y[m][n] for rows [0, count) and the outputs of `columns` (multiples of kColumns). `partial` is memory
-// of kPartial bytes for every kColumns outputs.
-inline void sparse_product(const Matrix& w, Range columns, const Activations& a, int64_t count,
-                           float* y, int64_t y_stride, void* partial) {
-    for (int64_t m = 0; m < count; ++m)
-        std::memset(y + m * y_stride + columns.begin, 0,
-                    (columns.end - columns.begin) * sizeof(float));
+// y[m][n] for rows [0, count) and those outputs that are this thread's share of all, cut at multiples
+// of kColumns.
+inline void sparse_product(const Matrix& w, Member me, const Activations& a, int64_t count, float* y,
+                           int64_t y_stride, const Scratch& scratch) {
     with_rows(w, [&](auto rows) {
         using R = decltype(rows);
-        if (count <= kFew) return few_rows<R>(w, columns, a, count, y, y_stride, partial);
-        for (int64_t m = 0; m < count; m += kSparseRows)
-            many_rows(rows, w, columns, a.row(m), std::min(kSparseRows, count - m),
-                      y + m * y_stride, y_stride);
+        if (count <= kFew) return few_rows<R>(w, me, a, count, y, y_stride, scratch);
+        const Range columns = me.share(round_up(w.outputs, kColumns), kColumns);
+        for (int64_t first = 0; first < count; first += kSparseRows)
+            for (int64_t s = 0; s < kSegments; ++s) {
+                const int64_t some = std::min(kSparseRows, count - first);
+                float *const total = y + first * y_stride, *const sums = s ? scratch.sums : total;
+                const int64_t stride = s ? scratch.stride : y_stride;
+                clear(sums, stride, some, columns);
+                many_rows(rows, w, Piece<R>::segment(w, s), columns, a.row(first), some, sums, stride);
+                for (int64_t m = 0; s && m < some; ++m)
+                    add_columns(total + m * y_stride, sums + m * stride, columns);
+            }
     });
 }
 
