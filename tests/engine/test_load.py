@@ -78,6 +78,7 @@ def test_a_quantised_directory_is_mapped_and_the_same_everywhere(saved, tmp_path
         torch.testing.assert_close(engine(IDS)[0], wide(IDS)[0], atol=2e-3, rtol=0)
         in_torch, _ = load_engine(there, backend="torch")
         assert torch.equal(in_torch(IDS)[0], wide(IDS)[0])
+    assert in_torch.fingerprint() == model.fingerprint()  # so that states go on
     assert generate(engine, tokenizer, "fox", max_tokens=3)
 
 

@@ -131,6 +131,11 @@ def open_quantised(directory: Path) -> QuantisedModel:
     return QuantisedModel(config, tokenizer, matrices, vectors, about)
 
 
+def source_of(directory: Path) -> str:
+    """The fingerprint of the model that was quantised; the directory has been verified."""
+    return About(**_read_config(directory)["quantisation"]).source
+
+
 def is_quantised(directory: str | Path) -> bool:
     """Whether there is a directory that `write_quantised` wrote, in whatever condition."""
     try:

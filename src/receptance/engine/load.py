@@ -188,7 +188,11 @@ def _torch_engine(
         )
     kind = None if dtype is None else FLOATS[dtype]  # type: ignore[index]
     model, found = load(source, tokenizer=tokenizer, device=device, dtype=kind)
-    return (model if adapter is None else AdaptedModel(model, load_adapter(adapter, model))), found
+    if adapter is not None:
+        return AdaptedModel(model, load_adapter(adapter, model)), found
+    if files.is_quantised(path := existing(source)):
+        model.origin = files.source_of(path)
+    return model, found
 
 
 def _adapted(

@@ -100,7 +100,8 @@ class Model(nn.Module):
     official first learning rate (see starting_values). `dropout` acts in training mode only: after
     the embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a
     WKV kernel (see ops.available_backends), None takes the fastest; with `recompute` a backward
-    pass computes each block again instead of keeping what is inside it.
+    pass computes each block again instead of keeping what is inside it. `origin` is the fingerprint
+    of the model that the weights were quantised from, if its states are to go on here.
     """
 
     batch_invariant = False  # torch sums in another order when a batch has another shape
@@ -120,6 +121,7 @@ class Model(nn.Module):
         self.dropout = dropout
         self.backend: str | None = None
         self.recompute = False
+        self.origin: str | None = None
         self.emb = nn.Embedding(
             config.vocab_size,
             config.width,
@@ -261,7 +263,7 @@ class Model(nn.Module):
 
     def fingerprint(self) -> str:
         """Whose states these are: see the function `fingerprint`."""
-        return fingerprint(self.config, self.state_dict())
+        return self.origin or fingerprint(self.config, self.state_dict())
 
 
 def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
