@@ -102,8 +102,7 @@ class StartOptions:
             raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
 
     def named_tokenizer(self) -> Tokenizer | None:
-        """The one that exists already and was named. ValueError if one is to be trained instead,
-        though the model of --init has its own."""
+        """One that exists already. ValueError if the model of --init is to have a new one."""
         name = self.tokenizer
         if name is None or not name.startswith("bpe:"):
             return None if name is None else load_tokenizer(name)
@@ -156,7 +155,7 @@ def begin(
     given: Iterable[tuple[str, Tensor]] | None = None
     tokenizer = options.named_tokenizer()
     if options.init is not None:
-        model, tokenizer = _first_model(options.init, tokenizer)
+        model, tokenizer = checkpoint.load(options.init, tokenizer=tokenizer, dtype=torch.float32)
         options.check_sizes(model.config)
         sizes, given = model.config, model.state_dict().items()
     else:
@@ -293,7 +292,8 @@ def resume(
         values = checkpoint.read_tensors(directory, "model").items()
     else:
         assert options.init is not None
-        model, tokenizer = _first_model(options.init, options.named_tokenizer())
+        named = options.named_tokenizer()
+        model, tokenizer = checkpoint.load(options.init, tokenizer=named, dtype=torch.float32)
         sizes, values = model.config, model.state_dict().items()
     trainer = _trainer(sizes, values, corpus, tokenizer, options, ranks, directory)
     restore(trainer, directory, parameters=False)
@@ -301,10 +301,6 @@ def resume(
 
 
 # ---- both ---------------------------------------------------------------------------------------
-
-
-def _first_model(init: str, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer]:
-    return checkpoint.load(init, tokenizer=tokenizer, dtype=torch.float32)
 
 
 def _trainer(
