@@ -80,7 +80,7 @@ def decoder(engine: Engine, batch: int = 1) -> Callable[[int], None]:
         for _ in range(steps):
             logits, state = engine(logits[:, -1].argmax(-1, keepdim=True), state)
 
-    advance(_STEPS)  # weights of a mapped file are in memory of their own by then
+    advance(2 * _STEPS)  # weights of a mapped file are in memory of their own by then
     return advance
 
 
