@@ -1,6 +1,7 @@
 """Directories that are whole or absent: the order of their writing, and who may replace what."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from receptance.directories import (
     existing,
     newest_checkpoint,
     prune,
+    put_aside,
     step_directories,
     write_directory,
 )
@@ -381,6 +383,15 @@ class TestPruning:
         assert self.steps(run) == ["step-2", "step-3", "step-50", "step-60"]
         assert newest_checkpoint(run)[0].name == "step-3"
 
+    def test_nor_do_they_when_the_run_has_passed_them(self, tmp_path):
+        run = self.run(tmp_path, 1, 2, 50)
+        os.truncate(run / "step-50/a.txt", 0)
+        assert put_aside(newest_checkpoint(run)[0]) == [run / "step-50.damaged"]
+        self.run(tmp_path, 49, 60)
+        prune(run / "step-60", keep=2)
+        assert self.steps(run) == ["step-49", "step-60"]
+        assert (run / "step-50.damaged/a.txt").exists()
+
     def test_nothing_is_removed_under_its_own_name(self, tmp_path, monkeypatch):
         """A kill in the middle of it leaves no checkpoint that looks damaged."""
         run = self.run(tmp_path, 1, 2, 3)
@@ -415,6 +426,18 @@ def test_home_directories(tmp_path, monkeypatch):
 def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path):
     assert "cannot be read: File name too long" in refusal(lambda: existing(tmp_path / ("x" * 300)))
     assert "cannot be read: No such file" in refusal(lambda: newest_checkpoint(tmp_path / "absent"))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
+    for step in (1, 2, 3):
+        write_directory(
+            tmp_path / f"step-{step}",
+            lambda new, n=step: (new / "training.json").write_text(json.dumps({"step": n})),
+        )
+    (tmp_path / "step-3").rename(tmp_path / "step-999")
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest.name == "step-2"
+    assert skipped == [f"{tmp_path}/step-999 holds step 3; give it back the name of that"]
 
 
 def test_step_directories_are_ordered_by_number(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -223,6 +224,16 @@ class TestPipes:
             done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=100)
         assert done.returncode != 0
         assert b"receptance: error: No space left on device" in done.stderr
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
+    def test_training_goes_on_whatever_happens_to_its_output(self):
+        command = [*self.COMMAND[:3], "train", "text.txt", *TRAIN.split(), "--reports", "1"]
+        for number, output in enumerate(["> /dev/full", "> /dev/full 2>&1", ">&-"]):
+            line = f"{shlex.join(command)} --out run{number} {output}"
+            done = subprocess.run(["sh", "-c", line], stderr=subprocess.PIPE, timeout=100)
+            assert done.returncode == 0, done.stderr
+            assert (b"no more output: No space left" in done.stderr) == (number == 0)
+            assert Path(f"run{number}/step-00000003").is_dir()
 
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8:strict"])
     def test_what_is_typed_need_not_be_text(self, encoding):

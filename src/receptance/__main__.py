@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()  # here, where it can still be said that it failed
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()  # here, where it can still be said that it failed
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -76,7 +78,7 @@ def _run(argv: list[str]) -> int:
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line, without the place in the code."""
-    print("receptance: warning: " + " ".join(str(message).split()), file=sys.stderr)
+    _say("warning", str(message))
 
 
 def _tolerate_any_text() -> None:
@@ -104,8 +106,13 @@ def _usage() -> str:
 
 
 def _fail(message: str) -> int:
-    print("receptance: error: " + " ".join(message.split()), file=sys.stderr)
+    _say("error", message)
     return 2
+
+
+def _say(kind: str, message: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk under standard error
+        print(f"receptance: {kind}: " + " ".join(message.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Toke
 def check_device(device: torch.device | str) -> None:
     """ValueError if nothing can be computed there."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None

@@ -7,6 +7,7 @@ directory get its name, and only then may an older one go.
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import secrets
@@ -32,6 +33,8 @@ from receptance.manifest import (
 
 # With a single one, a disk that damages it takes the whole run with it.
 LEAST_KEPT = 2
+# In a checkpoint of a run, what it says about that.
+ABOUT = "training.json"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -244,11 +247,36 @@ def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
     for directory in map(existing, sorted(found, key=step_number, reverse=True)):
         try:
             verify(directory)
+            _check_step(directory)
         except ValueError as error:
             skipped.append(str(error))
         else:
             return directory, skipped
     raise ValueError(f"no whole checkpoint in {run}: {'; '.join(skipped) or 'it has none'}")
+
+
+def _check_step(directory: Path) -> None:
+    """ValueError if a checkpoint was given the name of another step."""
+    file = directory / ABOUT
+    if not file.exists() or not is_step(directory):
+        return
+    about = json.loads(file.read_bytes())
+    step = about.get("step") if isinstance(about, dict) else None
+    if step != step_number(directory):
+        raise ValueError(f"{directory} holds step {step}; give it back the name of that")
+
+
+def put_aside(newest: Path) -> list[Path]:
+    """Rename the checkpoints behind the newest whole one, lest they count as kept: their new names.
+
+    Only for whoever holds the lock of the run.
+    """
+    later = [p for p in step_directories(newest.parent) if step_number(p) > step_number(newest)]
+    moved = []
+    for damaged in later:
+        with suppress(OSError):  # of two of the same step the second one stays
+            moved.append(damaged.rename(damaged.with_name(damaged.name + ".damaged")))
+    return moved
 
 
 def current(path: Path) -> Path:

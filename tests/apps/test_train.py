@@ -27,8 +27,8 @@ from receptance.manifest import verify
 from receptance.plots import draw_losses
 from receptance.training import Trainer, saving
 from receptance.training.logs import MetricsLog
+from receptance.training.notes import read_about
 from receptance.training.run import Run
-from receptance.training.start import read_about
 
 
 def records(run: str | Path) -> list[dict]:

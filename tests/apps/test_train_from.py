@@ -12,14 +12,17 @@ import torch
 from command import SMALL, call
 from tiny import TEXT, make_model, same_bits, small_bpe
 
-from receptance.adapters import load_adapter
+from receptance.adapters import LoRAOptions, load_adapter, make_adapter
 from receptance.checkpoint import load, read_tensors
+from receptance.config import ModelConfig
 from receptance.data import Batches
 from receptance.directories import newest_checkpoint, step_directories
 from receptance.lock import RunLock
+from receptance.model import Model
+from receptance.tokenizer import ByteTokenizer
 from receptance.training import start
+from receptance.training.notes import read_about
 from receptance.training.run import Run
-from receptance.training.start import read_about
 from receptance.training.trainer import Trainer
 
 RECORDS = [
@@ -178,6 +181,15 @@ class TestInit:
             begun("train", "--resume", "--out", tune, "--steps", 2)
         assert call(*start, "--dry-run").code == 0
 
+    def test_it_is_read_tensor_by_tensor(self, folder, monkeypatch):
+        """A process of several that share a model never has all of it."""
+        monkeypatch.setattr(Model, "from_tensors", None)
+        monkeypatch.setattr(Run, "_sample", lambda self, step: None)
+        directory = begun("train", "text.txt", "--init", "run", "--out", "new", "--steps", 1,
+                          "--learning-rate", 1e-30, "--final-learning-rate", 1e-30)  # fmt: skip
+        old = read_tensors(newest_checkpoint("run")[0], "model")
+        assert same_bits(read_tensors(directory, "model"), old)
+
     def test_a_recipe_s_tokenizer_is_for_a_new_model(self, folder):
         Path("mine.toml").write_text('tokenizer = "bpe:300"')
         words = ["--recipe", "mine.toml", "--steps", "1", "--batch", "2", "--context", "32"]
@@ -232,6 +244,20 @@ class TestTuning:
         again = begun("train", "--resume", "--out", "part")
         for stem in ("adapter", "optimizer"):
             assert same_bits(read_tensors(whole, stem), read_tensors(again, stem))
+
+    def test_it_goes_on_from_anywhere_and_if_the_model_was_moved(self, folder, monkeypatch):
+        directory = begun("train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new",
+                          *TUNE.split())  # fmt: skip
+        assert read_about(directory).options.init == str(folder / "run")
+        (folder / "elsewhere").mkdir()
+        monkeypatch.chdir(folder / "elsewhere")
+        assert begun("train", "--resume", "--out", "../new", "--steps", 7).name == "step-00000007"
+        (folder / "run").rename(folder / "moved")
+        assert "no such file or directory" in refused("train", "--resume", "--out", "../new")
+        again = ["train", "--resume", "--out", "../new", "--steps", 8, "--init"]
+        assert begun(*again, "../moved").name == "step-00000008"
+        Model(ModelConfig(vocab_size=256, width=16, num_layers=2)).save("other", ByteTokenizer())
+        assert "was trained on model" in refused(*again, "other")
 
     def test_every_row_of_state_tuning_is_one_document(self, records, monkeypatch):
         """A second one in the row would begin from an empty state."""
@@ -309,6 +335,13 @@ class TestRecipes:
         assert "169" in result.out
         assert not Path("n").exists()
 
+    def test_a_dry_run_knows_what_is_trained(self, folder):
+        more = ["train", "--init", "run", "--tune", "lora", "--lora.rank", 2, "--dry-run"]
+        (trained,) = re.findall(r"trained +([\d,]+)", call(*more, "--on", "h100").out)
+        model, _ = load("run")
+        adapter = make_adapter(model, LoRAOptions(rank=2))
+        assert int(trained.replace(",", "")) == sum(x.numel() for x in adapter.tensors().values())
+
     def test_a_dry_run_knows_what_is_offloaded(self, folder):
         more = ["train", "--recipe", "14b", "--dry-run", "--on", "rtx-4090", "--devices", "8"]
         results = [call(*more, *extra) for extra in ([], ["--offload"])]
@@ -352,10 +385,27 @@ def test_a_folder_in_use_is_left_alone(folder):
         (["text.txt", "--out", "new", "--recipe", "168m"], "did you mean"),
         (["text.txt", "--out", "new", "--context-ranks", "2"], "torchrun"),
         (["text.txt", "--out", "new", "--offload"], "add that, or --no-offload"),
+        (["text.txt", "--out", "new", "--context-ranks", "0"], "it must be at least 1"),
+        (["text.txt", "--out", "new", "--context", "1", "--context-ranks", "2"], "has a piece"),
+        (["text.txt", "--out", "new", "--device", "meta"], "'meta' cannot be used here"),
+        (["text.txt", "--out", "new", "--minutes", "inf"], "minutes is inf"),
+        (["text.txt", "--out", "new", "--warmup-steps", "9" * 400], "it must be at least 0 and"),
+        (["text.txt", "--out", "new", "--tokenizer", "bpe:" + "9" * 30], "less than 2**31"),
+        (["--resume", "--dry-run", "--out", "run"], "leave out --resume"),
+        (["--dry-run", "--tokenizer", "typo.json"], "typo.json: no such file"),
     ],
 )
 def test_errors_are_one_line(argv, why, folder):
-    assert why in refused("train", *argv, *SMALL.split()[:2])
+    assert why in refused("train", *SMALL.split()[:2], *argv)
+
+
+def test_what_a_run_that_goes_on_does_not_read_is_said(folder):
+    Path("other.txt").write_text("something else")
+    again = ["train", "other.txt", "--resume", "--recipe", "cpu-10min", "--out", "run"]
+    result = call(*again, "--steps", 13)
+    assert result.code == 0, result.err
+    for what in ("text", "recipe"):
+        assert f"the {what} given is not read: the run keeps its own" in result.out
 
 
 class TestBadSteps:
@@ -390,6 +440,8 @@ class TestBadSteps:
         assert "left out" in result.out
         lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
+        left_out = {line["step"]: line["left_out"] for line in lines if "left_out" in line}
+        assert left_out == {n: f"gradient norm is nan at step {n}" for n in (3, 5)}
         assert newest_checkpoint("new")[0].name == "step-00000006"
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
@@ -413,3 +465,10 @@ class TestBadSteps:
         assert result.code == 2
         assert "at step 13; stopped" in result.err
         assert len(list(Path("new").glob("bad-step-*"))) == 10
+
+    @pytest.mark.parametrize("reports", [1, 6])
+    def test_the_advice_can_be_followed(self, reports, broken, train):
+        broken.add(3)
+        line = train("--steps", 6, "--reports", reports).err
+        assert "begin in another --out with a lower --learning-rate" in line
+        assert ("resume with --skip-bad-steps" in line) == bool(step_directories(Path("new")))

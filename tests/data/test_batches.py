@@ -175,6 +175,25 @@ class TestDocuments:
         learned = sum(sum(row["mask"]) for row in an_epoch(batches))
         assert learned == 1 + 1  # 3 and 5; nothing predicts the 1
 
+    @pytest.mark.parametrize("packing", ["whole", "single"])
+    def test_rows_with_nothing_to_learn_are_left_out(self, packing):
+        """Of a prompt longer than the context only the end, with the response, is a row."""
+        tokens = flat([[*range(1, 20)], [1, 2, 3]])
+        mask = np.zeros(len(tokens), np.uint8)
+        mask[[17, 18, -2]] = 1
+        batches = Batches(
+            tokens, context=5, batch=1, seed=0, mask=mask, packing=packing, end_of_text=END
+        )
+        rows = an_epoch(batches)
+        assert all(any(row["mask"]) for row in rows)
+        learned = [t for row in rows for t, m in zip(row["targets"], row["mask"], strict=True) if m]
+        assert sorted(learned) == [3, 18, 19]
+
+    def test_nothing_to_learn_at_all(self):
+        tokens = flat([[1, 2, 3]])
+        with pytest.raises(ValueError, match="or none with a token to learn"):
+            Batches(tokens, context=4, batch=1, seed=0, mask=np.zeros(4, np.uint8))
+
     def test_no_document_of_two_tokens(self):
         with pytest.raises(ValueError, match="no document of at least two tokens"):
             Batches(flat([[], []]), context=4, batch=1, seed=0, packing="single")

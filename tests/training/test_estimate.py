@@ -344,3 +344,16 @@ class TestDevices:
         assert mfu(found.tokens_per_second, found.config, found.device.flops) == pytest.approx(
             share
         )
+
+
+class TestAdapters:
+    def test_only_what_is_trained_has_gradients_and_moments(self):
+        sizes, run = published("7b"), TrainOptions(batch=4, dtype="bfloat16")
+        whole = estimate(sizes, run, device_name="h100")
+        small = estimate(sizes, run, device_name="h100", trained=10**6)
+        assert (small.memory.gradients, small.memory.moments) == (4e6, 8e6)
+        assert small.memory.parameters == whole.memory.parameters + 4e6
+        assert small.memory.head < whole.memory.head
+        assert small.flops == pytest.approx(2 / 3 * whole.flops)
+        assert small.fits and not whole.fits
+        assert "1,000,000" in shown(small)

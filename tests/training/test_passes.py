@@ -131,6 +131,15 @@ class TestTheGradient:
         assert all(float(x.abs().max()) > 0 for x in wanted[1].values())
         assert all(p.grad is None for p in model.parameters())
 
+    @pytest.mark.parametrize("targets", ["blocks.1.ffn.*", "blocks.0.att.output"])
+    def test_of_an_adapter_that_states_know_little_of(self, targets):
+        """No gradient comes from the tensors of the state that its first matrix has no part in."""
+        model, batch = exact_model(), random_batch()
+        adapter = make_adapter(model, LoRAOptions(rank=2, targets=(targets,))).double()
+        disturb(adapter)
+        with adapter.attach(model):
+            close(found(model, batch, adapter, chunk=4), plain(model, batch, adapter))
+
     def test_of_state_tuning_ends_at_the_first_reset(self):
         model, batch = exact_model(), random_batch(reset=True)
         batch.resets[:, 0] = True

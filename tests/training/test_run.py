@@ -1,6 +1,8 @@
 """A run that meets a spike of its loss, a full disk, or the end of the time it may take."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,20 @@ class TestRollback:
         assert result.code == 0, result.err
         assert newest("run") == newest("whole")
 
+    def test_a_stop_right_after_it_remembers(self, spikes, monkeypatch):
+        spikes.add(13)
+        go_back = Run._roll_back
+
+        def go_back_and_stop(self: Run, report) -> None:
+            go_back(self, report)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "_roll_back", go_back_and_stop)
+            assert train("run", "--rollback", 1.0, "--reports", 6).code == 0
+        assert call("train", "--resume", "--out", "run", "--reports", 6).code == 0
+        assert sum("rolled_back_from" in record for record in records("run")) == 1
+
     def test_a_spike_before_the_first_report(self, spikes):
         spikes.add(4)
         result = train("run", "--rollback", 1.0, "--reports", 1)
@@ -171,6 +187,53 @@ class TestSaves:
         assert result.err == "receptance: error: 3 saves failed in a row; see above\n"
         assert result.out.count("No space left") == 3
         assert not step_directories(Path("run"))
+        assert max(r["step"] for r in records("run")) < 8  # not until another save is due
+
+
+class TestReports:
+    @pytest.fixture
+    def killed(self, monkeypatch):
+        """`train`, killed in the validation of a step."""
+
+        def run(step: int) -> list[dict]:
+            def die(self: Run, limit: int, what: str) -> None:
+                if self.trainer.step == step:
+                    raise KeyboardInterrupt
+                validate(self, limit, what)
+
+            validate = Run._validate
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "_validate", die)
+                assert train("run", "--reports", 3).code == 130
+            return records("run")
+
+        return run
+
+    @pytest.mark.parametrize("step", [8, STEPS])
+    def test_one_that_was_cut_off_is_made_up_for(self, step, killed):
+        assert killed(step)[-1]["step"] == step
+        for _ in range(2):  # and only once
+            result = call("train", "--resume", "--out", "run", "--reports", 3)
+            assert result.code == 0, result.err
+        assert train("whole", "--reports", 3).code == 0
+        kept = [
+            [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in found]
+            for found in (records("run"), records("whole"))
+        ]
+        assert kept[0] == kept[1]
+
+    def test_the_end_has_one_although_it_is_saved(self):
+        assert train("run", "--reports", 1, "--save-minutes", 0).code == 0
+        assert [r["step"] for r in records("run") if "sample" in r] == [STEPS]
+
+    def test_a_sample_that_cannot_be_is_no_end(self, monkeypatch):
+        def fail(*arguments, **more):
+            raise ValueError("logits are not numbers")
+
+        monkeypatch.setattr(module, "generate", fail)
+        result = train("run", "--reports", 2)
+        assert result.code == 0, result.err
+        assert result.out.count("no sample: logits are not numbers") == 2
 
 
 class TestValidation:

@@ -273,7 +273,8 @@ def test_options_survive_json():
     """As a checkpoint keeps them."""
     from dataclasses import asdict
 
-    from receptance.training.start import StartOptions, _restored
+    from receptance.training.notes import _restored
+    from receptance.training.options import StartOptions
 
     options = StartOptions(
         init="x", tune="lora", train=TrainOptions(betas=(0.8, 0.95)), exclude=("a", "b")

@@ -33,6 +33,10 @@ class TestOptimizer:
             ending = name.rpartition(".")[2]
             assert group["scale"] == {"time_decay": 2, "time_first": 3}.get(ending, 1), name
 
+    def test_unless_that_is_switched_off(self):
+        trainer = make_trainer(small(layerwise_rates=False))
+        assert {group["scale"] for group in trainer.optimizer.param_groups} == {1.0}
+
     def test_weight_decay_is_for_matrices(self):
         matrices = ("emb", "head", "key", "value", "receptance", "output")
         for name, group in groups(weight_decay=0.1).items():
@@ -166,7 +170,7 @@ class TestNotANumber:
         run(trainer, steps)
         damage(trainer)
         before = everything(trainer)
-        with pytest.raises(NotFinite, match=rf"^{what} at step {steps + 1}; stopped before") as e:
+        with pytest.raises(NotFinite, match=rf"^{what} at step {steps + 1}$") as e:
             trainer.run_step()
         assert trainer.step == steps
         after = everything(trainer)
@@ -189,7 +193,7 @@ class TestNotANumber:
     def test_infinite_weights_are_found(self):
         trainer = make_trainer(small())
         torch.nn.init.constant_(trainer.model.ln_out.weight, 1e38)
-        with pytest.raises(NotFinite, match="at step 1; stopped"):
+        with pytest.raises(NotFinite, match=r"at step 1$"):
             trainer.run_step()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,28 +17,21 @@ from rich.console import Console
 
 from receptance import checkpoint
 from receptance.data import TokenFiles, is_corpus
-from receptance.directories import expanded, newest_checkpoint, step_directories
+from receptance.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.lock import RunLock
 from receptance.progress import say
 from receptance.recipes import apply_recipe
 from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.estimate import DEFAULT_UTILISATION, estimate, show
 from receptance.training.logs import check_kinds
+from receptance.training.notes import check_changes, located, read_about
+from receptance.training.options import StartOptions
 from receptance.training.ranks import joined
 from receptance.training.run import Run, RunOptions
-from receptance.training.start import (
-    MAY_CHANGE,
-    NEW_TOKENIZER,
-    StartOptions,
-    begin,
-    check_new,
-    flat,
-    read_about,
-    resume,
-)
+from receptance.training.start import NEW_TOKENIZER, adapter_size, begin, check_new, resume
 
-# That of the paper's models.
-_PILE_VOCABULARY = 50277
+# Those of the paper's models.
+_PILE_TOKENIZER, _PILE_VOCABULARY = "20B_tokenizer.json", 50277
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +75,8 @@ def main(argv: list[str]) -> None:
     if options.recipe is not None:
         options = _parsed(argv, _recipe(options.recipe, options))
     if options.dry_run:
+        if options.resume:
+            raise ValueError("--dry-run is about a run to be begun; leave out --resume")
         _dry_run(options)
         return
     out = expanded(options.out)
@@ -102,6 +98,8 @@ def main(argv: list[str]) -> None:
             start = replace(_resumed(argv, directory), device=str(device))
             parts = resume(out, directory, options.data, start, ranks)
             say(console, f"resumed {directory} at step {parts.trainer.step}")
+            if options.resume:
+                _say_unread(options, console)
         else:
             check_new(out, again=options.auto_resume)
             start = replace(options.start, device=str(device))
@@ -143,7 +141,7 @@ def _one_line() -> Iterator[None]:
         if torch.distributed.is_torchelastic_launched() and re.search(
             "gloo|nccl|connection", text, re.I
         ):
-            raise ValueError(f"another process of this job has gone: {text}") from None
+            raise ValueError("another process of this job has gone; see what it said") from None
         raise
 
 
@@ -167,6 +165,7 @@ def _dry_run(options: Options) -> None:
         context_ranks=start.context_ranks,
         sharded=start.parallel == "fsdp",
         offload=start.offload,
+        trained=None if start.tune == "all" else adapter_size(sizes, start),
         device_name=options.on,
         utilisation=options.mfu,
     )
@@ -178,16 +177,25 @@ def _vocabulary(name: str) -> int:
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal():
         return int(size)
-    try:
-        return load_tokenizer(name).vocab_size
-    except FileNotFoundError:
-        return _PILE_VOCABULARY
+    if Path(name).name == _PILE_TOKENIZER and not expanded(name).exists():
+        return _PILE_VOCABULARY  # of the recipes, whose file need not be here yet
+    return load_tokenizer(name).vocab_size
+
+
+def _say_unread(options: Options, console: Console) -> None:
+    """What was given although the run that goes on has its own."""
+    text = options.data and not is_corpus(options.data[0])
+    for what, given in {"text": text, "recipe": options.recipe}.items():
+        if given:
+            say(console, f"the {what} given is not read: the run keeps its own")
 
 
 def _newest(out: Path, console: Console) -> Path:
     directory, skipped = newest_checkpoint(out)
     for reason in skipped:
         say(console, f"skipped a damaged checkpoint: {reason}", style="bold yellow")
+    for path in put_aside(directory):
+        say(console, f"it is kept as {path}")
     return directory
 
 
@@ -204,20 +212,22 @@ def _resumed(argv: list[str], directory: Path) -> StartOptions:
     """The stored options; those given that may change replace them, others are refused."""
     # Parsed again: what was stored is now the default, so that only what was given can differ.
     stored = read_about(directory).options
-    given = _parsed(argv, Options(start=stored)).start
-    before, now = flat(stored), flat(given)
-    for name, old in before.items():
-        if now[name] != old and name not in MAY_CHANGE:
-            raise ValueError(
-                f"the run was started with {name} {old}, not {now[name]}; a resumed run keeps its "
-                "options, so leave this one out or start another run"
-            )
+    given = located(_parsed(argv, Options(start=stored)).start)
+    check_changes(stored, given)
     return given
 
 
 class _Console(Console):
-    """A console without which the run goes on, when the reader of its output has gone away."""
+    """A console without which the run goes on: its reader may go away, or its disk be full."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
             super().on_broken_pipe()
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            self.on_broken_pipe()  # the rest goes nowhere
+            with suppress(OSError):
+                print(f"receptance: warning: no more output: {error.strerror}", file=sys.stderr)

@@ -65,7 +65,8 @@ class Batches:
     "reset": the same windows, but every document in them begins from an empty state;
     "whole": as many whole documents as fit, each from an empty state, and padding that is not
     learned; "single": one document and padding. Of a document longer than the context each piece
-    is a row. "auto" is "whole" if there is a mask, otherwise "stream".
+    is a row, if there is anything to learn in it. "auto" is "whole" if there is a mask, otherwise
+    "stream".
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Batches:
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
         if self.packing in ("whole", "single"):
             lengths = document_lengths(tokens, end_of_text)
-            self._rows = _pack(lengths, context, together=self.packing == "whole")
+            self._rows = _pack(lengths, context, mask, together=self.packing == "whole")
         elif len(tokens) <= context:
             raise ValueError(
                 f"the text has {len(tokens)} tokens and the context is {context}; "
@@ -95,7 +96,10 @@ class Batches:
             )
         self.windows = len(self._rows[0]) if self._rows else (len(tokens) - 1) // context
         if not self.windows:
-            raise ValueError("the text has no document of at least two tokens; give more text")
+            raise ValueError(
+                "the text has no document of at least two tokens, or none with a token to learn; "
+                "give more text"
+            )
 
     def at(self, step: int) -> Batch:
         """The batch of a step, from 0."""
@@ -200,10 +204,13 @@ def document_lengths(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
     return lengths if lengths[-1] else lengths[:-1]
 
 
-def _pack(lengths: np.ndarray, context: int, *, together: bool) -> tuple[np.ndarray, np.ndarray]:
+def _pack(
+    lengths: np.ndarray, context: int, mask: np.ndarray | None, *, together: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Starts and ends of rows: next-fit of documents, or pieces of those that are too long.
 
-    The pieces overlap by one token, the last target of one being the first input of the next.
+    The pieces overlap by one token, the last target of one being the first input of the next. Rows
+    without a target to learn, of a prompt longer than the context say, are left out.
     """
     stops = np.cumsum(lengths)
     rows = []
@@ -218,6 +225,10 @@ def _pack(lengths: np.ndarray, context: int, *, together: bool) -> tuple[np.ndar
         else:
             rows.append((start, start + context + 1))
             start += context
-    kept = [(start, stop) for start, stop in rows if stop - start > 1]
+    kept = [
+        (start, stop)
+        for start, stop in rows
+        if stop - start > 1 and (mask is None or mask[start + 1 : stop].any())
+    ]
     both = np.array(kept, np.int64).reshape(-1, 2)
     return both[:, 0], both[:, 1]

@@ -61,9 +61,10 @@ class BPETokenizer(Tokenizer):
         Stops at `vocab_size` ids, or when no pair is left that occurs `min_frequency` times. The
         same documents give the same file. ValueError for a vocab_size below 257.
         """
-        if vocab_size < 257:
+        if not 257 <= vocab_size < 1 << 31:
             raise ValueError(
-                f"vocab_size is {vocab_size}; it must be at least 257: 256 bytes and {END_OF_TEXT}"
+                f"vocab_size is {vocab_size}; it must be at least 257, 256 bytes and "
+                f"{END_OF_TEXT}, and less than 2**31"
             )
         if isinstance(documents, str):
             raise ValueError("documents is one str; give a list (or any iterable) of str")

@@ -61,6 +61,14 @@ class Estimate:
     """Share of the device's peak that goes into the model (MFU); recomputation lowers it."""
     memory: Memory
     """Per rank."""
+    trained: int | None = None
+    """Parameters of an adapter, which alone are trained; None: those of the model are."""
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward; beside an adapter no gradients of the model's matrices."""
+        forward = self.config.forward_flops_per_token
+        return self.config.training_flops_per_token if self.trained is None else 2 * forward
 
     @property
     def tokens_per_step(self) -> int:
@@ -84,13 +92,13 @@ class Estimate:
     @property
     def flops(self) -> float:
         """Of the model in all steps, forward and backward, matrix products only."""
-        return float(self.tokens * self.config.training_flops_per_token)
+        return float(self.tokens * self.flops_per_token)
 
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks together."""
         peak = self.ranks * self.device.flops
-        return peak * self.utilisation / self.config.training_flops_per_token
+        return peak * self.utilisation / self.flops_per_token
 
     @property
     def days(self) -> float:
@@ -111,14 +119,16 @@ def estimate(
     context_ranks: int = 1,
     sharded: bool = False,
     offload: bool = False,
+    trained: int | None = None,
     device_name: str = THIS_MACHINE,
     utilisation: float = DEFAULT_UTILISATION,
 ) -> Estimate:
     """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
 
     context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
-    (FSDP); offload: those are in the host's memory, which is not counted. ValueError on a device
-    that is not known, and on ranks or a utilisation that cannot be.
+    (FSDP); offload: those are in the host's memory, which is not counted; trained: parameters of an
+    adapter, which are trained instead of the model's. ValueError on a device that is not known, and
+    on ranks or a utilisation that cannot be.
     """
     if context_ranks < 1 or ranks % context_ranks:
         raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
@@ -132,25 +142,32 @@ def estimate(
         raise ValueError(f"utilisation is {utilisation}; it must be over 0 and at most 1")
     rows, time = math.ceil(options.batch / groups), math.ceil(options.context / context_ranks)
     piece = min(options.micro_batch or rows, rows), min(options.chunk or time, time)
-    found = memory(config, options, piece, shares=ranks if sharded else 1)
+    found = memory(config, options, piece, shares=ranks if sharded else 1, trained=trained)
     if offload:
         found = replace(found, parameters=0, gradients=0, moments=0)
-    return Estimate(config, options, find_device(device_name), ranks, piece, utilisation, found)
+    device = find_device(device_name)
+    return Estimate(config, options, device, ranks, piece, utilisation, found, trained)
 
 
 def memory(
-    config: ModelConfig, options: TrainOptions, piece: tuple[int, int], *, shares: int = 1
+    config: ModelConfig,
+    options: TrainOptions,
+    piece: tuple[int, int],
+    *,
+    shares: int = 1,
+    trained: int | None = None,
 ) -> Memory:
     """Bytes in a process that has one of `shares` and reads `piece` (rows, tokens) at a time."""
-    each = _FLOAT32 * config.num_parameters / shares
+    every = _FLOAT32 * config.num_parameters / shares
+    learning = every if trained is None else _FLOAT32 * trained
     positions = math.prod(piece)
     return Memory(
-        parameters=each,
-        gradients=each,
-        moments=2 * each,
+        parameters=every if trained is None else every + learning,
+        gradients=learning,
+        moments=2 * learning,
         weights=_weights(config, options, sharded=shares > 1),
         activations=_activations(config, options, positions),
-        head=_head(config, options, positions),
+        head=_head(config, options, positions, learns=trained is None),
     )
 
 
@@ -192,10 +209,10 @@ def _weights(config: ModelConfig, options: TrainOptions, *, sharded: bool) -> fl
     return element * block * (1 if options.recompute else config.num_layers)
 
 
-def _head(config: ModelConfig, options: TrainOptions, positions: int) -> float:
+def _head(config: ModelConfig, options: TrainOptions, positions: int, *, learns: bool) -> float:
     element, matrix = _element_bytes(options), config.vocab_size * config.width
     logits = min(LOGITS_AT_ONCE, positions * config.vocab_size)
-    gradients = 2 * _FLOAT32 * matrix + element * positions * config.width
+    gradients = 2 * _FLOAT32 * matrix * learns + element * positions * config.width
     if element == _FLOAT32:
         return 2 * _FLOAT32 * logits + gradients
     # Narrow copies of the matrix and of the error, and a wide one of the error turned round.
@@ -212,7 +229,9 @@ def table(found: Estimate) -> Table:
     lines = Table(box=None, show_header=False, pad_edge=False)
     sizes = f"{config.num_layers} layers of {config.width}, vocabulary {config.vocab_size:,}"
     lines.add_row("parameters", f"{config.num_parameters:,} ({sizes})")
-    per_token = config.training_flops_per_token
+    if found.trained is not None:
+        lines.add_row("  trained", f"{found.trained:,}")
+    per_token = found.flops_per_token
     lines.add_row("FLOPs", f"{found.flops:.3g} ({per_token:.4g} per token, forward and backward)")
     lines.add_row("steps", f"{found.steps:,} of {found.tokens_per_step:,} tokens")
     lines.add_row("tokens", f"{found.tokens:,}")

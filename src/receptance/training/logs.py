@@ -212,8 +212,16 @@ def _step(line: bytes) -> int | None:
         return None
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
+
+
+def has_report(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has what a report of that step found."""
+    with suppress(FileNotFoundError), (folder / METRICS).open("rb") as lines:
+        found = (line for line in lines if b'"validation' in line or b'"sample"' in line)
+        return any(_step(line) == step for line in found)
+    return False
 
 
 def _run_id(folder: Path) -> str:

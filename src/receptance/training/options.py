@@ -1,16 +1,23 @@
-"""How to train: options, and the learning rate of every step."""
+"""What to train and how: options, and the learning rate of every step."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, get_args
 
+import tyro
+
+from receptance.adapters import LoRAOptions
+from receptance.config import ModelConfig, published
+from receptance.data import ReadOptions
 from receptance.data.batches import Packing
+from receptance.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_STEPS = 1000
 # More steps than anyone will wait for.
 _UNLIMITED = 10**9
+# Whole numbers stay below what indices of tensors can be; rates below what float32 can be.
+_LARGEST, _LARGEST_RATE = 1 << 31, 1e38
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,8 @@ class TrainOptions:
     """Adam's decay rates."""
     epsilon: float = 1e-8
     """Adam's epsilon."""
+    layerwise_rates: bool = True
+    """Twice the rate for time_decay, three times for time_first (RWKV-LM's layerwise_lr)."""
     weight_decay: float = 0.0
     """On matrices only; the paper uses none."""
     clip: float = 1.0
@@ -89,26 +98,33 @@ class TrainOptions:
                 f"one of {', '.join(values)}": {name: getattr(self, name) in values}
                 for name, values in choices.items()
             },
-            "at least 1": {n: getattr(self, n) >= 1 for n in ("batch", "context")},
-            "at least 0": {
-                n: getattr(self, n) >= 0
+            f"at least 1 and less than {_LARGEST:,}": {
+                n: 1 <= getattr(self, n) < _LARGEST for n in ("batch", "context")
+            },
+            f"at least 0 and less than {_LARGEST:,}": {
+                n: 0 <= getattr(self, n) < _LARGEST
                 for n in (
                     "steps",
-                    "minutes",
                     "micro_batch",
                     "chunk",
-                    "max_logit_penalty",
-                    "z_loss",
                     "loader_workers",
-                    "rollback",
                     "warmup_steps",
                     "constant_steps",
+                )
+            },
+            f"at least 0 and less than {_LARGEST_RATE:g}": {
+                n: 0 <= getattr(self, n) < _LARGEST_RATE
+                for n in (
+                    "minutes",
+                    "max_logit_penalty",
+                    "z_loss",
+                    "rollback",
                     "weight_decay",
                     "clip",
                 )
             },
-            "a number over 0": {
-                n: 0 < getattr(self, n) < math.inf
+            f"over 0 and less than {_LARGEST_RATE:g}": {
+                n: 0 < getattr(self, n) < _LARGEST_RATE
                 for n in ("learning_rate", "final_learning_rate", "epsilon")
             },
             "at least 0 and less than 1": {
@@ -126,6 +142,92 @@ class TrainOptions:
     def total_steps(self) -> int:
         """`steps`, or what its 0 stands for."""
         return self.steps or (_UNLIMITED if self.minutes else _DEFAULT_STEPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    """What is trained, and where."""
+
+    init: str | None = None
+    """Start from this model (any that `receptance generate` reads) with its tokenizer: name that
+    with --tokenizer if it is not beside the weights."""
+    tune: Literal["all", "lora", "state"] = "all"
+    """Train all parameters, or keep those of --init and train low-rank matrices beside them, or
+    only the state that rows begin from."""
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    tokenizer: str | None = None
+    """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless --init or the
+    corpus has one."""
+    size: str | None = None
+    """A published size (169m, 430m, 1.5b, 3b, 7b, 14b) instead of --width and --layers."""
+    width: int | None = None
+    """Channels, C: 256 unless --size or --init says otherwise."""
+    layers: int | None = None
+    """Blocks, L: 6 unless --size or --init says otherwise."""
+    validation: float = 0.02
+    """Share of the text that is kept for validation."""
+    exclude: tuple[str, ...] = ()
+    """Leave out files with a path component like this, e.g. site-packages."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, ..."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With torchrun: every process has the model, or a share of every tensor."""
+    offload: bool = False
+    """With fsdp: keep the shares in the host's memory."""
+    context_ranks: int = 1
+    """With torchrun and ddp: neighbours that share a sequence, each a piece of it."""
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
+    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        if self.tune != "all" and (self.parallel == "fsdp" or self.context_ranks > 1):
+            raise ValueError(f"tune is {self.tune!r}; it works with ddp and one context rank")
+        if self.tune != "all" and self.init is None:
+            raise ValueError(f"tune is {self.tune!r}; say which model with --init")
+        if self.tune == "state" and self.train.packing not in ("auto", "single"):
+            raise ValueError("tune is 'state': every row is one document, so leave --packing out")
+        if self.offload and self.parallel != "fsdp":
+            raise ValueError(
+                "offload is for the shares of --parallel fsdp; add that, or --no-offload"
+            )
+        if not 1 <= self.context_ranks <= self.train.context:
+            raise ValueError(
+                f"context_ranks is {self.context_ranks}; it must be at least 1, and at most the "
+                f"context ({self.train.context}), of which each has a piece"
+            )
+        if self.parallel == "fsdp" and self.context_ranks > 1:
+            raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
+
+    def named_tokenizer(self) -> Tokenizer | None:
+        """One that exists already. ValueError if the model of --init is to have a new one."""
+        name = self.tokenizer
+        if name is None or not name.startswith("bpe:"):
+            return None if name is None else load_tokenizer(name)
+        if self.init is not None:
+            raise ValueError(f"the model of --init has its own tokenizer; leave {name} out")
+        return None
+
+    def sizes(self, vocab_size: int) -> ModelConfig:
+        """Those of a new model. ValueError if they are said twice."""
+        if self.size is not None:
+            model = replace(published(self.size), vocab_size=vocab_size)
+            if (self.width, self.layers) != (None, None):
+                raise ValueError(f"size {self.size!r} says width and layers; leave those out")
+            return model
+        width = 256 if self.width is None else self.width
+        layers = 6 if self.layers is None else self.layers
+        return ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers)
+
+    def check_sizes(self, found: ModelConfig) -> None:
+        """ValueError if other sizes were asked for than the model of --init has."""
+        wanted = self.sizes(found.vocab_size)
+        for name, said in {"width": self.width, "num_layers": self.layers}.items():
+            asked, has = getattr(wanted, name), getattr(found, name)
+            if (self.size or said is not None) and asked != has:
+                raise ValueError(
+                    f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; "
+                    "leave --size, --width and --layers out, on the command line and in a recipe"
+                )
 
 
 def learning_rate(step: int, options: TrainOptions, clock: float = 0.0) -> float:

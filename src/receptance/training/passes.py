@@ -134,8 +134,10 @@ class _Sweep:
                 value, entropy, after = objective(chunk, state, self.total)
                 ends, weights = [value], [None]
                 if grads is not None:
-                    ends += [after[name] for name in grads]
-                    weights += list(grads.values())  # type: ignore[arg-type]
+                    # An adapter has no part in what comes before its first matrix.
+                    live = [name for name in grads if after[name].requires_grad]
+                    ends += [after[name] for name in live]
+                    weights += [grads[name] for name in live]  # type: ignore[misc]
                 torch.autograd.backward(ends, weights)
             self.entropy += float(entropy)
             if number and self.passes.options.carry == "gradient":

@@ -19,14 +19,15 @@ from rich.console import Console
 from receptance import plots
 from receptance.checkpoint import write_description
 from receptance.data.ondisk import blocks, written
-from receptance.directories import LEAST_KEPT, newest_checkpoint
+from receptance.directories import LEAST_KEPT, newest_checkpoint, put_aside, step_directories
 from receptance.generation import generate
 from receptance.progress import progress_bar, say
 from receptance.scoring import bits_per_byte
 from receptance.training.devices import mfu, peak_flops
-from receptance.training.logs import METRICS, MetricsLog, Value, open_logs
+from receptance.training.logs import METRICS, MetricsLog, Value, has_report, open_logs
+from receptance.training.notes import flat, notes
 from receptance.training.saving import Saver, restore
-from receptance.training.start import Start, flat, notes
+from receptance.training.start import Start
 from receptance.training.trainer import SPIKE_MEMORY, NotFinite, StepReport
 
 # Validation looks at this many tokens, the same ones every time; the end of a run at all as well.
@@ -85,7 +86,7 @@ class Run:
     def _describe(self, folder: Path) -> dict[str, Any]:
         if self.trainer.adapter is None:
             write_description(self.trainer.model.config, folder, self.start.tokenizer)
-        return notes(self.out, self.start)
+        return notes(self.out, self.start.options, self.start.corpus)
 
     def go(self) -> None:
         """Train to the end, or to the step in which a stop was asked for."""
@@ -106,6 +107,8 @@ class Run:
         reported = int(trainer.progress * reports)
         if trainer.options.rollback and self.saver.saved_step < 0:
             self._save()  # something to go back to
+        if not trainer.finished and self._was_cut_off():
+            self._report(quick=True)
         with progress_bar(self.console) as bar:
             task = bar.add_task("training", total=1.0, note="")
             bar.update(task, completed=trainer.progress)
@@ -116,18 +119,28 @@ class Run:
                 if not trainer.finished and int(trainer.progress * reports) > reported:
                     reported = int(trainer.progress * reports)
                     self._report(quick=True)
-                elif self._agree(
-                    time.monotonic() - self.last_save > 60 * self.options.save_minutes
-                ):
-                    self._save()
+                elif self._agree(self._is_late() or self.saver.exhausted):
+                    self._save()  # or end, if it cannot be saved
                 self.saver.poll()
         if stopping:
             self.console.print(f"stopping after step {trainer.step}")
-        if trainer.finished and self.saver.saved_step != trainer.step:
+        if trainer.finished and not self._agree(self._is_reported()):
             self._report(quick=False)
-        self.saver.wait()
-        if self.saver.saved_step != trainer.step:  # not yet, or the disk was full just then
-            self._save()
+        self._save_once()  # if not yet, or the disk was full just then
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.last_save > 60 * self.options.save_minutes
+
+    def _is_reported(self) -> bool:
+        return self.trainer.ranks.first and has_report(self.out, self.trainer.step)
+
+    def _was_cut_off(self) -> bool:
+        """Whether the run was killed in the report of the step that it goes on from."""
+        trainer, reports = self.trainer, self.options.reports
+        total = trainer.options.total_steps
+        before, now = max(0, trainer.step - 1) / total, trainer.step / total
+        due = int(now * reports) > int(before * reports)
+        return due and not self._agree(self._is_reported())
 
     def _agree(self, flag: bool) -> bool:
         """Whether it is so in any of the processes."""
@@ -163,14 +176,17 @@ class Run:
             except OSError as failure:  # a full disk is no reason to stop
                 where = f"its batch is nowhere, {file} cannot be written: {failure.strerror}"
         self.bad_steps += 1
-        what = f"{error}; {where}"
         if not self.trainer.options.skip_bad_steps or self.bad_steps >= _BAD_STEPS:
-            raise ValueError(
-                f"{what}. Start again with a lower --learning-rate or more --warmup-steps, or "
-                "resume with --skip-bad-steps"
-            )
-        self._alarm(f"{what}; left out")
+            raise ValueError(f"{error}; stopped before the update; {where}; {self._way_on()}")
+        self._alarm(f"{error}; left out; {where}")
         self.trainer.leave_out_step()
+        self._record({"step": step, "left_out": str(error)})
+
+    def _way_on(self) -> str:
+        """What can be done about bad steps. Weights that led to them are not worth a checkpoint."""
+        again = "begin in another --out with a lower --learning-rate or more --warmup-steps"
+        self.saver.wait()
+        return f"resume with --skip-bad-steps, or {again}" if step_directories(self.out) else again
 
     def _is_spike(self, loss: float) -> bool:
         limit, losses = self.trainer.options.rollback, self.trainer.losses
@@ -190,8 +206,12 @@ class Run:
         trainer = self.trainer
         reached = trainer.step + trainer.passed_over
         directory, _ = newest_checkpoint(self.out)
+        trainer.ranks.wait()
+        if trainer.ranks.first:
+            put_aside(directory)
         restore(trainer, directory)
         trainer.passed_over = reached - trainer.step
+        self.saver.saved_step = -1  # it does not say what is passed over
         self._alarm(
             f"loss {report.loss:.3f} at step {report.step} is a spike: back to step {trainer.step}"
         )
@@ -214,7 +234,7 @@ class Run:
 
     def _report(self, *, quick: bool) -> None:
         """Save, validate, sample, plot."""
-        self._save()
+        self._save_once()
         step = self.trainer.step
         whole = len(self.start.corpus.validation)
         self._validate(min(whole, _QUICK_VALIDATION), "validation")
@@ -255,17 +275,27 @@ class Run:
             return
         trainer.switch(training=False)
         state = trainer.adapter.initial_state(1) if trainer.adapter else None
-        text = generate(
-            trainer.model,
-            self.start.tokenizer,
-            prompt,
-            max_tokens=_SAMPLE_TOKENS,
-            top_p=0.9,
-            seed=step,
-            state=state,
-        )
+        try:
+            text = generate(
+                trainer.model,
+                self.start.tokenizer,
+                prompt,
+                max_tokens=_SAMPLE_TOKENS,
+                top_p=0.9,
+                seed=step,
+                state=state,
+            )
+        except ValueError as error:  # weights out of bounds, which the next step will notice
+            self._alarm(f"no sample: {error}")
+            return
         self.console.print(f"  {prompt + text!r}", style="dim", markup=False, highlight=False)
         self._record({"step": step, "sample": prompt + text})
+
+    def _save_once(self) -> None:
+        """Save this step unless it is saved, or being saved."""
+        self.saver.wait()
+        if self.saver.saved_step != self.trainer.step:
+            self._save()
 
     def _save(self) -> None:
         self.saver.save(self.trainer)

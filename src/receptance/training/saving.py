@@ -18,14 +18,12 @@ import torch
 import torch.distributed as dist
 
 from receptance.checkpoint import read_tensors, write_index, write_tensors
-from receptance.directories import Draft, one_line, prune
+from receptance.directories import ABOUT, Draft, one_line, prune
 from receptance.manifest import Entries
 from receptance.training.ranks import Ranks
 from receptance.training.sharding import assign
 from receptance.training.trainer import Snapshot, Trainer
 from receptance.version import __version__
-
-ABOUT = "training.json"
 
 # After this many saves that failed in a row the run gives up.
 FAILED_SAVES = 3
@@ -58,11 +56,16 @@ class Saver:
     def save(self, trainer: Trainer) -> None:
         """Copy this step and begin to write it; ValueError if the last ones all failed."""
         self.wait()
-        if self.failed >= FAILED_SAVES:
+        if self.exhausted:
             raise ValueError(f"{self.failed} saves failed in a row; see above")
         snapshot, self.shards = trainer.snapshot(), trainer.shards
         path = self.run / f"step-{trainer.step:08d}"
         self._under_way = (trainer.step, self._pool.submit(self._write, path, snapshot))
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether saving has failed too often to go on."""
+        return self.failed >= FAILED_SAVES
 
     def poll(self) -> None:
         """Say how a save ended, if it has and nobody was told."""

@@ -3,134 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor
 
 from receptance import checkpoint
-from receptance.adapters import (
-    Adapter,
-    LoRAOptions,
-    StateTuningOptions,
-    load_adapter,
-    make_adapter,
-)
-from receptance.config import ModelConfig, published
-from receptance.data import Batches, PrepareOptions, ReadOptions, TokenFiles, is_corpus, prepare
+from receptance.adapters import Adapter, StateTuningOptions, load_adapter, make_adapter
+from receptance.config import ModelConfig
+from receptance.data import Batches, PrepareOptions, TokenFiles, is_corpus, prepare
 from receptance.directories import step_directories
 from receptance.model import Model, starting_values
-from receptance.tokenizer import Tokenizer, load_tokenizer
+from receptance.tokenizer import Tokenizer
 from receptance.training.logs import METRICS
-from receptance.training.options import TrainOptions
+from receptance.training.notes import located, read_about
+from receptance.training.options import StartOptions
 from receptance.training.ranks import Ranks
-from receptance.training.saving import read_training, restore
+from receptance.training.saving import restore
 from receptance.training.sharding import build, whole_model
 from receptance.training.trainer import Trainer
 
 # Of a model that is trained from nothing on text.
 NEW_TOKENIZER = "bpe:2048"
-
-# Options that a resumed run may change; the rest would make it another run.
-MAY_CHANGE = (
-    "steps",
-    "minutes",
-    "micro_batch",
-    "recompute",
-    "compile",
-    "loader_workers",
-    "skip_bad_steps",
-    "rollback",
-    "device",
-    "parallel",
-    "offload",
-    "context_ranks",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StartOptions:
-    """What is trained, and where."""
-
-    init: str | None = None
-    """Start from this model (any that `receptance generate` reads) with its tokenizer: name that
-    with --tokenizer if it is not beside the weights."""
-    tune: Literal["all", "lora", "state"] = "all"
-    """Train all parameters, or keep those of --init and train low-rank matrices beside them, or
-    only the state that rows begin from."""
-    lora: LoRAOptions = field(default_factory=LoRAOptions)
-    tokenizer: str | None = None
-    """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless --init or the
-    corpus has one."""
-    size: str | None = None
-    """A published size (169m, 430m, 1.5b, 3b, 7b, 14b) instead of --width and --layers."""
-    width: int | None = None
-    """Channels, C: 256 unless --size or --init says otherwise."""
-    layers: int | None = None
-    """Blocks, L: 6 unless --size or --init says otherwise."""
-    validation: float = 0.02
-    """Share of the text that is kept for validation."""
-    exclude: tuple[str, ...] = ()
-    """Leave out files with a path component like this, e.g. site-packages."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, ..."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With torchrun: every process has the model, or a share of every tensor."""
-    offload: bool = False
-    """With fsdp: keep the shares in the host's memory."""
-    context_ranks: int = 1
-    """With torchrun and ddp: neighbours that share a sequence, each a piece of it."""
-    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
-    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
-
-    def __post_init__(self) -> None:
-        if self.tune != "all" and (self.parallel == "fsdp" or self.context_ranks > 1):
-            raise ValueError(f"tune is {self.tune!r}; it works with ddp and one context rank")
-        if self.tune != "all" and self.init is None:
-            raise ValueError(f"tune is {self.tune!r}; say which model with --init")
-        if self.tune == "state" and self.train.packing not in ("auto", "single"):
-            raise ValueError("tune is 'state': every row is one document, so leave --packing out")
-        if self.offload and self.parallel != "fsdp":
-            raise ValueError(
-                "offload is for the shares of --parallel fsdp; add that, or --no-offload"
-            )
-        if self.parallel == "fsdp" and self.context_ranks > 1:
-            raise ValueError("context ranks hold the whole model; leave out --parallel fsdp")
-
-    def named_tokenizer(self) -> Tokenizer | None:
-        """One that exists already. ValueError if the model of --init is to have a new one."""
-        name = self.tokenizer
-        if name is None or not name.startswith("bpe:"):
-            return None if name is None else load_tokenizer(name)
-        if self.init is not None:
-            raise ValueError(f"the model of --init has its own tokenizer; leave {name} out")
-        return None
-
-    def sizes(self, vocab_size: int) -> ModelConfig:
-        """Those of a new model. ValueError if they are said twice."""
-        if self.size is not None:
-            model = replace(published(self.size), vocab_size=vocab_size)
-            if (self.width, self.layers) != (None, None):
-                raise ValueError(f"size {self.size!r} says width and layers; leave those out")
-            return model
-        width = 256 if self.width is None else self.width
-        layers = 6 if self.layers is None else self.layers
-        return ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers)
-
-    def check_sizes(self, found: ModelConfig) -> None:
-        """ValueError if other sizes were asked for than the model of --init has."""
-        wanted = self.sizes(found.vocab_size)
-        for name, said in {"width": self.width, "num_layers": self.layers}.items():
-            asked, has = getattr(wanted, name), getattr(found, name)
-            if (self.size or said is not None) and asked != has:
-                raise ValueError(
-                    f"the model of --init has {name.removeprefix('num_')} {has}, not {asked}; "
-                    "leave --size, --width and --layers out, on the command line and in a recipe"
-                )
 
 
 @dataclass(frozen=True)
@@ -153,11 +49,12 @@ def begin(
     if not data:
         raise ValueError("no data; name a text file, a folder or a glob, or use --resume")
     given: Iterable[tuple[str, Tensor]] | None = None
+    options = located(options)
     tokenizer = options.named_tokenizer()
     if options.init is not None:
-        model, tokenizer = checkpoint.load(options.init, tokenizer=tokenizer, dtype=torch.float32)
-        options.check_sizes(model.config)
-        sizes, given = model.config, model.state_dict().items()
+        sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=tokenizer)
+        options.check_sizes(sizes)
+        given = tensors.items()
     else:
         options.sizes(1)  # before any text is read
     with ranks.first_alone():  # the others find it done
@@ -216,64 +113,6 @@ def _corpus(
 # ---- a run that goes on -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class About:
-    """What a checkpoint says about its run."""
-
-    options: StartOptions
-    corpus: Path
-    fingerprint: str
-    """Of the corpus."""
-    end_of_text: int
-
-
-def notes(out: Path, start: Start) -> dict[str, Any]:
-    """What a checkpoint has to say besides what the trainer says; `read_about` reads it."""
-    path, out = start.corpus.path.resolve(), out.resolve()
-    return {
-        "options": asdict(start.options),
-        "corpus": {
-            # A run folder may be moved with all that is in it.
-            "path": str(path.relative_to(out) if path.is_relative_to(out) else path),
-            "fingerprint": start.corpus.fingerprint,
-            "end_of_text": start.corpus.end_of_text,
-        },
-    }
-
-
-def read_about(directory: Path) -> About:
-    """What `notes` put there; ValueError if the directory is no checkpoint of a run."""
-    try:
-        about = read_training(directory)
-        corpus = about["corpus"]
-        return About(
-            _restored(StartOptions(), about["options"]),
-            directory.parent / corpus["path"],
-            corpus["fingerprint"],
-            corpus["end_of_text"],
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{directory} is not a checkpoint to resume from: {error}") from None
-
-
-def _restored(options: Any, fields: dict[str, Any]) -> Any:
-    """A dataclass with the values that asdict and JSON made of one."""
-    changes = {}
-    for name, value in fields.items():
-        old = getattr(options, name)
-        if is_dataclass(old):
-            value = _restored(old, value)
-        changes[name] = tuple(value) if isinstance(value, list) else value
-    return replace(options, **changes)
-
-
-def flat(options: StartOptions) -> dict[str, Any]:
-    """All of them by name, those of LoRA as lora.rank and so on."""
-    fields = asdict(options)
-    lora = {f"lora.{name}": value for name, value in fields.pop("lora").items()}
-    return {**fields.pop("train"), **fields.pop("read"), **fields, **lora}
-
-
 def resume(
     out: Path, directory: Path, data: Sequence[str], options: StartOptions, ranks: Ranks
 ) -> Start:
@@ -289,13 +128,12 @@ def resume(
         raise ValueError(f"{path} is not the corpus that the run began with; give the path to that")
     if options.tune == "all":
         sizes, tokenizer = checkpoint.read_description(directory)
-        values = checkpoint.read_tensors(directory, "model").items()
+        tensors = checkpoint.read_tensors(directory, "model")
     else:
         assert options.init is not None
         named = options.named_tokenizer()
-        model, tokenizer = checkpoint.load(options.init, tokenizer=named, dtype=torch.float32)
-        sizes, values = model.config, model.state_dict().items()
-    trainer = _trainer(sizes, values, corpus, tokenizer, options, ranks, directory)
+        sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=named)
+    trainer = _trainer(sizes, tensors.items(), corpus, tokenizer, options, ranks, directory)
     restore(trainer, directory, parameters=False)
     return Start(trainer, tokenizer, corpus, options)
 
@@ -348,3 +186,10 @@ def _adapter(model: Model, options: StartOptions, saved: Path | None) -> Adapter
         return load_adapter(saved, model)
     kind = options.lora if options.tune == "lora" else StateTuningOptions()
     return make_adapter(model, kind, seed=options.train.seed)
+
+
+def adapter_size(sizes: ModelConfig, options: StartOptions) -> int:
+    """Numbers in the adapter that the options ask for."""
+    with torch.device("meta"):
+        model = Model(sizes)
+    return sum(x.numel() for x in _adapter(model, options, None).tensors().values())

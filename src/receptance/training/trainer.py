@@ -128,7 +128,7 @@ class Trainer:
         self.parameters: dict[str, Tensor] = {}
         if adapter is None:
             self.parameters.update(model.named_parameters())
-            scales = model.learning_rate_scales()
+            scales = model.learning_rate_scales() if options.layerwise_rates else {}
         else:
             self.parameters.update(adapter.tensors())
         self.optimizer = make_optimizer(self.parameters.items(), scales, options)
@@ -166,8 +166,7 @@ class Trainer:
         norm = self._clip()
         for what, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                message = f"{what} is {value} at step {self.step + 1}; stopped before the update"
-                raise NotFinite(message, batch)
+                raise NotFinite(f"{what} is {value} at step {self.step + 1}", batch)
         self.optimizer.step()
         self.step += 1
         took = self.ranks.sum([time.perf_counter() - began], self.device)[0] / self.ranks.count
@@ -244,7 +243,7 @@ class Trainer:
 
         Every process reads all of them. None if there is nothing to predict.
         """
-        if len(tokens) < 2:
+        if not mask[1:].any():
             return None
         self.switch(training=False)
         like, total, count = self.batches, 0.0, 0

@@ -1,0 +1,112 @@
+"""What a checkpoint says about its run, and what may change when the run goes on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from receptance.data import TokenFiles
+from receptance.directories import expanded
+from receptance.training.options import StartOptions
+from receptance.training.saving import read_training
+
+# Options that a resumed run may change; the rest would make it another run.
+MAY_CHANGE = (
+    "steps",
+    "minutes",
+    "micro_batch",
+    "recompute",
+    "compile",
+    "loader_workers",
+    "skip_bad_steps",
+    "rollback",
+    "device",
+    "parallel",
+    "offload",
+    "context_ranks",
+)
+# An adapter's run reads its model again, wherever that is now, and knows it by its fingerprint.
+_OF_THE_MODEL = ("init", "tokenizer")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says about its run."""
+
+    options: StartOptions
+    corpus: Path
+    fingerprint: str
+    """Of the corpus."""
+    end_of_text: int
+
+
+def notes(out: Path, options: StartOptions, corpus: TokenFiles) -> dict[str, Any]:
+    """What a checkpoint has to say besides what the trainer says; `read_about` reads it."""
+    path, out = corpus.path.resolve(), out.resolve()
+    return {
+        "options": asdict(options),
+        "corpus": {
+            # A run folder may be moved with all that is in it.
+            "path": str(path.relative_to(out) if path.is_relative_to(out) else path),
+            "fingerprint": corpus.fingerprint,
+            "end_of_text": corpus.end_of_text,
+        },
+    }
+
+
+def read_about(directory: Path) -> About:
+    """What `notes` put there; ValueError if the directory is no checkpoint of a run."""
+    try:
+        about = read_training(directory)
+        corpus = about["corpus"]
+        return About(
+            _restored(StartOptions(), about["options"]),
+            directory.parent / corpus["path"],
+            corpus["fingerprint"],
+            corpus["end_of_text"],
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{directory} is not a checkpoint to resume from: {error}") from None
+
+
+def _restored(options: Any, fields: dict[str, Any]) -> Any:
+    """A dataclass with the values that asdict and JSON made of one."""
+    changes = {}
+    for name, value in fields.items():
+        old = getattr(options, name)
+        if is_dataclass(old):
+            value = _restored(old, value)
+        changes[name] = tuple(value) if isinstance(value, list) else value
+    return replace(options, **changes)
+
+
+def flat(options: StartOptions) -> dict[str, Any]:
+    """All of them by name, those of LoRA as lora.rank and so on."""
+    fields = asdict(options)
+    lora = {f"lora.{name}": value for name, value in fields.pop("lora").items()}
+    return {**fields.pop("train"), **fields.pop("read"), **fields, **lora}
+
+
+def located(options: StartOptions) -> StartOptions:
+    """The same with absolute paths: a run may be continued from another folder."""
+    return replace(options, init=_absolute(options.init), tokenizer=_absolute(options.tokenizer))
+
+
+def _absolute(name: str | None) -> str | None:
+    if name is None or name == "bytes" or not expanded(name).exists():
+        return name
+    return os.path.abspath(expanded(name))
+
+
+def check_changes(stored: StartOptions, given: StartOptions) -> None:
+    """ValueError if the options given for a run that goes on make it another one."""
+    may_change = MAY_CHANGE + (() if stored.tune == "all" else _OF_THE_MODEL)
+    before, now = flat(stored), flat(given)
+    for name, old in before.items():
+        if now[name] != old and name not in may_change:
+            raise ValueError(
+                f"the run was started with {name} {old}, not {now[name]}; a resumed run keeps its "
+                "options, so leave this one out or start another run"
+            )
