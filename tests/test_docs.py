@@ -109,6 +109,8 @@ def options(kind: type) -> Iterator[str]:
             if dataclasses.is_dataclass(inner):
                 yield from options(inner)
         yield "--" + field.name.replace("_", "-")
+        if hints[field.name] is bool:
+            yield "--no-" + field.name.replace("_", "-")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

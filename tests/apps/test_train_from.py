@@ -16,6 +16,7 @@ from receptance.adapters import LoRAOptions, load_adapter, make_adapter
 from receptance.checkpoint import load, read_tensors
 from receptance.config import ModelConfig
 from receptance.data import Batches
+from receptance.data.binidx import binidx_writer
 from receptance.directories import newest_checkpoint, step_directories
 from receptance.lock import RunLock
 from receptance.model import Model
@@ -54,6 +55,23 @@ def refused(*argv: object) -> str:
 
 class TestCorpora:
     """Tokens that somebody prepared: the run is the same as that on the text."""
+
+    @pytest.mark.parametrize("packing", ["stream", "reset"])
+    def test_a_pair_whose_documents_have_no_end(self, packing, folder):
+        """Only where documents matter; `data merge` puts the ends there."""
+        with binidx_writer(Path("pair"), np.dtype(np.uint16), 256) as append:
+            append(np.tile(np.array([*b"no end of text", 256], np.uint16), 60))
+        tokens = np.fromfile("pair.bin", np.uint16)
+        tokens[tokens == 256] = ord(".")
+        tokens.tofile("pair.bin")
+        more = ["--out", "new", "--steps", 1, "--packing", packing, *SMALL.split()]
+        if packing == "stream":
+            begun("train", "pair", *more)
+        else:
+            assert "do not end with the end-of-text token 0" in refused("train", "pair", *more)
+            merged = call("data", "merge", "pair", "--out", "merged", "--tokenizer", "bytes")
+            assert merged.code == 0, merged.err
+            begun("train", "merged", *more)
 
     @pytest.fixture
     def corpus(self, folder) -> Path:

@@ -1,5 +1,6 @@
 """Token files of every kind, put together as one corpus."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from receptance.data import TokenFiles, merge
 from receptance.data.assemble import Division, Shard, assemble, document_ends
-from receptance.data.binidx import binidx_writer
+from receptance.data.binidx import _write_index, binidx_writer
+from receptance.data.ondisk import blocks
 from receptance.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -64,12 +66,53 @@ def test_what_is_there_is_not_replaced(shards, tmp_path):
             merge([shards], taken, BYTES)
 
 
-@pytest.mark.parametrize("id", [300, -1])
-def test_tokens_of_another_tokenizer(id, tmp_path):
-    np.save(tmp_path / "x.npy", np.array([1, 2, id, 0], np.int32))
+@pytest.mark.parametrize(("id", "dtype"), [(300, np.int32), (-1, np.int32), (2**63 + 5, np.uint64)])
+def test_tokens_of_another_tokenizer(id, dtype, tmp_path):
+    np.save(tmp_path / "x.npy", np.array([1, 2, id, 0], dtype))
     with pytest.raises(ValueError, match=f"a token id is {id} and the vocabulary 256"):
         merge([tmp_path / "x.npy"], tmp_path / "out", BYTES)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def open_pair(folder: Path, texts: list[list[int]], dtype: str = "<u2") -> Path:
+    """A pair with these documents, as Megatron's tools write it: nothing but the .idx divides."""
+    np.array([id for text in texts for id in text], dtype).tofile(folder / "x.bin")
+    _write_index(folder / "x.idx", np.dtype(dtype), np.array([len(text) for text in texts]))
+    return folder / "x"
+
+
+@pytest.mark.parametrize("closed", [set(), {1, 4, 19}, set(range(20))])
+@pytest.mark.parametrize("layout", ["npy", "binidx"])
+def test_documents_of_a_pair_are_closed(closed, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr("receptance.data.assemble.blocks", functools.partial(blocks, size=7))
+    names = [f"a {n}" for n in range(20)]
+    texts = [
+        [*name.encode(), 0] if n in closed else [*name.encode()] for n, name in enumerate(names)
+    ]
+    pair = open_pair(tmp_path, [[], *texts[:9], [], [], *texts[9:]])
+    corpus = merge([pair], tmp_path / "out", BYTES, validation=0.2, layout=layout)
+    train, validation = documents(corpus.train), documents(corpus.validation)
+    assert train == [name for name in names if name not in validation]
+    assert sorted(train + validation) == sorted(names)
+    assert 3 <= len(validation) <= 5
+    corpus.check_documents()
+
+
+class Large(ByteTokenizer):
+    vocab_size, end_of_text = 301, 300
+
+
+def test_an_end_of_text_that_the_numbers_of_a_pair_cannot_hold(tmp_path):
+    pair = open_pair(tmp_path, [[1, 2], [3], [4, 5]], "i1")
+    corpus = merge([pair], tmp_path / "out", Large(), validation=0.3)
+    both = np.concatenate([corpus.train, corpus.validation]).tolist()
+    assert sorted(both) == [1, 2, 3, 4, 5, 300, 300, 300]
+
+
+def test_a_seed_beyond_all_generators(shards, tmp_path):
+    with pytest.raises(ValueError, match="seed is 1000000000000000000000; it must be at least 0"):
+        merge([shards], tmp_path / "out", BYTES, seed=10**21)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_tokens(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance.data import TokenFiles
-from receptance.data.binidx import binidx_writer, read_binidx, stem_of
+from receptance.data.binidx import binidx_writer, read_binidx, stem_of, unclosed
 
 documents = st.lists(
     st.lists(st.integers(1, 65535), max_size=20).map(lambda ids: [*ids, 0]), max_size=8
@@ -118,6 +118,31 @@ def test_the_last_documents_are_for_validation(sizes, share, train, tmp_path):
     assert (len(corpus.train), len(corpus.validation)) == (train, 100 - train)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "closed"),
+    [
+        ([5, 0, 6, 7, 0, 8, 0], True),
+        ([5, 0, 6, 7, 0, 8, 9], True),  # the end of all is a border in any case
+        ([5, 0, 6, 7, 8, 8, 0], False),
+        ([5, 4, 6, 7, 8, 8, 9], False),
+    ],
+)
+def test_a_pair_knows_whether_its_documents_are_closed(tokens, closed, tmp_path):
+    corpus = TokenFiles.open(pair(tmp_path, index([2, 0, 3, 2]), tokens), validation=0.2)
+    assert corpus.closed == closed
+    if closed:
+        corpus.check_documents()
+        return
+    with pytest.raises(ValueError, match=r"x: its documents do not end .* token 0; .* data merge"):
+        corpus.check_documents()
+
+
+def test_of_many_documents_a_sample_is_looked_at(tmp_path):
+    found = read_binidx(pair(tmp_path, index([2] * 100), [5, 6] * 100))
+    assert unclosed(found, 0).tolist() == list(range(2, 200, 2))
+    assert unclosed(found, 0, at_most=5).tolist() == [2, 50, 100, 150]
+
+
 def test_an_end_without_end_of_text_is_a_sequence(tmp_path):
     with binidx_writer(tmp_path / "x", np.dtype("<u2"), end_of_text=0) as append:
         append(np.array([1, 0, 2]))
@@ -177,3 +202,6 @@ def test_half_a_pair_is_none(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\1\0")
     with pytest.raises(ValueError, match="both"):
         read_binidx(tmp_path / "x.bin")
+    for name in ("x", "x.bin", "x.idx"):
+        with pytest.raises(ValueError, match=f"{name}: no such pair; both a .bin and its .idx"):
+            TokenFiles.open(tmp_path / name)

@@ -43,6 +43,16 @@ def test_inspect_needs_a_tokenizer_to_decode_bare_files(tmp_path):
     assert "'a text\\x00'" in seen.out and "7 █ 7 tokens per document, median 7" in seen.out
 
 
+@pytest.mark.parametrize("place", [3, -1])  # training, validation
+def test_inspect_finds_tokens_of_another_tokenizer(place, tmp_path):
+    tokens = np.full(200, 65, np.uint16)
+    tokens[place] = 300
+    np.save(tmp_path / "x.npy", tokens)
+    seen = call("data", "inspect", tmp_path / "x.npy", "--tokenizer", "bytes")
+    assert (seen.code, seen.err.count("\n")) == (2, 1)
+    assert "a token id is 300 and the vocabulary 256" in seen.err
+
+
 def test_merge_reads_what_prepare_wrote_for_others(text, tmp_path):
     small_bpe().save(tmp_path)
     tokenizer = ("--tokenizer", tmp_path / "tokenizer.json")

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from corpora import LINES, Stop, documents, prepare_module, run, write_lines
 from tiny import TEXT
 
 from receptance.data import ReadOptions, TokenFiles
-from receptance.data.encode import tokenize_piece
-from receptance.data.sources import cut_pieces, find_sources
+from receptance.data.encode import _lines, tokenize_piece
+from receptance.data.hub import read_stream
+from receptance.data.sources import Range, cut_pieces, find_sources
 from receptance.tokenizer import ByteTokenizer
 
 
@@ -128,6 +131,17 @@ def test_lines_as_windows_writes_them(tmp_path):
     assert found.fingerprint == wanted.fingerprint
 
 
+def test_a_long_line_is_read_once(tmp_path, monkeypatch):
+    """Not joined again for every block of it, which would be 130 GB here."""
+    monkeypatch.setattr("receptance.data.sources.CHUNK_BYTES", 16)
+    write_lines(tmp_path / "a.jsonl", [{"text": "狐" * 700_000}, {"text": "b"}])
+    source = find_sources([str(tmp_path / "a.jsonl")])[0]
+    began = time.monotonic()
+    rows = list(_lines(Range(source, 0, source.size, source.size)))
+    assert time.monotonic() - began < 5
+    assert b"\n".join(row.content for row in rows) + b"\n" == (tmp_path / "a.jsonl").read_bytes()
+
+
 # ---- parquet and data sets ----------------------------------------------------------------------
 
 
@@ -165,6 +179,16 @@ def test_saved_data_sets(datasets, tmp_path):
         assert np.array_equal(corpus.train, lines.train)
     with pytest.raises(ValueError, match="no split 'train'; there are dev"):
         run(f"hf:{tmp_path}/dict", out=tmp_path / "bad")
+    with pytest.raises(ValueError, match="no split 'dev'; there are train"):
+        run(f"hf:{tmp_path}/rows:dev", out=tmp_path / "bad")
+
+
+def test_a_saved_split_knows_its_name(datasets, tmp_path):
+    datasets.Dataset.from_list(LINES, split="test").save_to_disk(tmp_path / "rows")
+    found = [run(f"hf:{tmp_path}/rows{s}", out=tmp_path / f"out{s}") for s in ("", ":test")]
+    assert found[0].fingerprint == found[1].fingerprint
+    with pytest.raises(ValueError, match="no split 'train'; there are test"):
+        run(f"hf:{tmp_path}/rows:train", out=tmp_path / "bad")
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -191,9 +215,60 @@ def test_streamed_data_sets(datasets, tmp_path, monkeypatch):
         run(f"hf:{tmp_path}/set:nosplit", out=tmp_path / "bad")
 
 
-def _counting(skipped: list[int]):
-    from receptance.data.hub import read_stream
+GOOD = b'{"text": "a"}\n' * 3
 
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"a.jsonl": b""}, "cannot open hf:.*: there are no records$"),
+        ({"a.jsonl.gz": gzip.compress(GOOD)[:30]}, "cannot open hf:.*: Compressed file ended"),
+        ({"a.parquet": b"PAR1 but no more"}, "cannot open hf:.*: Parquet"),
+        (
+            {"a.jsonl": GOOD, "b.jsonl": b'{"text": ["b"]}\n'},
+            r"cannot read hf:.* after record 3: Couldn't cast .*; name the files themselves "
+            r"\(.*/set/\) to have bad records named or left out$",
+        ),
+        (
+            {"a.jsonl": GOOD + b"{\n"},
+            "cannot read hf:.* after record 0: JSON parse error.*; name the files themselves",
+        ),
+    ],
+    ids=["empty", "cut gz", "cut parquet", "another type", "a bad line"],
+)
+def test_what_the_library_raises_is_one_line(files, words, datasets, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, content in files.items():
+        (tmp_path / "set" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        run(f"hf:{tmp_path}/set", out=tmp_path / "out", skip_bad=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [(ConnectionError("gone"), "gone; run again to continue"), (TypeError("odd"), "odd")],
+)
+def test_to_run_again_helps_against_the_network_alone(error, advice, monkeypatch):
+    class Stream:
+        column_names = None
+
+        def __iter__(self):
+            yield from ({"text": "a"}, {"text": "b"})
+            raise error
+
+    monkeypatch.setattr("receptance.data.hub._open_stream", lambda name: Stream())
+    with pytest.raises(ValueError, match=f"^cannot read hf:a/b after record 2: {advice}$"):
+        list(read_stream("hf:a/b", 0, None))
+
+
+def test_a_library_that_is_missing_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"^hf: sources need the datasets library"):
+        run(f"hf:{tmp_path}", out=tmp_path / "out")
+
+
+def _counting(skipped: list[int]):
     def read(name: str, skip: int, field: str):
         skipped.append(skip)
         return read_stream(name, skip, field)
@@ -227,8 +302,11 @@ def test_a_data_set_that_is_named_twice_is_taken_once(datasets, tmp_path):
 def test_text_in_parquet_that_is_not_utf_8(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    borders = pa.py_buffer(np.array([0, 3], np.int32))
-    text = pa.StringArray.from_buffers(1, borders, pa.py_buffer(b"ab\xff"))
-    parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"cannot read .*a\.parquet after row 0"):
+    texts = [b"one", b"t\xff", *[b"%d" % n for n in range(300)], b"\xfe"]
+    table = pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: not UTF-8 \(invalid start byte\)"):
         run(tmp_path / "a.parquet", out=tmp_path / "out")
+    corpus = run(tmp_path / "a.parquet", out=tmp_path / "out", skip_bad=True)
+    assert len(documents(corpus.train)) + len(documents(corpus.validation)) == 301
+    assert json.loads((tmp_path / "out/data.json").read_text())["skipped"] == 2

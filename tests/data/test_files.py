@@ -1,6 +1,10 @@
 """Finding text, and choosing what is kept for validation."""
 
+import bz2
+import gzip
+import lzma
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +41,22 @@ def names(*sources: str, exclude: tuple[str, ...] = ()) -> list[str]:
     return [path.name for path in find_files(sources, exclude)]
 
 
+NO_TEXT = [
+    ("a.png", b"\x89PNG\0\0", "looks like binary data, not text; unpack it, or give .gz"),
+    ("a.jsonl", b"{}\n\0", "looks like binary data"),
+    ("a.jsonl.xz", lzma.compress(b"text"), "looks like an xz file"),
+    ("a.txt.bz2", bz2.compress(b"text"), "looks like a bzip2 file"),
+    ("a.zst", b"\x28\xb5\x2f\xfd text", "looks like a zstd file"),
+    ("a.epub", b"PK\3\4 text", "looks like a zip file"),
+    ("a.txt", gzip.compress(b"text"), "looks like a gzip file without .gz"),
+    ("a.tar.gz", gzip.compress(b"name\0\0\0"), "looks like binary data"),
+    ("a.txt.gz", b"text", "cannot read a.txt.gz: Not a gzipped file"),
+    ("a.txt", "text".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    ("a.json", b"\xef\xbb\xbf\n[1]", ".json holds one document; give records as .jsonl"),
+    ("a.JSON.GZ", gzip.compress(b'{"text": "a"}'), "holds one document"),
+]
+
+
 class TestFindFiles:
     ALL = ("a.py", "b.txt", "latin.txt", "[x].txt", "c.txt", "d.txt", "übung 1.txt")
 
@@ -60,9 +80,38 @@ class TestFindFiles:
         assert names("sub/[x].txt") == ["[x].txt"]
 
     @pytest.mark.usefixtures("tree")
-    def test_named_files_are_taken_whatever_they_are(self):
-        named = ["image.png", ".hidden.txt", "sub/übung 1.txt"]
-        assert names(*named, exclude=("*",)) == ["image.png", ".hidden.txt", "übung 1.txt"]
+    def test_named_files_are_taken_whatever_their_names(self):
+        named = ["latin.txt", ".hidden.txt", "sub/übung 1.txt"]
+        assert names(*named, exclude=("*",)) == ["latin.txt", ".hidden.txt", "übung 1.txt"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "words"),
+        NO_TEXT,
+        ids=[f"{name}: {words}" for name, _, words in NO_TEXT],
+    )
+    def test_what_is_named_and_no_text_is_refused(self, name, content, words, tree):
+        Path(name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}|^cannot read {name}") as caught:
+            find_files([name], also=(".txt.gz", ".jsonl.gz"))
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+        if not name.endswith((".json", ".txt.gz")):
+            assert Path(name) not in find_files([str(tree), "*"], also=(".txt.gz", ".jsonl.gz"))
+
+    @pytest.mark.usefixtures("tree")
+    def test_text_that_looks_a_little_like_something_else(self):
+        for name, content in {"a.json": b"json5", "BZ.txt": b"BZh", "PK.txt": b"PK"}.items():
+            Path(name).write_bytes(content)
+            assert names(name) == [name]
+
+    def test_json_in_folders_is_text(self, tree):
+        (tree / "sub/package.json").write_text("{}")
+        assert names("sub/*.json") == ["package.json"]
+        assert "package.json" in names("sub")
+
+    @pytest.mark.usefixtures("tree")
+    def test_a_glob_of_folders_gives_what_is_in_them(self):
+        assert sorted(names("s*")) == ["[x].txt", "c.txt", "d.txt", "übung 1.txt"]
+        assert names("sub/*", exclude=("skip",)) == ["[x].txt", "c.txt", "übung 1.txt"]
 
     @pytest.mark.usefixtures("tree")
     def test_excluded_components(self):
@@ -102,7 +151,7 @@ class TestFindFiles:
             found = find_files(["sub/skip/d.txt", ".", "**/*.txt"], output=output)
             assert [str(p) for p in found] == ["sub/skip/d.txt", "a.py", "b.txt", "latin.txt"]
         assert "d.txt" in [p.name for p in find_files(["sub"], output=tree / "sub")]
-        with pytest.raises(ValueError, match=r"no such .*s\*/skip"):
+        with pytest.raises(ValueError, match=r"no text files behind s\*/skip"):
             find_files(["s*/skip/*"], output=tree / "sub")
 
 

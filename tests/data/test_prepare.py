@@ -226,6 +226,8 @@ def test_an_unknown_template_is_refused_at_once():
         ({"workers": -1}, "workers"),
         ({"validation": 0}, "between 0 and 1"),
         ({"format": "tar"}, "npy, binidx"),
+        ({"seed": -1}, r"seed is -1; it must be at least 0 and less than 2\*\*32"),
+        ({"seed": 1 << 32}, "seed is 4294967296"),
     ],
 )
 def test_options_are_checked(options, words):

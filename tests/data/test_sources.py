@@ -1,6 +1,8 @@
 """Cutting sources into pieces of work."""
 
+import functools
 import gzip
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -20,8 +22,11 @@ from receptance.data.sources import (
     good_cut,
     read_range,
 )
+from receptance.tokenizer import BPETokenizer
 
-texts = st.lists(st.binary(min_size=1, max_size=400), min_size=1, max_size=6)
+# A zero byte would make a named file binary.
+text = st.binary(max_size=400).map(lambda data: b"t" + data.replace(b"\0", b"\1"))
+texts = st.lists(text, min_size=1, max_size=6)
 
 
 @given(texts, st.floats(0.01, 0.6), st.integers(0, 3))
@@ -95,11 +100,37 @@ def test_chunks_are_the_text(text, size):
         (b"one two", 6),
         ("狐狐x".encode(), 6),
         ("狐狐".encode(), 3),
+        ("one\ntwo\n\u3000three".encode(), 4),
+        ("one\ntwo\u2028\nthree".encode(), 4),
+        ("one\ntwo\n\u3000".encode()[:-1], 4),  # the last character may be a space
+        ("\u3000\none\ntwo".encode()[1:], 7),  # so may the first
+        (b"\xa1\xa1\xa1\xa1\n\xa1\xa1\xa1\xa1", 5),  # another encoding
         (b"ab", 1),
     ],
 )
 def test_good_cuts(text, cut):
     assert good_cut(text) == cut
+
+
+WIDE = "\u3000\u00a0\u2028\u0085\u2003"
+
+
+@given(st.lists(st.text(st.sampled_from("ab。狐\n " + WIDE), max_size=12), max_size=60))
+def test_chunks_have_the_tokens_of_the_whole_whatever_spaces_lines_begin_with(lines):
+    """Chinese text often has U+3000 behind a newline: no place to cut, other than in "狐\nb"."""
+    text = "".join(f"{line}狐\nb" for line in lines).encode()
+    bpe = spaced_bpe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("receptance.data.sources.CHUNK_BYTES", 100)
+        found = [id for chunk in chunks([text]) for id in bpe.encode(chunk)]
+    assert found == bpe.encode(text)
+
+
+@functools.cache
+def spaced_bpe() -> BPETokenizer:
+    """One that has learnt runs of two spaces of every kind: of three, the last is by itself."""
+    texts = ["".join(run) for run in itertools.product(f"\n {WIDE}", f"\n {WIDE}", " ")]
+    return BPETokenizer.train(["a".join(texts * 9)], 500)
 
 
 def test_a_file_that_is_gone_is_named(tmp_path):
@@ -115,6 +146,15 @@ def test_a_damaged_gz_is_named(place, tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(packed)
     with pytest.raises(ValueError, match=r"cannot read .*a\.txt\.gz"):
         run(tmp_path / "a.txt.gz", out=tmp_path / "out")
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "a"}\n')
+    (tmp_path / "B.Txt.GZ").write_bytes(gzip.compress(b"b"))
+    (tmp_path / "C.PARQUET").write_bytes(b"PAR1\0")
+    found = find_sources([str(tmp_path)])
+    assert [source.kind for source in found] == ["lines", "text", "parquet"]
+    assert [source.compressed for source in found] == [False, True, False]
 
 
 def test_only_empty_files(tmp_path):

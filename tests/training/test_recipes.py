@@ -192,6 +192,13 @@ class TestAppliedToOptions:
         )
         assert isinstance(found.inner.rate, float)
 
+    def test_a_file_as_windows_writes_it(self, tmp_path):
+        (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbfsteps = 3\r\n")
+        assert apply_recipe(Outer(), tmp_path / "mine.toml").inner.steps == 3
+        (tmp_path / "mine.toml").write_text('size = "x"', encoding="utf-16")
+        with pytest.raises(ValueError, match=r"^recipe .*mine\.toml: 'utf-8' codec can't decode"):
+            load_recipe(tmp_path / "mine.toml")
+
     def test_an_empty_recipe_changes_nothing(self, tmp_path):
         assert self.apply(tmp_path, "# nothing\n") == Outer()
 
@@ -213,7 +220,8 @@ class TestAppliedToOptions:
             ("size = 3", "size is 3; it must be a text"),
             ("betas = [0.9]", "betas has 1 values; it takes 2"),
             ("betas = 0.9", "betas is 0.9; it must be a list"),
-            ('data = ["a", 1]', "data is 1; it must be a text"),
+            ('data = ["a", 1]', "an item of data is 1; it must be a text"),
+            ('recipe = "169m"', "it names another recipe; copy that one's options into it"),
             ('kind = "third"', "kind is 'third'; it must be one of one, other"),
             ("steps = -1", "steps is -1; it must be at least 0"),
             ("[inner]\nsteps = 3", "no option 'inner.steps'; did you mean steps?"),

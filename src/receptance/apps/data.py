@@ -13,6 +13,7 @@ from rich.console import Console
 from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
+from receptance.data.tokens import check_ids
 from receptance.directories import expanded
 from receptance.progress import say
 from receptance.tokenizer import load_tokenizer
@@ -126,6 +127,9 @@ def _inspect(command: Inspect, console: Console) -> None:
         _describe(name, getattr(corpus, name), getattr(corpus, f"{name}_mask"), corpus, console)
     if not len(corpus.train):
         return
+    if tokenizer is not None:
+        for tokens in (corpus.train, corpus.validation):
+            check_ids(tokens, tokenizer.vocab_size)
     end = int(document_ends(corpus.train[:_COUNTED_TOKENS], corpus.end_of_text)[0])
     first = corpus.train[: min(end, _SHOWN_TOKENS)].tolist()
     text = repr(tokenizer.decode(first)) if tokenizer else " ".join(map(str, first))

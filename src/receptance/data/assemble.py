@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from receptance.data.batches import document_lengths
-from receptance.data.binidx import binidx_writer, read_binidx, stem_of
-from receptance.data.files import choose
+from receptance.data.binidx import binidx_writer, read_binidx, stem_of, unclosed
+from receptance.data.files import check_seed, choose
 from receptance.data.ondisk import Append, blocks, map_npy, npy_writer, token_dtype
-from receptance.data.tokens import TokenFiles, close_folder, is_corpus
+from receptance.data.tokens import TokenFiles, check_ids, close_folder, is_corpus
 from receptance.tokenizer import Tokenizer
 
 
@@ -27,6 +27,8 @@ class Shard:
     """train, validation, or drawn: some of its documents are drawn for validation."""
     load: Callable[[], tuple[np.ndarray, np.ndarray | None]]
     """Maps tokens [N] and, or None, mask [N]; a corpus may have more shards than can be mapped."""
+    unclosed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """[K] int64: ends of documents in tokens where that token is missing; only without a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,12 @@ class _Output:
             self.append_mask = stack.enter_context(mask)
         self.how, self.documents, self.tokens = how, 0, 0
 
-    def add(self, tokens: np.ndarray, mask: np.ndarray | None) -> None:
+    def add(self, tokens: np.ndarray, mask: np.ndarray | None, unclosed: np.ndarray) -> None:
+        """Tokens [N], their mask [N] if any, and the ends [K] inside them that are to be closed."""
         masks = () if mask is None else blocks(mask)
-        for block, learned in itertools.zip_longest(blocks(tokens), masks):
-            low, high, size = int(block.min()), int(block.max()), self.how.vocab_size
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"a token id is {low if low < 0 else high} and the vocabulary {size}; "
-                    "these tokens are of another tokenizer"
-                )
+        closed = _closed(tokens, unclosed, self.how.end_of_text)
+        for block, learned in itertools.zip_longest(closed, masks):
+            check_ids(block, self.how.vocab_size)
             self._add_block(block, learned)
 
     def close_document(self) -> None:
@@ -100,7 +99,9 @@ def assemble(
             spans = next(drawn) if shard.part == "drawn" else [(shard.part, 0, len(tokens))]
             for name, begin, end in spans:
                 output = outputs[name]
-                output.add(tokens[begin:end], None if mask is None else mask[begin:end])
+                first, last = np.searchsorted(shard.unclosed, (begin + 1, end))
+                learned = None if mask is None else mask[begin:end]
+                output.add(tokens[begin:end], learned, shard.unclosed[first:last] - begin)
                 if shard.part == "drawn" and tokens[end - 1] != how.end_of_text:
                     output.close_document()
         if not outputs["train"].tokens:
@@ -114,12 +115,25 @@ def assemble(
     return close_folder(folder, tokenizer, how.end_of_text, about)
 
 
+def _closed(tokens: np.ndarray, ends: np.ndarray, end_of_text: int) -> Iterator[np.ndarray]:
+    """Tokens [N], a block at a time, with an end of text added at each of the ends [K] < N."""
+    dtype, at = np.result_type(tokens.dtype, np.min_scalar_type(end_of_text)), 0
+    for block in blocks(tokens):
+        first, last = np.searchsorted(ends, (at, at + len(block)))
+        places = ends[first:last] - at
+        at += len(block)
+        yield np.insert(block.astype(dtype), places, end_of_text) if len(places) else block
+
+
 _Span = tuple[str, int, int]
 
 
 def _draw(shards: Sequence[Shard], how: Division) -> Iterator[list[_Span]]:
     """For each shard, in order, the runs of its documents: where they belong, begin, end."""
-    ends = [document_ends(shard.load()[0], how.end_of_text) for shard in shards]
+    ends = [
+        np.union1d(document_ends(shard.load()[0], how.end_of_text), shard.unclosed)
+        for shard in shards
+    ]
     sizes = np.concatenate([np.zeros(0, np.int64), *(np.diff(e, prepend=0) for e in ends)])
     chosen, cut = choose(sizes, how.validation, how.seed)
     held = np.zeros(len(sizes), bool)
@@ -166,6 +180,7 @@ def merge(
     for validation stays there; of the others, documents are drawn. ValueError if the tokens cannot
     be of this tokenizer, or the folder already holds something.
     """
+    check_seed(seed)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder; choose another")
     shards = [shard for path in paths for shard in _shards(path, tokenizer)]
@@ -199,6 +214,7 @@ def _shards(path: Path, tokenizer: Tokenizer) -> Iterator[Shard]:
         yield Shard("train", lambda: (corpus.train, corpus.train_mask))
         yield Shard("validation", lambda: (corpus.validation, corpus.validation_mask))
     elif stem_of(path) is not None and path.suffix != ".npy":
-        yield Shard("drawn", lambda: (read_binidx(path).tokens, None))
+        open_ends = unclosed(read_binidx(path), tokenizer.end_of_text)
+        yield Shard("drawn", lambda: (read_binidx(path).tokens, None), open_ends)
     else:
         yield Shard("drawn", lambda: (map_npy(path), None))

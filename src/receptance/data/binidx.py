@@ -52,11 +52,16 @@ class BinIdx:
     """[documents] int64: the number of tokens up to the end of each document."""
 
 
+def pair_of(path: Path) -> tuple[Path, Path]:
+    """The .bin and the .idx that x, x.bin or x.idx stands for, whether they are there or not."""
+    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+
+
 def stem_of(path: Path) -> Path | None:
     """x for x, x.bin and x.idx when both files of the pair are there, else None."""
-    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-    pair = [stem.with_name(stem.name + suffix) for suffix in (".bin", ".idx")]
-    return stem if all(file.is_file() for file in pair) else None
+    pair = pair_of(path)
+    return pair[0].with_suffix("") if all(file.is_file() for file in pair) else None
 
 
 def read_binidx(path: Path) -> BinIdx:
@@ -65,10 +70,9 @@ def read_binidx(path: Path) -> BinIdx:
     ValueError names the file that is missing, damaged, or of a kind that is not read: sequences
     that are not stored one after another, or numbers that are not integers.
     """
-    stem = stem_of(path)
-    if stem is None:
+    if stem_of(path) is None:
         raise ValueError(f"{path}: no such pair; both a .bin and its .idx are needed")
-    index, tokens = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
+    tokens, index = pair_of(path)
     try:
         dtype, sizes, borders = _read_index(index)
         ends = np.cumsum(sizes, dtype=np.int64)
@@ -82,6 +86,20 @@ def read_binidx(path: Path) -> BinIdx:
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     return BinIdx(array, np.concatenate([[0], ends])[borders[1:]])
+
+
+def unclosed(pair: BinIdx, end_of_text: int, at_most: int | None = None) -> np.ndarray:
+    """[K] int64: the ends of documents that another token ends, the end of all left out.
+
+    Of more than at_most documents so many are looked at, evenly spaced.
+    """
+    ends, found = pair.ends, []
+    if at_most is not None and len(ends) > at_most:
+        ends = ends[np.linspace(0, len(ends) - 1, at_most).astype(np.int64)]
+    for some in blocks(ends):
+        inner = some[(some > 0) & (some < len(pair.tokens))]
+        found.append(inner[pair.tokens[inner - 1] != end_of_text])
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
 
 
 def _read_index(file: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:

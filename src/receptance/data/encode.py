@@ -45,9 +45,9 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class _Row:
-    """A record as it was found: a line or a mapping, and where."""
+    """A record as it was found: a line, a mapping, or what is wrong with it; and where."""
 
-    content: bytes | Mapping[str, Any]
+    content: bytes | Mapping[str, Any] | ValueError
     where: Callable[[], str]
     size: int = 0
 
@@ -146,7 +146,9 @@ def _text(record: Mapping[str, Any], field: str) -> bytes:
     return text.encode("utf-8", errors="surrogatepass")
 
 
-def _parsed(content: bytes | Mapping[str, Any]) -> Mapping[str, Any]:
+def _parsed(content: bytes | Mapping[str, Any] | ValueError) -> Mapping[str, Any]:
+    if isinstance(content, ValueError):
+        raise content
     if not isinstance(content, bytes):
         return content
     try:
@@ -183,9 +185,14 @@ def _name_row(name: str, number: int) -> str:
 
 
 def _lines(span: Range) -> Iterator[_Row]:
-    number, rest = 0, b""
+    number = 0
+    begun: list[bytes] = []  # blocks of a line without its end; joined once, for it may be long
     for block in itertools.chain(read_range(span), [b"\n"]):
-        *lines, rest = (rest + block).split(b"\n")
+        begun.append(block)
+        if b"\n" not in block:
+            continue
+        *lines, rest = b"".join(begun).split(b"\n")
+        begun = [rest]
         for line in lines:
             number += 1
             if line.strip():

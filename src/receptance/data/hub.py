@@ -13,6 +13,9 @@ from typing import Any
 from receptance.directories import expanded
 
 _SAVED = ("state.json", "dataset_dict.json")
+_SPLIT = "train"
+# Files whose records are read one by one when they are named themselves.
+_RECORDS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
 def describe(name: str) -> tuple[str, int, int]:
@@ -22,7 +25,7 @@ def describe(name: str) -> tuple[str, int, int]:
         _open_stream(name)  # now, lest a wrong name is noticed after hours
         return "stream", 0, 0
     rows = open_rows(name)
-    marks = [Path(folder) / mark for mark in _SAVED] + [Path(folder) / split / _SAVED[0]]
+    marks = [Path(folder) / mark for mark in (*_SAVED, f"{split or _SPLIT}/{_SAVED[0]}")]
     return "rows", len(rows), max(m.stat().st_mtime_ns for m in marks if m.is_file())
 
 
@@ -32,11 +35,15 @@ def open_rows(name: str) -> Any:
     folder, _, split = _parse(name)
     try:
         found = datasets.load_from_disk(folder)
-        return found[split] if isinstance(found, datasets.DatasetDict) else found
-    except KeyError:
-        raise ValueError(f"{name}: no split {split!r}; there are {', '.join(found)}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {name}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"cannot read {name}: {_said(error)}") from error
+    if isinstance(found, datasets.Dataset):
+        only = str(found.split or _SPLIT)
+        found, split = {only: found}, split or only
+    split = split or _SPLIT
+    if split not in found:
+        raise ValueError(f"{name}: no split {split!r}; there are {', '.join(found)}")
+    return found[split]
 
 
 def row_groups(name: str, size: int) -> Iterator[tuple[int, int, int]]:
@@ -52,24 +59,55 @@ def row_groups(name: str, size: int) -> Iterator[tuple[int, int, int]]:
 def read_rows(name: str, begin: int, end: int, field: str | None) -> Iterator[tuple[int, dict]]:
     """Some rows of a saved data set with their numbers from 0; only the field, if it is there."""
     rows = _only(open_rows(name), field)
-    return ((number, rows[number]) for number in range(begin, end))
+    for number in range(begin, end):
+        try:
+            row = rows[number]
+        except Exception as error:
+            raise ValueError(f"cannot read {name}, row {number + 1}: {_said(error)}") from error
+        yield number, row
 
 
 def read_stream(name: str, skip: int, field: str | None) -> Iterator[dict]:
     """The records of a streamed data set from number `skip` on."""
-    stream = _only(_open_stream(name), field)
+    number, stream = skip, _only(_open_stream(name), field)
     try:
-        yield from stream.skip(skip) if skip else stream
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {name}: {error}; run again to continue") from error
+        for row in stream.skip(skip) if skip else stream:
+            yield row
+            number += 1
+    except Exception as error:
+        about = f"cannot read {name} after record {number}: {_said(error)}"
+        raise ValueError(about + _advice(_parse(name)[0], error)) from error
 
 
 def _open_stream(name: str) -> Any:
+    datasets = _datasets()
     folder, config, split = _parse(name)
     try:
-        return _datasets().load_dataset(folder, config, split=split, streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot open {name}: {error}") from None
+        return datasets.load_dataset(folder, config, split=split or _SPLIT, streaming=True)
+    except Exception as error:
+        raise ValueError(f"cannot open {name}: {_said(error)}") from error
+
+
+# The library passes on whatever its readers, the files in their hands and the network raise: hence
+# `except Exception` around its calls.
+
+
+def _said(error: Exception) -> str:
+    """What an error of the library says, in one line."""
+    if isinstance(error, StopIteration):
+        return "there are no records"
+    wrapped = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+    return " ".join(str(wrapped or error).split()) or type(error).__name__
+
+
+def _advice(folder: str, error: Exception) -> str:
+    """What to do when a stream ends with an error."""
+    if not Path(folder).is_dir():
+        return "; run again to continue" if isinstance(error, OSError) else ""
+    if not any(file.name.lower().endswith(_RECORDS) for file in Path(folder).rglob("*")):
+        return ""
+    where = f"{folder.rstrip('/')}/"
+    return f"; name the files themselves ({where}) to have bad records named or left out"
 
 
 def _only(rows: Any, field: str | None) -> Any:
@@ -80,14 +118,15 @@ def _is_saved(folder: str) -> bool:
     return any((Path(folder) / mark).is_file() for mark in _SAVED)
 
 
-def _parse(name: str) -> tuple[str, str | None, str]:
+def _parse(name: str) -> tuple[str, str | None, str | None]:
+    """Folder or id, configuration, split."""
     parts = name.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
         raise ValueError(
             f"{name}: a data set is written hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"
         )
     folder = str(expanded(parts[0])) if parts[0].startswith("~") else parts[0]
-    return folder, parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else "train"
+    return folder, parts[1] if len(parts) == 3 else None, parts[-1] if len(parts) > 1 else None
 
 
 def _datasets() -> Any:

@@ -16,8 +16,13 @@ def row_groups(path: str, size: int) -> Iterator[tuple[int, int, int]]:
         yield group, group + 1, about.row_group(group).total_byte_size
 
 
-def read_rows(path: str, begin: int, end: int, field: str | None) -> Iterator[tuple[int, dict]]:
-    """The rows of some groups with their numbers from 0; only the field, if it is there."""
+def read_rows(
+    path: str, begin: int, end: int, field: str | None
+) -> Iterator[tuple[int, dict | ValueError]]:
+    """The rows of some groups with their numbers from 0; only the field, if it is there.
+
+    In place of a row with text that is not UTF-8, what is wrong with it.
+    """
     import pyarrow
 
     file = _open(path)
@@ -25,11 +30,21 @@ def read_rows(path: str, begin: int, end: int, field: str | None) -> Iterator[tu
     columns = [field] if field in file.schema_arrow.names else None
     try:
         for batch in file.iter_batches(_ROWS, row_groups=range(begin, end), columns=columns):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 yield number, row
                 number += 1
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"cannot read {path} after row {number}: {error}") from None
+
+
+def _rows(batch: Any) -> list[dict | ValueError]:
+    try:
+        found: list[dict | ValueError] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [ValueError(f"not UTF-8 ({error.reason})")]
+        return [row for at in range(len(batch)) for row in _rows(batch.slice(at, 1))]
+    return found
 
 
 def _open(path: str) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from receptance.data.encode import ReadOptions, texts
-from receptance.data.files import check_share
+from receptance.data.files import check_seed, check_share
 from receptance.data.ondisk import written
 from receptance.data.sources import PIECE_BYTES, Piece, Source, stream_pieces
 from receptance.data.tokens import LAYOUTS, store_tokenizer
@@ -41,6 +41,7 @@ class PrepareOptions(ReadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share(self.validation)
+        check_seed(self.seed)
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}; it must be at least 0")
         if self.format not in LAYOUTS:

@@ -48,7 +48,7 @@ class Source:
     @property
     def compressed(self) -> bool:
         """Whether it is a gzip file, which can only be read from its beginning."""
-        return self.path.endswith(".gz")
+        return self.path.lower().endswith(".gz")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def _file(path: Path) -> Source:
         about = path.stat()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    kind = "lines" if path.name.endswith(_LINES) else "text"
-    kind = "parquet" if path.suffix == ".parquet" else kind
+    kind = "lines" if path.name.lower().endswith(_LINES) else "text"
+    kind = "parquet" if path.suffix.lower() == ".parquet" else kind
     return Source(str(path), kind, about.st_size, about.st_mtime_ns)
 
 
@@ -244,20 +244,32 @@ def _grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
 def good_cut(text: bytes) -> int:
     """Where to cut all but the last byte of a text, from its end backwards, at least 1.
 
-    Between two lines, so that a newline alone stands between characters that are no space: there a
-    byte-level BPE never merges, and the halves' tokens are those of the whole. Without such a
-    place after any newline, and without a newline at the beginning of a character.
+    Between two lines, so that a newline alone stands between characters that are no space of
+    Unicode: there a byte-level BPE never merges, and the halves' tokens are those of the whole.
+    Without such a place after any newline, and without a newline at the beginning of a character.
     """
     limit = len(text) - 1
     newline = text.rfind(b"\n", 0, limit)
     while newline > 0:
-        if text[newline - 1] not in _SPACE and text[newline + 1] not in _SPACE:
+        if _stands_alone(text, newline):
             return newline + 1
         newline = text.rfind(b"\n", 0, newline)
     cut = text.rfind(b"\n", 0, limit) + 1 or limit
     while cut > max(1, limit - 3) and text[cut] & 0xC0 == 0x80:
         cut -= 1
     return max(1, cut)
+
+
+def _stands_alone(text: bytes, newline: int) -> bool:
+    """Whether the characters beside a newline are certainly no spaces, in all of Unicode."""
+    if text[newline - 1] in _SPACE or text[newline + 1] in _SPACE:  # mostly, and at once
+        return False
+    sides = (text[max(0, newline - 4) : newline], -1), (text[newline + 1 : newline + 5], 0)
+    for near, place in sides:
+        character = near.decode("utf-8", "replace")[place]
+        if character.isspace() or (character == "\ufffd" and len(near) < 4):  # perhaps cut off
+            return False
+    return True
 
 
 def chunks(read: Iterable[bytes]) -> Iterator[bytes]:

@@ -18,13 +18,13 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from receptance.data.binidx import read_binidx, stem_of
+from receptance.data.binidx import pair_of, read_binidx, stem_of, unclosed
 from receptance.data.files import check_share
 from receptance.data.ondisk import blocks, map_npy, written
 from receptance.directories import expanded
@@ -34,6 +34,8 @@ FORMAT = "receptance tokens"
 FORMAT_VERSION = 1
 LAYOUTS = ("npy", "binidx")
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
+# Documents of a pair whose ends are looked at when it is opened.
+_LOOKED_AT = 4096
 
 
 def fingerprint(arrays: Sequence[np.ndarray], tokenizer: Tokenizer | None) -> str:
@@ -74,6 +76,8 @@ class TokenFiles:
     """None when the files do not say."""
     path: Path
     """Where `open` finds it."""
+    closed: bool = True
+    """Whether the documents of a pair, of many a sample, end with that id."""
 
     @classmethod
     def open(
@@ -86,16 +90,26 @@ class TokenFiles:
         missing, damaged, or not as it was when it was written.
         """
         path = expanded(path)
-        if path.is_dir() or not (path.exists() or stem_of(path)):
+        if path.is_dir() or not any(file.exists() for file in (path, *pair_of(path))):
             return _open_folder(path)
         check_share(validation)
-        ends = None
         if path.suffix == ".npy":
-            tokens = map_npy(path)
-        else:
-            pair = read_binidx(path)
-            tokens, ends = pair.tokens, pair.ends
-        return _divided(path, tokens, ends, validation, end_of_text)
+            return _divided(path, map_npy(path), None, validation, end_of_text)
+        pair = read_binidx(path)
+        corpus = _divided(path, pair.tokens, pair.ends, validation, end_of_text)
+        return replace(corpus, closed=not len(unclosed(pair, end_of_text, _LOOKED_AT)))
+
+    def check_documents(self) -> None:
+        """ValueError if the corpus is a pair whose documents do not end with end_of_text.
+
+        That token is the only border that training sees; the .idx knows others.
+        """
+        if not self.closed:
+            raise ValueError(
+                f"{self.path}: its documents do not end with the end-of-text token "
+                f"{self.end_of_text}; put it together again with `receptance data merge`, which "
+                "adds it"
+            )
 
     @functools.cached_property
     def validation_bytes(self) -> int:
@@ -115,6 +129,17 @@ def is_corpus(path: str | Path) -> bool:
         arrays = any((path / name).is_file() for name in ("train.npy", "train.idx"))
         return arrays and (path / "data.json").is_file()
     return path.suffix in (".npy", ".bin", ".idx") or stem_of(path) is not None
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """ValueError if one of the ids [N] is not in a vocabulary of this size; reads all of them."""
+    for block in blocks(tokens):
+        low, high = int(block.min()), int(block.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"a token id is {low if low < 0 else high} and the vocabulary {vocab_size}; "
+                "these tokens are of another tokenizer"
+            )
 
 
 def close_folder(

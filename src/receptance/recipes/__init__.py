@@ -12,6 +12,7 @@ import tomllib
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,16 +33,17 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
     ValueError when there is none (naming the nearest), or when it is not TOML.
     """
     name, path = str(name_or_path), Path(name_or_path)
+    file: Traversable = path
     if name in recipe_names():
-        text = resources.files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
+        file = resources.files(__name__).joinpath(f"{name}.toml")
+    elif not path.is_file():
         raise ValueError(f"no recipe {name!r}{_nearest(name, recipe_names())}")
     try:
-        recipe = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        recipe = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"recipe {name}: {error}") from None
+    if "recipe" in recipe:
+        raise ValueError(f"recipe {name}: it names another recipe; copy that one's options into it")
     found: dict[str, Any] = {}
     for key, value in recipe.items():
         section = isinstance(value, dict)
@@ -107,7 +109,9 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) != len(value):
             raise ValueError(f"{name} has {len(value)} values; it takes {len(kinds)}")
-        return tuple(_fitted(name, *pair) for pair in zip(value, kinds, strict=True))
+        return tuple(
+            _fitted(f"an item of {name}", *pair) for pair in zip(value, kinds, strict=True)
+        )
     if origin is Literal and value in inner:
         return value
     if hint is Path and isinstance(value, str):

@@ -156,13 +156,16 @@ def _trainer(
             f"the corpus was made with another tokenizer ({corpus.tokenizer.kind}) than the one "
             f"to be used ({tokenizer.kind}); prepare the text again with that"
         )
+    packing = "single" if options.tune == "state" else options.train.packing
+    if packing in ("reset", "whole", "single"):
+        corpus.check_documents()
     batches = Batches(
         corpus.train,
         context=options.train.context,
         batch=options.train.batch,
         seed=options.train.seed,
         mask=corpus.train_mask,
-        packing="single" if options.tune == "state" else options.train.packing,
+        packing=packing,
         end_of_text=corpus.end_of_text,
     )
     objective = build(
