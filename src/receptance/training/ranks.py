@@ -55,6 +55,14 @@ class Ranks:
         """The process with the piece of the sequence after ours, None if ours is the last."""
         return self.rank + 1 if (self.rank + 1) % self.time_count else None
 
+    def check_rows(self, batch: int) -> None:
+        """ValueError if a batch is too small to be divided."""
+        if batch < self.data_count:
+            raise ValueError(
+                f"batch is {batch}, fewer rows than the {self.data_count} processes that share "
+                "them; give a larger --batch or start fewer"
+            )
+
     def rows(self, batch: int) -> slice:
         """Our rows of a batch: neighbours, as even as can be."""
         return _share(batch, self.rank // self.time_count, self.data_count)

@@ -48,6 +48,7 @@ def begin(
     """Read and tokenize the text, make a new model or take the given one."""
     if not data:
         raise ValueError("no data; name a text file, a folder or a glob, or use --resume")
+    ranks.check_rows(options.train.batch)  # before any text is read
     given: Iterable[tuple[str, Tensor]] | None = None
     options = located(options)
     tokenizer = options.named_tokenizer()
@@ -56,7 +57,7 @@ def begin(
         options.check_sizes(sizes)
         given = tensors.items()
     else:
-        options.sizes(1)  # before any text is read
+        options.sizes(1)  # the same
     with ranks.first_alone():  # the others find it done
         corpus = _corpus(out, data, options, tokenizer, console)
     tokenizer = tokenizer or corpus.tokenizer

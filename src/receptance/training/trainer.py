@@ -119,11 +119,7 @@ class Trainer:
         self.objective = objective or Objective(model, options)
         self.dtype = getattr(torch, options.dtype)
         model.dropout, model.recompute = options.dropout, options.recompute
-        if options.batch < self.ranks.data_count:
-            raise ValueError(
-                f"batch is {options.batch}, fewer rows than the {self.ranks.data_count} processes "
-                "that share them; give a larger --batch or start fewer"
-            )
+        self.ranks.check_rows(options.batch)
         scales: dict[str, float] = {}
         self.parameters: dict[str, Tensor] = {}
         if adapter is None:
