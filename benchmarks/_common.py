@@ -1,13 +1,20 @@
-"""What the benchmarks share: repeated timing in turns, and the machine's name."""
+"""What the benchmarks share: repeated timing in turns, reports, and the machine's name."""
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from receptance.config import ModelConfig
+from receptance.formats.names import tensor_shapes
 from receptance.measure import machine
 
 
@@ -25,10 +32,47 @@ def time_in_turns(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def gpu_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """As `receptance.measure.random_tensors`, but drawn on the GPU: weights of a model's scale."""
+    return {
+        name: torch.randn(shape, device="cuda").div_(shape[-1] ** 0.5)
+        if len(shape) == 2
+        else torch.full(shape, 0.5, device="cuda")
+        for name, shape in tensor_shapes(config).items()
+    }
+
+
 def report(results: dict[str, Any]) -> None:
     """A line per figure, then everything as JSON."""
     results = results | {"machine": machine()}
     print()
     for name, value in results.items():
         print(f"{name:60} {f'{value:.4g}' if isinstance(value, float) else value}")
-    print(json.dumps(results))
+    print(json.dumps(rounded(results)))
+
+
+def report_as_found(found: Iterable[tuple[str, dict[str, Any]]], file: Path | None) -> None:
+    """A line per measurement as it is made, then all as JSON, whatever made an end of them.
+
+    The file is written anew after each.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what `timeout` sends
+    results: dict[str, Any] = {"machine": machine()}
+    try:
+        for title, figures in found:
+            results[title] = rounded(figures)
+            shown = (f"{name} {value}" for name, value in results[title].items())
+            print(f"{title:36}", ", ".join(shown), flush=True)
+            if file is not None:
+                file.write_text(json.dumps(results))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        print(json.dumps(results), flush=True)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four significant digits, those in a dict as well."""
+    if isinstance(value, dict):
+        return {name: rounded(x) for name, x in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value

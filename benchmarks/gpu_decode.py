@@ -1,13 +1,15 @@
 """Decoding on a GPU by graphs: tokens/s, bytes and bandwidth, batch 1 to 1024, by weight type.
 
-    python benchmarks/gpu_decode.py [--sizes 169m 1.5b] [--dtypes bfloat16 int8 int4]
-    python benchmarks/gpu_decode.py --tune       products alone, over several ways to cut them
+    python benchmarks/gpu_decode.py [--sizes 169m 1.5b] [--dtypes bfloat16 int8 int4] [--json FILE]
+    python benchmarks/gpu_decode.py --tune --dtypes int4      products alone, cut in several ways
 
 Checks first that steps and whole passes give the logits of a float32 model on the CPU. A step feeds
 every row the likeliest token and includes the head. Times come from CUDA events, medians. Bytes are
 what a step has to move: all weights but the embedding once, and each row's state twice. Peers, at
 batch 1 in bfloat16: transformers' RWKV, and its GPT-NeoX (attention by SDPA) behind 1024 tokens.
-JSON on the last line.
+By estimate a size takes four minutes, and to tune one type of weights (of the last size) three:
+where time is short, each is a command of its own. JSON on the last line, also when it is
+interrupted, and after each measurement in a file.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from _common import report
+from _common import gpu_tensors, report_as_found
 from torch import Tensor
 
 from receptance.config import ModelConfig, published
@@ -30,11 +35,19 @@ from receptance.measure import decoder, random_tensors
 from receptance.model import Model
 from receptance.quantize import Quantised, check_group, quantise
 
+if TYPE_CHECKING:
+    from receptance.ops.triton_products import Tiles
+    from receptance.ops.triton_weights import Weights
+
 KINDS = ("bfloat16", "float16", "float32", "int8", "int4")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OVER_ANY_CACHE = 1 << 30
 STEPS, ROUNDS = 8, 9
 CONTEXT = 1024  # of the Transformer
+# What the present `Tiles` are compared with: rows, groups and warps for products with one row, and
+# dot_rows, stages and warps for those with several.
+ONE_ROW_CUTS = ((2, 8, 4), (8, 8, 4), (4, 4, 4), (4, 16, 4), (4, 8, 2), (4, 8, 8), (8, 16, 8))
+MORE_CUTS = ((32, 3, 4), (64, 3, 4), (16, 5, 4), (32, 5, 4), (32, 3, 8))
 CHECKED = ModelConfig(vocab_size=1000, width=256, num_layers=4)
 # Of the largest logit: one row is multiplied in float32, more of them in the type of the weights.
 ONE_ROW, MORE = 1e-3, 4e-2
@@ -47,22 +60,29 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "int8", "int4"], choices=KINDS)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--tune", action="store_true", help="time products alone")
+    parser.add_argument("--json", type=Path, help="a file for the results, from the first on")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("this needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         raise SystemExit(2)
-    results = bandwidth()
+    report_as_found(found(options), options.json)
+
+
+def found(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything that was asked for."""
+    rates = bandwidth()
+    yield "bandwidth", rates
     if options.tune:
-        report(results | tune(published(options.sizes[-1]), options.dtypes, results["copy GB/s"]))
+        for kind in options.dtypes:
+            yield from tune(published(options.sizes[-1]), kind, rates["copy GB/s"])
         return
     for kind in options.dtypes:
         check(kind)
     for size, kind in itertools.product(options.sizes, options.dtypes):
-        results |= measure(size, kind, options.batches, results["copy GB/s"])
+        yield from measure(size, kind, options.batches, rates["copy GB/s"])
     if importlib.util.find_spec("transformers"):
         for size in options.sizes:
-            results |= peers(size)
-    report(results)
+            yield from peers(size)
 
 
 def seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -79,7 +99,7 @@ def seconds(run: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 def bandwidth() -> dict[str, float]:
     """What this GPU copies and reads."""
-    one = torch.ones(OVER_ANY_CACHE // 4, device="cuda")
+    one = torch.randn(OVER_ANY_CACHE // 4, device="cuda")
     other = torch.empty_like(one)
     copied = 2 * one.nbytes / seconds(lambda: other.copy_(one))
     return {"copy GB/s": copied / 1e9, "read GB/s": one.nbytes / seconds(one.sum) / 1e9}
@@ -128,7 +148,9 @@ def as_stored(tensor: Tensor, kind: str) -> Tensor:
     return quantise(tensor, kind).dequantise()
 
 
-def measure(size: str, kind: str, batches: list[int], copied: float) -> dict[str, float]:
+def measure(
+    size: str, kind: str, batches: list[int], copied: float
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Speed at every batch."""
     from receptance.engine.gpu import GpuEngine
 
@@ -137,21 +159,19 @@ def measure(size: str, kind: str, batches: list[int], copied: float) -> dict[str
     matrices = {name: random(s, kind) for name, s in shapes.items() if len(s) == 2}
     vectors = {name: torch.full(s, 0.5) for name, s in shapes.items() if len(s) != 2}
     engine = GpuEngine(config, matrices, vectors, "")
-    results: dict[str, float] = {}
     for batch in batches:
         advance = decoder(engine, batch)
         took = seconds(lambda advance=advance: advance(STEPS)) / STEPS
-        state = 5 * 4 * config.num_layers * config.width * batch
-        moved = (engine.bytes_per_token + 2 * state) / took / 1e9
-        title = f"{size} {kind} B{batch}"
-        results |= {
-            f"{title}: tokens/s": batch / took,
-            f"{title}: MB a step": (engine.bytes_per_token + 2 * state) / 1e6,
-            f"{title}: GB/s": moved,
-            f"{title}: of copy": moved / copied,
-        }
-        print(title, f"{batch / took:,.0f} tokens/s", f"{moved / copied:.0%}", flush=True)
-    return results
+        moved = engine.bytes_per_token + 2 * 5 * 4 * config.num_layers * config.width * batch
+        yield (
+            f"{size} {kind} B{batch}",
+            {
+                "tokens/s": batch / took,
+                "MB a step": moved / 1e6,
+                "GB/s": moved / took / 1e9,
+                "of copy": moved / took / 1e9 / copied,
+            },
+        )
 
 
 def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantised:
@@ -170,77 +190,84 @@ def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantised:
 # ---- products alone -----------------------------------------------------------------------------
 
 
-def tune(config: ModelConfig, kinds: list[str], copied: float) -> dict[str, float | str]:
-    """The fastest way to cut every product of a model, for one row and for several."""
-    from triton.runtime.errors import OutOfResources
-
+def tune(
+    config: ModelConfig, kind: str, copied: float
+) -> Iterator[tuple[str, dict[str, float | str]]]:
+    """GB/s of every way to cut every product of a model, for one row and for several."""
     from receptance.engine.gpu_weights import stacked
-    from receptance.ops.triton_products import product
+    from receptance.ops.triton_products import Tiles
 
-    results: dict[str, float | str] = {}
     width, hidden = config.width, config.ffn_width
     shapes = {"square": (width, width), "key": (hidden, width), "value": (width, hidden)}
     shapes["head"] = config.vocab_size, width
-    for kind, (name, shape), batch in itertools.product(kinds, shapes.items(), (1, 4, 16, 64)):
-        one = stacked([random(shape, kind)], torch.device("cuda"))
-        copies = [one] + [stacked([random(shape, kind)], torch.device("cuda"))
-                          for _ in range(OVER_ANY_CACHE // 4 // one.nbytes)]  # fmt: skip
+    batches = [batch for batch in (1, 4, 16, 64) if batch <= Tiles().most(kind)]
+    for (name, shape), batch in itertools.product(shapes.items(), batches):
+        copies = [stacked([random(shape, kind)], torch.device("cuda"))]
+        for _ in range(OVER_ANY_CACHE // 4 // copies[0].nbytes):
+            copies.append(stacked([random(shape, kind)], torch.device("cuda")))
         x, out = (torch.randn(1, batch, n, device="cuda") for n in shape[::-1])
-        best = (0.0, "")
-        for tiles in cuts(batch):
-
-            def run(tiles=tiles, copies=copies, x=x, out=out) -> None:
-                for weights in copies:
-                    product(weights, x, out, tiles=tiles)
-
-            graph = torch.cuda.CUDAGraph()
-            try:
-                run()
-            except OutOfResources:  # this GPU has less shared memory than these tiles want
-                continue
-            with torch.cuda.graph(graph):
-                run()
-            speed = len(copies) * one.nbytes / seconds(graph.replay, 5) / 1e9
-            best = max(best, (speed, str(tiles)))
-        title = f"{kind} {name} B{batch}"
-        results |= {f"{title}: GB/s": best[0], f"{title}: of copy": best[0] / copied,
-                    f"{title}: cut": best[1]}  # fmt: skip
-        print(title, f"{best[0]:,.0f} GB/s", best[1], flush=True)
-    return results
+        speeds = {
+            cut: len(copies) * copies[0].nbytes / product_seconds(copies, x, out, tiles) / 1e9
+            for cut, tiles in cuts(batch)
+        }
+        best = max(speeds, key=lambda cut: speeds[cut])
+        shares = {"best": best, "of copy": speeds[best] / copied}
+        yield f"{kind} {name} B{batch}: GB/s", speeds | shares
 
 
-def cuts(batch: int) -> Iterator[object]:
-    """Ways to cut a product."""
+def product_seconds(copies: list[Weights], x: Tensor, out: Tensor, tiles: Tiles) -> float:
+    """Time of the products with all of them; infinite where such tiles cannot be compiled."""
+    from triton.errors import TritonError
+
+    from receptance.ops.triton_products import product
+
+    def run() -> None:
+        for weights in copies:
+            product(weights, x, out, tiles=tiles)
+
+    try:
+        run()
+    except (TritonError, RuntimeError) as error:  # this GPU lacks shared memory, or ptxas fails
+        print(f"{tiles}: {str(error).partition(chr(10))[0]}", flush=True)
+        return math.inf
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return seconds(graph.replay, 5)
+
+
+def cuts(batch: int) -> Iterator[tuple[str, Tiles]]:
+    """Ways to cut a product and their names, the present one first."""
     from receptance.ops.triton_products import Tiles
 
-    for warps in (2, 4, 8):
-        if batch == 1:
-            for rows, groups in itertools.product((1, 2, 4, 8), (4, 8, 16)):
-                yield Tiles(rows=rows, groups=groups, warps=warps)
-        else:
-            for rows, stages in itertools.product((16, 32, 64), (3, 5)):
-                yield Tiles(dot_rows=rows, stages=stages, warps=warps)
+    fields = ("rows" if batch == 1 else "dot_rows", "groups" if batch == 1 else "stages", "warps")
+    present = tuple(getattr(Tiles(), field) for field in fields)
+    for sizes in (present, *(ONE_ROW_CUTS if batch == 1 else MORE_CUTS)):
+        yield "/".join(map(str, sizes)), Tiles(**dict(zip(fields, sizes, strict=True)))
 
 
 # ---- peers --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def peers(size: str) -> dict[str, float]:
+def peers(size: str) -> Iterator[tuple[str, dict[str, float]]]:
     """Greedy decoding of one row with transformers."""
     from train_step import gpt_neox, transformers_rwkv
 
     config = published(size)
-    ours = Model.from_tensors(config, random_tensors(config))
-    rwkv = transformers_rwkv(ours, config).to("cuda", torch.bfloat16).eval()
     text = torch.ones(1, CONTEXT, dtype=torch.int64, device="cuda")
-    token, state = text[:, :1], rwkv(text[:, :1], use_cache=True).state  # updated in place
+    token = text[:, :1]
+    ours = Model.from_tensors(config, gpu_tensors(config), device="cuda")
+    with torch.device("cuda"):
+        rwkv = transformers_rwkv(ours, config).to(torch.bfloat16).eval()
+    state = rwkv(token, use_cache=True).state  # updated in place
     took = seconds(lambda: rwkv(token, state=state, use_cache=True).logits.argmax(-1))
-    results = {f"{size} transformers RWKV: tokens/s": 1 / took}
-    neox = gpt_neox(config).to("cuda", torch.bfloat16).eval()
+    yield f"{size} transformers RWKV", {"tokens/s": 1 / took}
+    with torch.device("cuda"):
+        neox = gpt_neox(config).to(torch.bfloat16).eval()
     cache = neox(text, use_cache=True).past_key_values
     took = seconds(lambda: neox(token, past_key_values=cache, use_cache=True).logits.argmax(-1))
-    return results | {f"{size} transformers GPT-NeoX: tokens/s": 1 / took}
+    yield f"{size} transformers GPT-NeoX", {"tokens/s": 1 / took}
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
 """Training steps on a GPU in bfloat16: tokens/s, MFU, memory, against transformers.
 
-    python benchmarks/gpu_train.py [--sizes 169m 1.5b] [--times 1024 4096] [--tokens 32768]
+    python benchmarks/gpu_train.py [--sizes 169m 1.5b] [--times 1024 4096] [--json FILE]
 
 A step is forward, loss, backward, clipping and AdamW on float32 masters, of `--tokens` in rows of
 `--times`. Checks first that the loss and the gradients of a short text are those of the CPU in
 float32. Times come from CUDA events, medians; MFU is the share of the data sheet's bfloat16 rate
 that 6 FLOPs per parameter and token of all matrix products make. Peers: transformers' GPT-NeoX
-(attention by SDPA) and, for the shorter texts, its RWKV. JSON on the last line.
+(attention by SDPA; its MFU counts 12 L C T FLOPs of attention more, as PaLM does, without halving
+them for what the mask leaves out) and, for the shorter texts, its RWKV. By estimate a size takes
+four minutes, half of them to compile: where time is short, each is a command of its own. JSON on
+the last line, also when it is interrupted, and after each measurement in a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from _common import report
+from _common import gpu_tensors, report_as_found
 from torch import Tensor
 from train_step import NEOX, OURS, RWKV, Step, gpt_neox, our_step, their_step, transformers_rwkv
 
@@ -25,7 +32,7 @@ from receptance.config import ModelConfig, published
 from receptance.measure import random_tensors
 from receptance.model import Model
 from receptance.training import head_loss
-from receptance.training.devices import mfu, peak_flops
+from receptance.training.devices import peak_flops
 
 # Their RWKV goes from token to token in Python.
 _LONGEST_FOR_RWKV = 1024
@@ -42,50 +49,61 @@ def main() -> None:
     parser.add_argument("--times", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--tokens", type=int, default=32768, help="of a step")
     parser.add_argument("--peers", nargs="*", default=[NEOX, RWKV], choices=[NEOX, RWKV])
+    parser.add_argument("--json", type=Path, help="a file for the results, from the first on")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("this needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         raise SystemExit(2)
+    report_as_found(found(options), options.json)
+
+
+def found(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each candidate at each size and length."""
     check()
-    results: dict[str, object] = {}
-    for size in options.sizes:
-        for length in options.times:
+    candidates = (f"{OURS}, compiled", OURS, *options.peers)
+    for size, length, name in itertools.product(options.sizes, options.times, candidates):
+        if name != RWKV or length <= _LONGEST_FOR_RWKV:
             rows = max(1, options.tokens // length)
-            for name in (f"{OURS}, compiled", OURS, *options.peers):
-                if name == RWKV and length > _LONGEST_FOR_RWKV:
-                    continue
-                found = measure(name, published(size), rows, length)
-                print(f"{size} B{rows} T{length} {name}: {found}", flush=True)
-                results |= {f"{size} T{length} {name}: {key}": x for key, x in found.items()}
-    report(results)
+            title = f"{size} B{rows} T{length} {name}"
+            yield title, measure(name, published(size), rows, length)
 
 
 def measure(name: str, sizes: ModelConfig, rows: int, length: int) -> dict[str, float]:
     """Tokens per second, MFU and peak memory of one candidate."""
-    torch.manual_seed(0)
-    tokens = torch.randint(sizes.vocab_size, (rows, length + 1), device="cuda")
     # Or else one candidate's graphs would be generalised for the widths and lengths of the next.
     torch.compiler.reset()
+    gc.collect()  # a compiled block refers to itself
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    tokens = torch.randint(sizes.vocab_size, (rows, length + 1), device="cuda")
     try:
         step = make_step(name, sizes)
         speed = rows * length / seconds(step, tokens, 2 if name == RWKV else _STEPS)
     except torch.cuda.OutOfMemoryError:
         return {"out of memory": 1.0}
-    finally:
-        step = None
-        torch.cuda.empty_cache()
-    share = mfu(speed, sizes, peak_flops("cuda"))
+    share = speed * training_flops(name, sizes, length) / peak_flops("cuda")
     return {"tokens/s": speed, "MFU": share, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def training_flops(name: str, sizes: ModelConfig, length: int) -> int:
+    """Per token, forward and backward."""
+    if name != NEOX:
+        return sizes.training_flops_per_token
+    width, layers = sizes.width, sizes.num_layers
+    matrices = layers * 12 * width**2 + sizes.vocab_size * width
+    return 6 * matrices + 12 * layers * width * length
 
 
 def make_step(name: str, sizes: ModelConfig) -> Step:
     """A training step of a candidate with its own model and optimizer."""
     if name == NEOX:
-        return their_step(gpt_neox(sizes).cuda(), torch.bfloat16)
-    model = Model.from_tensors(sizes, random_tensors(sizes), device="cuda").train()
+        with torch.device("cuda"):
+            return their_step(gpt_neox(sizes), torch.bfloat16)
+    model = Model.from_tensors(sizes, gpu_tensors(sizes), device="cuda").train()
     if name == RWKV:
-        return their_step(transformers_rwkv(model, sizes).cuda(), torch.bfloat16)
+        with torch.device("cuda"):
+            return their_step(transformers_rwkv(model, sizes), torch.bfloat16)
     if name != OURS:
         for block in model.blocks:
             block.compile()

@@ -1,9 +1,11 @@
 """Verification: good models pass in every format, and each kind of wrong is found where it is."""
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import make_model, small_bpe
 
 from receptance import save
-from receptance.checking import recorded
+from receptance.checking import recorded, verifying
 from receptance.checking.verifying import (
     Check,
     Subject,
@@ -149,6 +151,48 @@ def test_a_model_that_sees_its_neighbours(subject, monkeypatch):
 
     monkeypatch.setattr(Model, "features", wrong)
     assert failed(subject) == {"torch on cpu: in a ragged batch"}
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> ModuleType:
+    """receptance.engine.gpu where it can be made to run; few tokens, which take long there."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "engine"))
+    cases = importlib.import_module("gpu_cases")
+    module = importlib.import_module("receptance.engine.gpu")
+    monkeypatch.setattr(module, "Tiles", lambda: cases.LARGE)
+    tokens = property(lambda subject: probe_tokens(subject.config.vocab_size, 6))
+    monkeypatch.setattr(Subject, "tokens", tokens)
+    monkeypatch.setattr(verifying, "_RAGGED", (6, 1, 4))
+    if not cases.ON_GPU:
+        monkeypatch.setattr(verifying, "_has_gpu_engine", lambda device: True)
+    return module
+
+
+def on_gpu(path: Path) -> list[Check]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checks = verify(Subject.open(path), device=device)
+    return [check for check in checks if check.what.startswith("triton on")]
+
+
+@pytest.mark.parametrize("name", ["model.pth", "narrow.pth", "small"])
+def test_the_engine_for_gpus_is_checked(name, written, gpu):
+    checks = on_gpu(written / name)
+    assert len(checks) == 4 and all(check.passed for check in checks)
+
+
+def test_a_step_on_a_gpu_that_computes_something_else(written, gpu, monkeypatch):
+    """Without native kernels; of one row not even the rounding to bfloat16 is allowed."""
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(native, "instruction_sets", list)
+    step = gpu.step
+
+    def wrong(weights, buffers, tiles) -> None:
+        step(weights, buffers, tiles)
+        buffers.features.mul_(1.001)
+
+    monkeypatch.setattr(gpu, "step", wrong)
+    (found,) = [check for check in on_gpu(written / "narrow.pth") if not check.passed]
+    assert found.what.endswith("token by token") and found.bound == 1e-4
 
 
 def test_nan_never_passes():

@@ -193,6 +193,23 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch):
     assert found.elements <= weight.numel() < 21 * 400
 
 
+@given(st.integers(100, 3000), st.sampled_from(PENALTIES))
+def test_the_result_does_not_depend_on_how_many_logits_there_are_at_a_time(count, penalties):
+    features, weight, targets = draw(torch.float64)
+    found = []
+    for many in (count, 1 << 24):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective, "LOGITS_AT_ONCE", many)
+            value, entropy = head_loss(features, weight, targets, **penalties)
+        found.append((entropy, value, *torch.autograd.grad(value, (features, weight))))
+    torch.testing.assert_close(*found)
+
+
+def test_a_gpu_has_more_of_them_at_a_time():
+    assert objective.logits_at_once("cpu") == objective.LOGITS_AT_ONCE
+    assert objective.logits_at_once("cuda") == objective.CUDA_LOGITS_AT_ONCE == 1 << 26
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_module_is_model_and_loss(masked):
     """With the state in and out, so that a sequence may be cut."""

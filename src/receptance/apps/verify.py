@@ -35,7 +35,7 @@ class Options:
     logits: Path | None = None
     """The file of recorded logits, instead of MODEL.logits."""
     device: str = "cpu"
-    """Where the torch model runs: cpu, cuda, ..."""
+    """Where the torch model runs: cpu, cuda, ... On cuda the engine for GPUs is checked as well."""
     json: bool = False
     """Print JSON instead of a table."""
 

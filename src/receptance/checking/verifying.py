@@ -6,10 +6,10 @@ Differences are the largest of any logit, divided by the largest logit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +27,20 @@ from receptance.engine.packing import FLOATS, FloatKind, Kind, Packed, common_ki
 from receptance.formats.names import some
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
-from receptance.ops import available_backends, native
+from receptance.ops import available_backends, native, triton_wkv4
 from receptance.state import State
+
+if TYPE_CHECKING:  # imports Triton
+    from receptance.engine.gpu import GpuEngine
 
 FLOAT32_BOUND = 1e-4
 """What the rounding of float32 may add up to in the deepest published models."""
 INTEGER_BOUND = 2e-3
 """Kernels of integer weights round activations to 15 bits: about 1e-4 in one layer or many."""
+GPU_BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02} | dict.fromkeys(
+    ("bfloat16", "int8", "int4"), 0.05
+)
+"""The engine for GPUs rounds several rows to the type of the weights, or to bfloat16; one never."""
 NARROWED_BOUNDS = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "int4": 0.5}
 """Against logits recorded before the same weights were rounded to one of these types."""
 
@@ -145,6 +152,17 @@ class Subject:
         parts = self.config, self.matrices, vectors, self.fingerprint
         return NativeEngine(*parts, instruction_set=instruction_set)
 
+    def gpu_engine(self, device: str) -> GpuEngine:
+        """With the Triton kernels."""
+        from receptance.engine.gpu import GpuEngine
+
+        matrices: Mapping[str, Tensor | Packed] = self.matrices or {
+            name: self.tensors[name].to(FLOATS[self.kind])  # type: ignore[index]
+            for name in layouts(self.config)
+        }
+        vectors = {name: x for name, x in self.tensors.items() if name not in matrices}
+        return GpuEngine(self.config, matrices, vectors, self.fingerprint, device=device)
+
 
 def probe_tokens(vocab_size: int, count: int = _LENGTH) -> Tensor:
     """The same ids everywhere and always, a function of the vocabulary's size alone: [T] int64."""
@@ -183,20 +201,22 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
         bound = FLOAT32_BOUND if subject.kind in FLOATS else INTEGER_BOUND
         yield Check(f"{label} = torch", difference(found, reference), bound, subject.kind)
         yield from _laws(label, engine, subject.tokens, found, 0)
+    if _has_gpu_engine(device):
+        yield from _gpu_engine(subject, device, reference)
     if known is not None:
         yield _as_recorded(subject, known, reference)
 
 
 def logits(reader: Reader, tokens: Tensor, pieces: Iterable[int] = ()) -> Tensor:
     """Of one row, read in pieces of these lengths and then the rest: [T] -> [T,V] on the CPU."""
-    state, features, start = None, [], 0
+    state, found, start = None, [], 0
     for length in (*pieces, len(tokens)):
         piece = tokens[None, start : start + length]
         if piece.numel():
             out, state = reader.features(piece, state)
-            features.append(out)
+            found.append(reader.head(out)[0].float().cpu())
         start += length
-    return reader.head(torch.cat(features, dim=1))[0].float().cpu()
+    return torch.cat(found)
 
 
 def difference(found: Tensor, reference: Tensor) -> float:
@@ -217,11 +237,17 @@ def _weights_finite(subject: Subject) -> Check:
 
 
 def _laws(
-    label: str, reader: Reader, tokens: Tensor, whole: Tensor, bound: float
+    label: str,
+    reader: Reader,
+    tokens: Tensor,
+    whole: Tensor,
+    bound: float,
+    step_bound: float | None = None,
 ) -> Iterator[Check]:
     """Cutting a sequence and batching it with others change nothing."""
-    recurrent = logits(reader, tokens, [1] * len(tokens))
-    yield Check(f"{label}: token by token", difference(recurrent, whole), bound)
+    recurrent = difference(logits(reader, tokens, [1] * len(tokens)), whole)
+    step_bound = bound if step_bound is None else step_bound
+    yield Check(f"{label}: token by token", recurrent, step_bound)
     worst = max(difference(logits(reader, tokens, cut), whole) for cut in _random_cuts())
     yield Check(f"{label}: cut at random", worst, bound)
     yield Check(f"{label}: in a ragged batch", _ragged(reader, tokens), bound)
@@ -254,6 +280,19 @@ def _backends(exact: Exact, tokens: Tensor, device: str) -> Iterator[Check]:
             found = difference(logits(exact, tokens), wanted)
             yield Check(f"wkv4 {name} = reference", found, FLOAT32_BOUND, device)
     exact.model.backend = None
+
+
+def _has_gpu_engine(device: str) -> bool:
+    return torch.device(device).type == "cuda" and triton_wkv4.is_available()
+
+
+def _gpu_engine(subject: Subject, device: str, reference: Tensor) -> Iterator[Check]:
+    """The engine for GPUs against torch: one row, which it multiplies in float32, and several."""
+    engine, label = subject.gpu_engine(device), f"triton on {device}"
+    tokens, bound = subject.tokens.to(device), GPU_BOUNDS[subject.kind]
+    found = difference(logits(engine, tokens), reference)
+    yield Check(f"{label} = torch", found, bound, subject.kind)
+    yield from _laws(label, engine, tokens, reference, bound, FLOAT32_BOUND)
 
 
 def _as_recorded(subject: Subject, found: Recorded, reference: Tensor) -> Check:

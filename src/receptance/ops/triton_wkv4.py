@@ -30,6 +30,8 @@ VARIANTS = ("step", "serial", "chunked")
 # thread. Lanes are independent and go through the same operations whatever the choice, so that it
 # changes no bit.
 _CONFIGURATIONS = ((64, 1), (128, 2), (128, 1), (128, 4))
+# With 4 channels to a thread this one wants more registers than there are.
+_SPILLING = ("reverse", (128, 1))
 # For the others: as many programs as there can be, until there are enough.
 _NARROW, _WIDE = (32, 1), (128, 4)
 # In Triton's interpreter programs cost more than lanes.
@@ -229,6 +231,11 @@ def _kernel(name: str, tuned: bool) -> tuple[Any, bool]:
         return kernel, True
     check_launcher()
     if tuned:
-        choices = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in _CONFIGURATIONS]
+        choices = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in configurations(name)]
         kernel = triton.autotune(choices, key=["C"])(kernel)
     return kernel, False
+
+
+def configurations(name: str) -> list[tuple[int, int]]:
+    """Lanes of a program and its warps: what a kernel with a lane per chunk is tuned over."""
+    return [choice for choice in _CONFIGURATIONS if (name, choice) != _SPILLING]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from receptance.config import ModelConfig
 from receptance.training.devices import THIS_MACHINE, Device, find_device
-from receptance.training.objective import LOGITS_AT_ONCE
+from receptance.training.objective import logits_at_once
 from receptance.training.options import TrainOptions
 
 # From RWKV-LM's README: 1.5B with context 1024, 106,000 tokens/s on 8 A100 of 312 TFLOP/s each.
@@ -142,7 +143,15 @@ def estimate(
         raise ValueError(f"utilisation is {utilisation}; it must be over 0 and at most 1")
     rows, time = math.ceil(options.batch / groups), math.ceil(options.context / context_ranks)
     piece = min(options.micro_batch or rows, rows), min(options.chunk or time, time)
-    found = memory(config, options, piece, shares=ranks if sharded else 1, trained=trained)
+    on_cpu = device_name == THIS_MACHINE and not torch.cuda.is_available()
+    found = memory(
+        config,
+        options,
+        piece,
+        shares=ranks if sharded else 1,
+        trained=trained,
+        logits=logits_at_once("cpu" if on_cpu else "cuda"),
+    )
     if offload:
         found = replace(found, parameters=0, gradients=0, moments=0)
     device = find_device(device_name)
@@ -156,8 +165,12 @@ def memory(
     *,
     shares: int = 1,
     trained: int | None = None,
+    logits: int = logits_at_once("cpu"),
 ) -> Memory:
-    """Bytes in a process that has one of `shares` and reads `piece` (rows, tokens) at a time."""
+    """Bytes in a process that has one of `shares` and reads `piece` (rows, tokens) at a time.
+
+    logits is how many of them exist at a time (see objective.logits_at_once).
+    """
     every = _FLOAT32 * config.num_parameters / shares
     learning = every if trained is None else _FLOAT32 * trained
     positions = math.prod(piece)
@@ -167,7 +180,7 @@ def memory(
         moments=2 * learning,
         weights=_weights(config, options, sharded=shares > 1),
         activations=_activations(config, options, positions),
-        head=_head(config, options, positions, learns=trained is None),
+        head=_head(config, options, positions, logits, learns=trained is None),
     )
 
 
@@ -209,9 +222,11 @@ def _weights(config: ModelConfig, options: TrainOptions, *, sharded: bool) -> fl
     return element * block * (1 if options.recompute else config.num_layers)
 
 
-def _head(config: ModelConfig, options: TrainOptions, positions: int, *, learns: bool) -> float:
+def _head(
+    config: ModelConfig, options: TrainOptions, positions: int, logits: int, *, learns: bool
+) -> float:
     element, matrix = _element_bytes(options), config.vocab_size * config.width
-    logits = min(LOGITS_AT_ONCE, positions * config.vocab_size)
+    logits = min(logits, positions * config.vocab_size)
     gradients = 2 * _FLOAT32 * matrix * learns + element * positions * config.width
     if element == _FLOAT32:
         return 2 * _FLOAT32 * logits + gradients

@@ -16,8 +16,15 @@ from receptance.model import Model, parts
 from receptance.state import State
 from receptance.training.options import TrainOptions
 
-# How many logits exist at one time.
+# How many logits exist at one time: on a CPU few, for its caches. On a GPU every piece reads and
+# writes the gradient of the whole head, so that pieces want to be large: 0.27 GB in float32.
 LOGITS_AT_ONCE = 1 << 24
+CUDA_LOGITS_AT_ONCE = 1 << 26
+
+
+def logits_at_once(device_type: str) -> int:
+    """How many logits exist at one time on a device: "cpu", "cuda", ..."""
+    return CUDA_LOGITS_AT_ONCE if device_type == "cuda" else LOGITS_AT_ONCE
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -47,7 +54,7 @@ class _HeadLoss(torch.autograd.Function):
         exact = torch.promote_types(matrix.dtype, torch.float32)
         entropy = torch.zeros((), dtype=exact, device=x.device)
         penalty = torch.zeros_like(entropy)
-        rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        rows = max(1, logits_at_once(x.device.type) // weight.shape[0])
         # Fresh memory is slow on a CPU: all logits, and then their scores, take the same.
         room = x.new_empty(min(rows, len(x)), len(weight), dtype=exact) if x.is_cpu else None
         for at in range(0, x.shape[0], rows):
