@@ -325,3 +325,15 @@ def test_rwkv_7_of_flash_linear_attention_is_named(tmp_path):
     found = inspect(tmp_path)
     assert (found.version, found.layers, found.vocabulary) == ("RWKV-7", 3, V)
     assert "RWKV-7" in str(found.problem)
+
+
+@pytest.mark.parametrize("stray", [{"head.weight": torch.full((2, 2), math.nan)}, None])
+def test_it_reads_the_files_that_loading_reads(stray, tmp_path):
+    """Not what else lies there: a copy of before, a shard of another set, rubbish."""
+    path = as_transformers(tmp_path)
+    before = inspect(path)
+    if stray is None:
+        (path / "model-00099-of-00099.safetensors").write_bytes(b"rubbish")
+    else:
+        save_file(stray, path / "model_old.safetensors")
+    assert inspect(path) == before

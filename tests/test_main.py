@@ -235,6 +235,11 @@ class TestPipes:
             assert (b"no more output: No space left" in done.stderr) == (number == 0)
             assert Path(f"run{number}/step-00000003").is_dir()
 
+    def test_no_output_at_all(self):
+        line = shlex.join([*self.COMMAND, "--max-tokens", "1"])
+        done = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, timeout=100)
+        assert (done.returncode, done.stderr) == (0, b"")
+
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8:strict"])
     def test_what_is_typed_need_not_be_text(self, encoding):
         environment = os.environ | {"PYTHONIOENCODING": encoding}

@@ -279,6 +279,14 @@ class TestFeedback:
         found = quantise_with_feedback(weight, torch.diag(importance), group)
         assert same(found, quantise(weight, "int4", group, importance))
 
+    @pytest.mark.parametrize("scale", [2.0**-126, 2.0**-140, 2.0**100])
+    def test_only_ratios_of_moments_matter(self, scale):
+        """Even of numbers that float32 hardly holds."""
+        weight, moments = draw(10, 70), torch.eye(70) + 0.5
+        wanted = quantise_with_feedback(weight, moments, 32)
+        found = quantise_with_feedback(weight, moments * scale, 32)
+        assert torch.equal(found.codes, wanted.codes)
+
     def test_each_code_is_the_best_after_those_before_it(self):
         """The weights not rounded yet solve a linear system; numpy solves it at every step."""
         weight, moments = draw(6, 80), correlated(80)
@@ -454,3 +462,10 @@ class TestQuantised:
         quantised = quantise(weight, "int4")
         wanted = errors(weight, quantised).norm() / weight.double().norm()
         assert relative_error(weight, quantised) == pytest.approx(float(wanted), rel=1e-4, abs=1e-7)
+
+
+def test_weights_at_the_end_of_float32_stay_finite():
+    weight = torch.full((16, 130), -3.4e38)
+    quantised = quantise(weight, "int4")
+    assert quantised.dequantise().isfinite().all()
+    assert relative_error(weight, quantised) < 0.01

@@ -71,6 +71,12 @@ def test_rows_that_are_not_there(state, index):
         state.rows(index)
 
 
+@pytest.mark.parametrize("index", [1.5, [0.0], torch.ones(3, dtype=torch.bool)])
+def test_rows_that_are_no_rows(state, index):
+    with pytest.raises(ValueError, match="wanted numbers of rows, or 4 bools"):
+        state.rows(index)
+
+
 def test_cat_undoes_rows(state):
     assert_bitwise(State.cat([state.rows(i) for i in range(4)]), state)
     assert_bitwise(State.cat([state.rows(slice(0, 3)), state.rows([3])]), state)
@@ -175,6 +181,17 @@ def test_every_truncation_is_noticed(state, tmp_path):
         refuse(tmp_path / "part")
 
 
+def test_every_changed_number_is_noticed(state, tmp_path):
+    state.save(tmp_path / "whole", FINGERPRINT)
+    whole = bytearray((tmp_path / "whole").read_bytes())
+    (size,) = struct.unpack("<Q", whole[:8])
+    for place in range(8 + size, len(whole), max(1, (len(whole) - size) // 100)):
+        spoiled = whole.copy()
+        spoiled[place] ^= 1 << place % 8
+        (tmp_path / "spoiled").write_bytes(spoiled)
+        assert "it does not hold what was written" in refuse(tmp_path / "spoiled")
+
+
 def without_tokens(state: State) -> dict[str, torch.Tensor]:
     return {name: x.contiguous() for name, x in state.tensors.items()}
 
@@ -193,6 +210,16 @@ FOREIGN = {
     "no token counts": (without_tokens, OURS),
     "token counts of other rows": (
         lambda state: without_tokens(state) | {"tokens": state.tokens[:3]},
+        OURS,
+    ),
+    "numbers of another type": (
+        lambda state: (
+            {n: x.int() for n, x in without_tokens(state).items()} | {"tokens": state.tokens}
+        ),
+        OURS,
+    ),
+    "token counts that are no integers": (
+        lambda state: without_tokens(state) | {"tokens": state.tokens.float()},
         OURS,
     ),
     "one token count for all": (
@@ -218,7 +245,8 @@ def test_the_header_says_what_the_file_is(state, tmp_path):
     content = (tmp_path / "state").read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
-    assert header["__metadata__"] == OURS
+    digest = header["__metadata__"].pop("sha256")
+    assert header["__metadata__"] == OURS and len(digest) == 64
     assert header["tokens"]["dtype"] == "I64"
 
 

@@ -9,6 +9,8 @@ import os
 import sys
 import warnings
 
+from receptance.errors import out_of_memory
+
 APPS = {
     "data": "make corpora of tokens, look into them, put them together",
     "train": "train a model on text, or resume a run",
@@ -44,15 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         return _fail("not enough memory; take a smaller batch or model, or fewer bits a weight")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """As Python and torch say it, on GPUs and on the CPU; torch need not be imported for this."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _run(argv: list[str]) -> int:

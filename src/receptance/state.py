@@ -5,8 +5,9 @@ Fork it by keeping it, batch it with `State.cat`, pick rows with `rows`, put it 
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,14 @@ class State:
             index = torch.as_tensor(index, device=self.tokens.device).reshape(-1)
             if not index.numel():
                 index = index.long()  # torch takes an empty list for one of floats
-            elif index.dtype != torch.bool:
+            if index.is_floating_point() or (
+                index.dtype == torch.bool and len(index) != self.batch
+            ):
+                raise ValueError(
+                    f"rows are chosen by {index.dtype} {list(index.shape)}; wanted numbers of "
+                    f"rows, or {self.batch} bools"
+                )
+            if index.dtype != torch.bool and index.numel():
                 low, high = (int(x) for x in index.aminmax())
                 if low < -self.batch or high >= self.batch:
                     missing = high if high >= self.batch else low
@@ -85,7 +93,12 @@ class State:
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, x in (self.tensors | {"tokens": self.tokens}).items()
         }
-        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": fingerprint}
+        about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": fingerprint,
+            "sha256": _digest(tensors),
+        }
         try:
             try:
                 save_file(tensors, partial, metadata=about)
@@ -123,7 +136,11 @@ class State:
                 f"{path} belongs to model {other}, not to this one ({fingerprint[:12]}); load it "
                 "with the model that wrote it"
             )
+        if about.get("sha256") not in (None, _digest(tensors)):
+            raise ValueError(f"{path} is damaged: it does not hold what was written")
         tokens = tensors.pop("tokens")
+        if tokens.dtype != torch.int64 or not all(x.is_floating_point() for x in tensors.values()):
+            raise ValueError(f"{path} is damaged: its tensors are not of the types of a state")
         rows = [*tokens.shape]
         if len(rows) != 1 or any([*x.shape[1:2]] != rows for x in tensors.values()):
             raise ValueError(f"{path} is damaged: its tensors do not have the same rows")
@@ -134,6 +151,15 @@ class State:
     ) -> State:
         tensors = {name: change(x) for name, x in self.tensors.items()}
         return State(tensors, (tokens or change)(self.tokens))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256, in hexadecimal, of names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        digest.update(x.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _row_shapes(state: State) -> dict[str, list[int]]:

@@ -109,9 +109,10 @@ def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"prefill": (4, 0)}, "0 rows, tokens or threads"),
-        ({"threads": -1}, "-1 rows, tokens or threads"),
-        ({"threads": 0}, "0 rows, tokens or threads"),
+        ({"prefill": (4, 0)}, "0 rows or tokens; give at least 1"),
+        ({"threads": -1}, "threads is -1; wanted 1 to 1024"),
+        ({"threads": 10**20}, "wanted 1 to 1024"),
+        ({"json": Path()}, "is a folder; give --json the name of a file"),
         ({"json": Path("no/where.json")}, "there is no folder no to write no/where.json into"),
         ({"seconds": float("nan")}, "seconds is nan"),
     ],

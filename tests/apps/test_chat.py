@@ -155,6 +155,18 @@ class TestTerminal:
             assert (result.code, result.err) == (0, "")
             assert "Assistant" not in result.out
 
+    def test_so_does_a_closed_standard_input(self, talk):
+        assert talk(RuntimeError("input(): lost sys.stdin")).code == 0
+
+    def test_any_seed_lasts(self, model):
+        chat = Chat(model, BYTES, Options(model="", max_tokens=2, seed=2**63 - 1))
+        assert all(isinstance(say(chat, "hi"), str) for _ in range(2))
+
+    def test_a_state_of_several_texts_is_no_conversation(self, chat, model, tmp_path):
+        model.empty_state(2).save(tmp_path / "two", model.fingerprint())
+        with pytest.raises(ValueError, match="holds 2 texts; a conversation is one"):
+            chat.load(str(tmp_path / "two"))
+
     def test_turns(self, talk, model):
         chat = Chat(model, BYTES, Options(model="", max_tokens=8))
         wanted = [f"\nAssistant:{say(chat, message)}\n" for message in ("hi", "and?")]

@@ -149,7 +149,8 @@ class TestStates:
             (("--load-state", "s"), "give a prompt"),
             (("a", "--load-state", "missing"), "no state file at missing"),
             (("a", "--load-state", "text.txt"), "text.txt is not a readable state file"),
-            (("a", "--save-state", "no/where/s"), "cannot write the state to no/where/s"),
+            (("a", "--save-state", "no/where/s"), "no state can be written to no/where/s"),
+            (("a", "--save-state", "."), "name a file in a folder that exists"),
         ],
     )
     def test_refusals(self, argv, message):

@@ -135,7 +135,7 @@ class TestSample:
         ("model --to int8 --out x --calibrate text.txt", "leave out --calibrate"),
         ("model --to int4 --out x --calibrate nowhere", "nowhere: No such file"),
         ("model --to int4 --out x --calibrate empty.txt", "0 tokens are too few"),
-        ("model --to int4 --out x --calibrate text.txt --calibration-tokens 9", "8 tokens are too"),
+        ("model --to int4 --out x --calibrate text.txt --calibration-tokens 9", "at least 64"),
         (
             "model --to int4 --out x --calibrate text.txt --calibration-tokens -9",
             "calibration_tokens is -9",

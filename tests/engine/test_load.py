@@ -9,10 +9,10 @@ from tiny import make_model, same_bits, small_bpe
 from receptance import State, load, save
 from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptions
 from receptance.config import ModelConfig
-from receptance.engine import NativeEngine, load_engine
+from receptance.engine import NativeEngine, load_engine, native_engine
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.files import About, write_quantised
-from receptance.engine.load import _MAPPED_PASSES
+from receptance.engine.load import _MAPPED_PASSES, _choose
 from receptance.generation import generate
 from receptance.model import Model
 from receptance.ops import native
@@ -146,13 +146,28 @@ def test_states_are_those_of_the_model(saved, tmp_path):
     [
         ({"dtype": "int2"}, "wanted one of"),
         ({"dtype": "int4", "backend": "torch"}, "native kernels"),
-        ({"backend": "native", "device": "meta"}, "run on the CPU"),
-        ({"threads": 0}, "threads is 0; wanted 1 or more"),
+        ({"backend": "native", "device": "meta"}, "'meta' cannot be used here"),
+        ({"threads": 0}, "threads is 0; wanted 1 to 1024"),
+        ({"threads": 10**20}, "wanted 1 to 1024"),
+        ({"dtype": "float32", "group": 32}, "float32 weights have none"),
     ],
 )
 def test_what_cannot_be_had_is_refused(saved, options, message):
     with pytest.raises(ValueError, match=message):
         load_engine(saved[0], **options)
+
+
+def test_the_native_kernels_are_for_the_cpu():
+    with pytest.raises(ValueError, match="run on the CPU, not on cuda"):
+        _choose("native", "cuda")
+
+
+@needs_kernels
+def test_a_matrix_that_cannot_be_quantised_is_named(tmp_path):
+    model = make_model()
+    model.blocks[1].ffn.key.weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"^blocks.1.ffn.key.weight cannot be quantised: 1 of"):
+        native_engine(model.config, dict(model.state_dict()), "int8")
 
 
 @needs_kernels

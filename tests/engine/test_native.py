@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -307,6 +308,25 @@ def test_calls_that_do_not_fit_are_refused():
             engine(*wrong)
     with pytest.raises(ValueError, match="lengths"):
         engine(torch.tensor([[1]]), lengths=torch.tensor([2]))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32), (2, 15), (8, 160), ()])
+def test_features_of_another_width_are_refused(shape):
+    engine = engine_of(make_model(), "int8")
+    with pytest.raises(ValueError, match=r"wanted \[...,16\] on the CPU"):
+        engine.head(torch.ones(shape))
+    with pytest.raises(ValueError, match="on meta"):
+        engine.head(torch.ones(1, 16, device="meta"))
+
+
+def test_threads_may_share_an_engine():
+    """One has the kernels at a time; what each gets is what it would have got alone."""
+    engine = engine_of(make_model(), "int8")
+    ids = [tokens(engine.config, 1, length) for length in (40, 300)]
+    wanted = [engine(x)[0] for x in ids]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: engine(ids[n % 2])[0], range(200)))
+    assert all(torch.equal(one, wanted[n % 2]) for n, one in enumerate(found))
 
 
 def test_no_tokens_leave_the_state_as_it_is():

@@ -421,6 +421,32 @@ def test_extremes_stay_finite(kernel, name, dtype):
             assert max(errors(got, want).values()) < 1e-4
 
 
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("name", ["log_decay", "key"])
+def test_minus_infinity_is_a_limit(backend, name):
+    """A token of weight 0, or a state that is gone after one: as with any number far below."""
+    x = draw(0, 2, 3 * CHUNK, 4, dtype=torch.float32)
+    place = (slice(None), slice(CHUNK, 2 * CHUNK + 3)) if name == "key" else slice(1, 3)
+    found = []
+    for far in (-1e29, -math.inf):
+        changed = getattr(x, name).clone()
+        changed[place] = far
+        inputs = [t.requires_grad_() for t in (x._replace(**{name: changed}))[:4]]
+        out, _ = wkv4(*inputs, x.state, backend=backend)
+        found.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    assert all(t.isfinite().all() for t in found[1])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_exponents_are_constants(backend):
+    x = draw(0, 2, 5, 3, dtype=torch.float32)
+    state = WKVState(*(part.clone().requires_grad_() for part in x.state))
+    out, after = wkv4(x.log_decay, x.bonus, x.key, x.value, state, backend=backend)
+    found = torch.autograd.grad(out.sum() + after.numerator.sum(), list(state), allow_unused=True)
+    assert found[2] is None and not after.exponent.requires_grad
+
+
 @every_kernel
 @pytest.mark.parametrize("decay", [-14.0, 5.0])
 def test_extremes_over_8192_tokens(kernel, decay):
@@ -466,6 +492,15 @@ REFUSED = {
     "integer keys": (
         {"key": torch.zeros(2, 4, 3).long(), "value": torch.zeros(2, 4, 3).long()},
         "must be one float type",
+    ),
+    "a scalar for a key": (
+        {"key": torch.tensor(1.0), "value": torch.tensor(1.0), "state": None},
+        r"must be \[B,T,C\]",
+    ),
+    "value elsewhere": ({"value": torch.zeros(2, 4, 3, device="meta")}, "value is on meta"),
+    "a complex decay": (
+        {"log_decay": torch.zeros(3, dtype=torch.complex64)},
+        "log_decay is torch.complex64; it must be a float type",
     ),
     "short decay": ({"log_decay": torch.zeros(2)}, r"log_decay is \[2\].*must be \[3\]"),
     "bonus of two axes": ({"bonus": torch.zeros(1, 3)}, r"bonus is \[1, 3\].*must be \[3\]"),
@@ -524,6 +559,12 @@ def test_a_backend_that_is_not_there_is_refused_by_name(monkeypatch):
 def test_kernels_are_only_offered_where_they_run():
     assert available_backends("meta") == ["chunked", "reference"]
     assert wkv.choose_backend(torch.device("cpu"), None) == available_backends()[0]
+
+
+def test_a_state_may_be_any_three_tensors():
+    x = arguments()
+    plain = wkv4(**x | {"state": tuple(x["state"])})
+    torch.testing.assert_close(plain, wkv4(**x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", available_backends())

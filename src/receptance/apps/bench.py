@@ -25,7 +25,9 @@ from receptance.data.ondisk import written
 from receptance.directories import existing
 from receptance.engine import load_engine
 from receptance.engine.files import is_quantised
+from receptance.engine.load import check_threads
 from receptance.engine.packing import Kind
+from receptance.errors import out_of_memory
 from receptance.ops import native
 from receptance.progress import progress_bar, say
 
@@ -58,14 +60,15 @@ class Options:
 
 
 def _check(options: Options) -> None:
-    threads = 1 if options.threads is None else options.threads
-    counts = (*options.batches, *options.prefill, threads)
-    if least := [n for n in counts if n < 1]:
-        raise ValueError(f"{least[0]} rows, tokens or threads; give at least 1")
+    check_threads(options.threads)
+    if least := [n for n in (*options.batches, *options.prefill) if n < 1]:
+        raise ValueError(f"{least[0]} rows or tokens; give at least 1")
     if not 0 < options.seconds < 3600:
         raise ValueError(f"seconds is {options.seconds}; it must be above 0 and below an hour")
     if options.json and not options.json.parent.is_dir():
         raise ValueError(f"there is no folder {options.json.parent} to write {options.json} into")
+    if options.json and options.json.is_dir():
+        raise ValueError(f"{options.json} is a folder; give --json the name of a file")
 
 
 @dataclass
@@ -182,6 +185,10 @@ def worker() -> None:
             print(json.dumps(figures), flush=True)
     except (ValueError, OSError) as error:
         print(json.dumps({"error": str(error)}), flush=True)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(json.dumps({"error": "not enough memory for this model or batch"}), flush=True)
 
 
 def measure_one(options: Options, size: str | None = None) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
@@ -78,7 +77,7 @@ class Chat:
             sampling=self.options.sampling,
             max_tokens=self.options.max_tokens,
             stop=(TURN_END,),
-            seed=self.options.seed + self.draws,
+            seed=(self.options.seed + self.draws) % (1 << 63),
             log_probabilities=False,
             state=before,
         )
@@ -113,6 +112,8 @@ class Chat:
     def load(self, path: str) -> None:
         """Continue from a stored state."""
         state = State.load(expanded(path), self.engine.fingerprint())
+        if state.batch != 1:
+            raise ValueError(f"{path} holds {state.batch} texts; a conversation is one")
         self.state, self._last = state.to(self.engine.device), None
 
 
@@ -146,7 +147,7 @@ def _ask(prompt: str) -> str | None:
     """A line, or None at the end of input or Ctrl-C."""
     try:
         return input(prompt)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no standard input
         print()
         return None
 
@@ -179,11 +180,10 @@ def _turn(chat: Chat, line: str) -> bool:
 
 
 def _show(chat: Chat, pieces: Iterator[str]) -> None:
-    sys.stdout.write(f"\n{chat.template.assistant}:")
+    print(f"\n{chat.template.assistant}:", end="")
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
     finally:
         pieces.close()  # type: ignore[attr-defined]
     print()

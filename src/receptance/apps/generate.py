@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +47,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("a state file holds one text; give one prompt")
     if options.load_state and options.prompts == ("",):
         raise ValueError("a state has read all of its text; give a prompt that continues it")
+    if (file := options.save_state) and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"no state can be written to {file}; name a file in a folder that exists")
     engine, tokenizer = options.engine.load(options.model)
     state = None
     if options.load_state:
@@ -74,11 +75,11 @@ def main(argv: list[str]) -> None:
 def _print(generation: Generation, prompts: tuple[str, ...]) -> None:
     """One text as it comes; several when all are done."""
     if len(prompts) == 1:
-        sys.stdout.write(prompts[0])
+        before = prompts[0]
         for token in generation:
-            sys.stdout.write(token.text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            print(before + token.text, end="", flush=True)
+            before = ""
+        print(before)
         return
     texts = list(prompts)
     for token in generation:

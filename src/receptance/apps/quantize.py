@@ -23,7 +23,7 @@ from receptance.model import Model
 from receptance.model.rwkv import fingerprint
 from receptance.progress import progress_bar, say
 from receptance.quantize import Quantised, QuantisedKind, check_group, relative_error
-from receptance.quantize.calibration import Calibration
+from receptance.quantize.calibration import LEAST_TOKENS, Calibration
 from receptance.quantize.weights import quantise_tensors
 from receptance.tokenizer import Tokenizer
 
@@ -81,9 +81,10 @@ def _check(options: Options, out: Path) -> None:
     check_group(options.to, options.group)
     if options.calibrate and options.to == "int8":
         raise ValueError("int8 is exact enough without a text; leave out --calibrate")
-    if options.calibration_tokens < 1:
+    if options.calibration_tokens < LEAST_TOKENS:
         raise ValueError(
-            f"calibration_tokens is {options.calibration_tokens}; some thousands are good"
+            f"calibration_tokens is {options.calibration_tokens}; at least {LEAST_TOKENS} are "
+            "wanted, and some thousands are good"
         )
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")

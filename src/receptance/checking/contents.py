@@ -141,12 +141,14 @@ def _quantised(path: Path, fields: dict[str, Any]) -> Contents:
 
 
 def _transformers(path: Path) -> Contents:
-    weights = tuple(sorted(path.glob("model*.safetensors")))
-    weights = weights or tuple(sorted(path.glob("pytorch_model*.bin")))
+    weights = hf.weight_files(path)
     if not weights:
         raise ValueError(f"{path}: there are no weights beside config.json")
-    tensors = {name: x for file in weights for name, x in _read(file)[1].items()}
-    found = _weights(Contents(path, "weights", "transformers directory", weights, tensors))
+    tensors: dict[str, Tensor] = {}
+    for file, names in weights.items():
+        inside = _read(file)[1]
+        tensors |= {n: inside[n] for n in (inside if names is None else names) if n in inside}
+    found = _weights(Contents(path, "weights", "transformers directory", tuple(weights), tensors))
     try:
         config = hf.complete(path, hf.read_config(path), tensors).config
     except ValueError as error:

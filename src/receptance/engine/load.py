@@ -24,7 +24,7 @@ from receptance.engine.native import NativeEngine, layouts
 from receptance.engine.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack, room
 from receptance.model.rwkv import fingerprint
 from receptance.ops import native
-from receptance.quantize import check_group, quantise
+from receptance.quantize import Quantised, check_group, quantise
 from receptance.state import State
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,6 +33,7 @@ Backend = Literal["auto", "native", "triton", "torch"]
 # dozens: whoever wants one or two need not wait for it.
 _MAPPED_PASSES = 8
 _TORCH_DTYPES = ("float32", "bfloat16")
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ def load_engine(
     check_device(device)
     if dtype is not None and dtype not in KINDS:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(KINDS)}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; wanted 1 or more")
+    check_threads(threads)
     chosen = _choose(backend, device)
     if chosen == "torch":
         return _torch_engine(source, tokenizer, device, dtype, adapter)
@@ -95,9 +95,15 @@ def load_engine(
     path = existing(source)
     if files.is_quantised(path):
         on_gpu = device if chosen == "triton" else None
-        return _quantised(path, dtype, tokenizer, threads, on_gpu)
+        return _quantised(path, dtype, group, tokenizer, threads, on_gpu)
     config, tensors, found = read_model(source, tokenizer=tokenizer)
     return make(config, tensors, dtype, group=group), found
+
+
+def check_threads(threads: int | None) -> None:
+    """ValueError for a number of threads that makes no sense, or would bring a machine down."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads is {threads}; wanted 1 to {MOST_THREADS}")
 
 
 def native_engine(
@@ -119,6 +125,8 @@ def native_engine(
     matrices: dict[str, Packed] = {}
     wanted = layouts(config)
     kind = kind or common_kind(tensors[name] for name in wanted)
+    if kind in FLOATS and group is not None:
+        raise ValueError(f"group is {group}; {kind} weights have none, so leave it out")
     group = 0 if kind in FLOATS else check_group(kind, group)
     sizes = ((to, tensors[name].shape) for name, to in wanted.items())
     arena = Arena(sum(room(kind, to, size[0], size[1], group) for to, size in sizes))
@@ -127,10 +135,17 @@ def native_engine(
         if kind in FLOATS:
             matrices[name] = pack(weight.to(FLOATS[kind]), layout).held_by(arena)
         else:
-            codes = quantise(weight, kind, group)  # type: ignore[arg-type]
+            codes = _quantise(name, weight, kind, group)
             matrices[name] = pack(codes, layout).held_by(arena)
     vectors = {name: x.detach() for name, x in tensors.items()}
     return NativeEngine(config, matrices, vectors, whose, threads=threads, initial=initial)
+
+
+def _quantise(name: str, weight: Tensor, kind: Kind, group: int) -> Quantised:
+    try:
+        return quantise(weight, kind, group)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be quantised: {error}") from None
 
 
 def _choose(backend: Backend, device: torch.device | str) -> Backend:
@@ -152,6 +167,7 @@ def _choose(backend: Backend, device: torch.device | str) -> Backend:
 def _quantised(
     path: Path,
     dtype: Kind | None,
+    group: int | None,
     tokenizer: str | Path | Tokenizer | None,
     threads: int | None,
     on_gpu: torch.device | str | None,
@@ -161,6 +177,10 @@ def _quantised(
         raise ValueError(
             f"{path} holds {found.about.kind} weights and {dtype} was asked for; leave the type "
             "out, or begin from the model that was quantised"
+        )
+    if group not in (None, found.about.group):
+        raise ValueError(
+            f"{path} has groups of {found.about.group} and {group} was asked for; leave that out"
         )
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)

@@ -7,6 +7,7 @@ cut, however it is padded and however many threads there are: each sum has one f
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -59,8 +60,8 @@ class NativeEngine(OneCall):
 
     The tensors are read where they are; `copy_before`, for those of a mapped file, is the number of
     the pass before which matrices get memory of their own. `initial`, of one row, is where rows
-    begin if not empty; `threads` None means torch's own number at every call. Calls must not
-    overlap: an engine has one memory to work in.
+    begin if not empty; `threads` None means torch's own number at every call. An engine has one
+    memory to work in, so calls from several threads wait for each other.
     """
 
     batch_invariant = True
@@ -87,6 +88,7 @@ class NativeEngine(OneCall):
         self._passes, self._copy_before = 0, copy_before
         self._block_numbers = sum(m.outputs * m.inputs for m in self._matrices[2:])
         self._inputs = self._nonzero = 0
+        self._lock = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -157,29 +159,36 @@ class NativeEngine(OneCall):
 
         Row b has the ids [starts[b], starts[b + 1]).
         """
-        self._passes += 1
-        if self._passes == self._copy_before:
-            self._copy()
         count = ids.shape[0]
         features = torch.empty(count, self.config.width)
         after = [torch.empty_like(x) for x in before]
         used = [starts, ids, resets, *before, *after, features]
-        self._nonzero += self._kernels.features(
-            starts.shape[0] - 1,
-            count,
-            [0 if x is None else x.data_ptr() for x in used],
-            self._num_threads(count * self._block_numbers),
-        )
-        self._inputs += count * self.config.num_layers * self.config.ffn_width
+        with self._lock:
+            self._passes += 1
+            if self._passes == self._copy_before:
+                self._copy()
+            self._nonzero += self._kernels.features(
+                starts.shape[0] - 1,
+                count,
+                [0 if x is None else x.data_ptr() for x in used],
+                self._num_threads(count * self._block_numbers),
+            )
+            self._inputs += count * self.config.num_layers * self.config.ffn_width
         return features, after
 
     def _head(self, features: Tensor) -> Tensor:
-        features = features.float().contiguous()
         width, vocabulary = self.config.width, self.config.vocab_size
+        if not features.is_cpu or features.shape[-1:] != (width,):
+            raise ValueError(
+                f"features are {list(features.shape)} on {features.device}; wanted [...,{width}] "
+                "on the CPU"
+            )
+        features = features.float().contiguous()
         logits = torch.empty(*features.shape[:-1], vocabulary)
         if count := features.numel() // width:
             pointers = features.data_ptr(), logits.data_ptr()
-            self._kernels.head(count, *pointers, self._num_threads(count * width * vocabulary))
+            with self._lock:
+                self._kernels.head(count, *pointers, self._num_threads(count * width * vocabulary))
         return logits
 
     def _copy(self) -> None:

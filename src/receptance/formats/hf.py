@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import reprlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,20 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
     raise ValueError(
         f"{directory}: there are no weights beside config.json; wanted one of {wanted}"
     )
+
+
+def weight_files(directory: Path) -> dict[Path, list[str] | None]:
+    """The files that `read` takes weights from, with the tensors it takes from each (None: all).
+
+    Of what an index names, the files that are there; none at all if there are no weights.
+    """
+    path = next((directory / name for name, _ in _FILES if (directory / name).is_file()), None)
+    if path is None or path.suffix != ".json":
+        return {} if path is None else {path: None}
+    names = defaultdict[Path, list[str]](list)
+    for name, file in _weight_map(path).items():
+        names[directory / file].append(name)
+    return {shard: names[shard] for shard in sorted(names) if shard.is_file()}
 
 
 def read_shards(index: Path, reader: Reader) -> dict[str, Tensor]:

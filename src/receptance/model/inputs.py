@@ -20,6 +20,9 @@ def check_inputs(
     resets: Tensor | None,
 ) -> None:
     """ValueError says which argument of a call does not fit the others or the model."""
+    for name, given in (("tokens", tokens), ("lengths", lengths), ("resets", resets)):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name} are a {type(given).__name__}; wanted a tensor")
     if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
         raise ValueError(
             f"tokens are {tokens.dtype} {list(tokens.shape)}; wanted ids [B,T], int64 or int32"

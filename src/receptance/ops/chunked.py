@@ -146,7 +146,7 @@ def _cut(
 ) -> Tokens:
     """[B,T,C] -> [B,N,n,C], with padding that neither fades the state nor adds to it."""
     time = key.shape[1]
-    key, value = key.to(dtype), value.to(dtype)
+    key, value = key.to(dtype).clamp(min=ABSENT), value.to(dtype)  # -inf - (-inf) is NaN
     real = None
     if lengths is not None or time % min(CHUNK, time or 1):
         limit = lengths if lengths is not None else torch.tensor([time], device=key.device)

@@ -32,6 +32,7 @@ def wkv4(
     constants to it, which is exact because they cancel wherever a state is used.
     """
     numerator, denominator, exponent = state
+    exponent = exponent.detach()
     outputs = []
     if lengths is not None:  # a NaN beyond a row's end would reach the gradients even unused
         beyond = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]

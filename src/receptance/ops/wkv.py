@@ -101,20 +101,31 @@ def wkv4(
     through every floating-point argument, the state included. ValueError on shapes, dtypes or
     devices that do not fit, and on a named backend that is not available.
     """
+    _check_pair(key, value)
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     if state is None:
-        dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
         state = WKVState.empty(key.shape[0], key.shape[-1], device=key.device, dtype=dtype)
+    state = WKVState(*state)
     _check(log_decay, bonus, key, value, state, resets, lengths)
     name = choose_backend(key.device, backend)
-    dtype = state.exponent.dtype
-    log_decay, bonus = log_decay.to(dtype), bonus.to(dtype)
+    # e^-1e30 is as much 0 as e^-inf, and not NaN when it is taken to the power of 0.
+    log_decay, bonus = log_decay.to(dtype).clamp(min=-1e30), bonus.to(dtype)
     if name == "reference":
         out, parts = reference.wkv4(log_decay, bonus, key, value, state, resets, lengths)
         return out, WKVState(*parts)
     out, numerator, denominator, exponent, _ = torch.ops.receptance.wkv4.default(
         log_decay, bonus, key, value, *state, resets, lengths, name
     )
-    return out, WKVState(numerator, denominator, exponent)
+    return out, WKVState(numerator, denominator, exponent.detach())
+
+
+def _check_pair(key: Tensor, value: Tensor) -> None:
+    if key.dim() != 3 or key.shape != value.shape:
+        raise ValueError(
+            f"key is {list(key.shape)} and value {list(value.shape)}; both must be [B,T,C]"
+        )
+    if key.dtype != value.dtype or not key.is_floating_point():
+        raise ValueError(f"key is {key.dtype} and value {value.dtype}; they must be one float type")
 
 
 def _check(
@@ -126,17 +137,12 @@ def _check(
     resets: Tensor | None,
     lengths: Tensor | None,
 ) -> None:
-    if key.dim() != 3 or key.shape != value.shape:
-        raise ValueError(
-            f"key is {list(key.shape)} and value {list(value.shape)}; both must be [B,T,C]"
-        )
     batch, time, width = key.shape
-    if key.dtype != value.dtype or not key.is_floating_point():
-        raise ValueError(f"key is {key.dtype} and value {value.dtype}; they must be one float type")
     wanted = torch.float64 if key.dtype == torch.float64 else torch.float32
     for name, tensor, shape in (
         ("log_decay", log_decay, (width,)),
         ("bonus", bonus, (width,)),
+        ("value", value, (batch, time, width)),
         ("resets", resets, (batch, time)),
         ("lengths", lengths, (batch,)),
         *((f"state.{n}", x, (batch, width)) for n, x in zip(state._fields, state, strict=True)),
@@ -149,6 +155,9 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device} and key on {key.device}; move one")
         if name.startswith("state.") and tensor.dtype != wanted:
             raise ValueError(f"{name} is {tensor.dtype}; with {key.dtype} keys it must be {wanted}")
+    for name, tensor in (("log_decay", log_decay), ("bonus", bonus)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; it must be a float type")
     if resets is not None and resets.dtype != torch.bool:
         raise ValueError(f"resets is {resets.dtype}; it must be torch.bool")
     if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):

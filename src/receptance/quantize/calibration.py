@@ -16,7 +16,7 @@ from receptance.model.parts import Linear
 _CHUNK = 256
 # Bytes of products held at a time. What does not fit is collected by reading the text again.
 _MEMORY = 2 << 30
-_LEAST_TOKENS = 64
+LEAST_TOKENS = 64
 
 
 class Calibration:
@@ -27,7 +27,7 @@ class Calibration:
     """
 
     def __init__(self, model: Model, tokens: Tensor, *, memory: int = _MEMORY) -> None:
-        if tokens.numel() < _LEAST_TOKENS:
+        if tokens.numel() < LEAST_TOKENS:
             raise ValueError(
                 f"{tokens.numel()} tokens are too few to calibrate with; give a longer text"
             )

@@ -80,9 +80,9 @@ def relative_error(weight: Tensor, quantised: Quantised) -> float:
     error = total = 0.0
     for start in range(0, len(weight), _ROWS):
         piece = slice(start, start + _ROWS)
-        exact = weight[piece].float()
+        exact = weight[piece].double()
         total += float(exact.square().sum())
-        error += float(quantised.rows(piece).dequantise().sub_(exact).square_().sum())
+        error += float((quantised.rows(piece).dequantise() - exact).square_().sum())
     return (error / total) ** 0.5 if total else 0.0
 
 

@@ -9,6 +9,8 @@ H allows: with H^-1 = U' U, U upper triangular, an error e of input j changes we
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,10 @@ def quantise_with_feedback(weight: Tensor, moments: Tensor, group: int | None = 
             f"mean products {list(moments.shape)} of {inputs} inputs; wanted finite numbers "
             f"[{inputs},{inputs}]"
         )
-    importance, spread = moments.diagonal().float(), _spread(moments)
+    # Only ratios matter, and numbers far from 1 have few digits or none; powers of two are exact.
+    _, exponent = math.frexp(float(moments.diagonal().double().mean()))
+    moments = (moments.double() * 2.0**-exponent).float()
+    importance, spread = moments.diagonal(), _spread(moments)
     pieces = weight.split(_OUTPUTS)
     parts = [_quantise(piece, group, importance, spread) for piece in pieces]
     codes, scale, minimum = (torch.cat(x, dim=1).T.contiguous() for x in zip(*parts, strict=True))
@@ -44,7 +49,7 @@ def quantise_with_feedback(weight: Tensor, moments: Tensor, group: int | None = 
 
 def _spread(moments: Tensor) -> Tensor:
     """U, upper triangular, with U' U the inverse of the damped moments [K,K]."""
-    damped = moments.float().clone()
+    damped = moments.clone()
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)
     # Turned round, Cholesky's lower triangle becomes an upper one R, and moments = R R'.

@@ -193,4 +193,5 @@ def _rounded_down(x: Tensor) -> Tensor:
     """The largest number of bfloat16 that is not above x: no weight lies below the range."""
     near = x.bfloat16()
     below = torch.nextafter(near, torch.tensor(-torch.inf, dtype=near.dtype))
-    return torch.where(near.float() > x, below, near).float()
+    found = torch.where(near.float() > x, below, near).float()
+    return found.clamp(min=torch.finfo(torch.bfloat16).min)
