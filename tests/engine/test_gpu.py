@@ -290,6 +290,12 @@ def test_memory_is_that_of_the_weights():
         assert engine.weight_bytes - engine.bytes_per_token == 64 * 128 * bits[kind] / 8
 
 
+def test_features_of_another_width_are_refused():
+    engine = engine_of(trained(), "int8")
+    with pytest.raises(ValueError, match=r"wanted \[...,16\] on"):
+        engine.head(torch.ones(1, 2, 32, device=DEVICE))
+
+
 def test_calls_that_do_not_fit_are_refused():
     engine = small_engine()
     _, state = step(engine, 2)

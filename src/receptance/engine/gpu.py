@@ -18,7 +18,7 @@ from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.engine.native import layouts
 from receptance.engine.packing import FLOATS, Kind, common_kind
-from receptance.model.inputs import check_inputs
+from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import fingerprint
 from receptance.model.v4 import LayerState
 from receptance.ops.triton_products import Tiles
@@ -174,6 +174,7 @@ class GpuEngine(OneCall):
 
     @torch.no_grad()
     def _head(self, features: Tensor) -> Tensor:
+        check_features(features, self.config.width, self.device)
         rows = features.float().reshape(-1, self.config.width).contiguous()
         logits = torch.empty(len(rows), self.config.vocab_size, device=self.device)
         if len(rows):

@@ -19,7 +19,7 @@ from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
 from receptance.engine.memory import Arena
 from receptance.engine.packing import KINDS, Layout, Packed, room
-from receptance.model.inputs import check_inputs
+from receptance.model.inputs import check_features, check_inputs
 from receptance.model.v4 import LayerState
 from receptance.ops import native
 from receptance.state import State
@@ -178,11 +178,7 @@ class NativeEngine(OneCall):
 
     def _head(self, features: Tensor) -> Tensor:
         width, vocabulary = self.config.width, self.config.vocab_size
-        if not features.is_cpu or features.shape[-1:] != (width,):
-            raise ValueError(
-                f"features are {list(features.shape)} on {features.device}; wanted [...,{width}] "
-                "on the CPU"
-            )
+        check_features(features, width, self.device)
         features = features.float().contiguous()
         logits = torch.empty(*features.shape[:-1], vocabulary)
         if count := features.numel() // width:

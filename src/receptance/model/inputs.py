@@ -46,6 +46,15 @@ def check_inputs(
         _check_values(config, tokens, lengths)
 
 
+def check_features(features: Tensor, width: int, device: torch.device) -> None:
+    """ValueError unless these are features [...,C] on the device of the head."""
+    if features.shape[-1:] != (width,) or features.device != device:
+        raise ValueError(
+            f"features are {list(features.shape)} on {features.device}; wanted [...,{width}] on "
+            f"{device}"
+        )
+
+
 def check_ids(tokens: Tensor, known: int) -> None:
     """ValueError unless all ids, of any shape, are 0 to known - 1."""
     if not tokens.numel():
