@@ -1,11 +1,11 @@
 """A GPU for these tests: Triton's interpreter on a machine without one."""
 
 import copy
-import importlib
 import importlib.util
 
 import pytest
 import torch
+from interpreting import interpret_triton
 from torch import Tensor
 
 from receptance.config import ModelConfig
@@ -21,25 +21,10 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 
-def interpret() -> None:
-    """Kernels that are imported next run in numpy, whoever imported Triton before."""
-    import triton.language as tl
-    from triton import JITFunction
-    from triton.runtime.interpreter import InterpretedFunction
-
-    # When it is imported, it wants all of Triton's functions to be of one kind.
-    importlib.import_module("triton.experimental.gluon")
-    for name in ("cdiv", "sum", "zeros", "_sum_combine"):  # those that our kernels call
-        function = getattr(tl.standard, name)
-        if isinstance(function, JITFunction):
-            for module in (tl, tl.standard):
-                setattr(module, name, InterpretedFunction(function.fn))
-
-
 with pytest.MonkeyPatch.context() as patch:
     if not ON_GPU:
         patch.setenv("TRITON_INTERPRET", "1")
-        interpret()
+        interpret_triton()
     from receptance.engine.gpu import GpuEngine, Run, gpu_engine
     from receptance.ops.triton_products import Tiles
 

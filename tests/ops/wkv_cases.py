@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from interpreting import interpret_triton
 from torch import Tensor
 
 from receptance.ops import WKVState, native, reference, triton_wkv4, wkv4
@@ -147,10 +148,11 @@ def run(kernel: str, x: Inputs) -> tuple[Tensor, WKVState]:
     return out.cpu(), WKVState(*(part.cpu() for part in after))
 
 
-def interpreted_triton() -> ModuleType:
+def interpreted_triton() -> list[ModuleType]:
     """The kernels for GPUs, to be run in numpy on CPU tensors, whoever imported Triton before."""
     triton = importlib.import_module("triton")
     interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpret_triton()
 
     class Quick(interpreter.InterpretedFunction):
         """Calls from inside a kernel, for which Triton would once more patch its whole language."""
@@ -160,12 +162,13 @@ def interpreted_triton() -> ModuleType:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        kernels = importlib.import_module("receptance.ops.triton_wkv4_kernels")
-    for function in vars(kernels).values():
+        parts = ("lanes", "forward", "backward")
+        modules = [importlib.import_module(f"receptance.ops.triton_wkv4_{x}") for x in parts]
+    for function in (x for module in modules for x in vars(module).values()):
         if type(function) is interpreter.InterpretedFunction:
             function.__class__ = Quick
-    assert not isinstance(kernels.replay, triton.JITFunction), "imported for a GPU before"
-    return kernels
+    assert not isinstance(modules[1].forward, triton.JITFunction), "imported for a GPU before"
+    return modules
 
 
 @contextlib.contextmanager

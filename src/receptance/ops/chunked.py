@@ -62,6 +62,11 @@ class Tokens(NamedTuple):
         return None if self.resets is None else self.resets.any(2)
 
 
+def kept_states(time: int) -> int:
+    """How many states forward keeps: one before every chunk."""
+    return -(-time // CHUNK)
+
+
 def forward(
     log_decay: Tensor,
     bonus: Tensor,

@@ -48,6 +48,11 @@ def instruction_sets() -> list[str]:
     return [] if module is None else list(module.instruction_sets())
 
 
+def kept_states(time: int) -> int:
+    """How many states forward keeps: one before every chunk."""
+    return -(-time // CHUNK)
+
+
 def forward(
     log_decay: Tensor,
     bonus: Tensor,
@@ -66,7 +71,7 @@ def forward(
     out = torch.empty(batch, time, width, dtype=inner)
     a = torch.empty(batch, width, dtype=wide)
     b, o = torch.empty_like(a), torch.empty_like(a)
-    starts = torch.empty(batch, -(-time // CHUNK), 3, width, dtype=wide)
+    starts = torch.empty(batch, kept_states(time), 3, width, dtype=wide)
     inputs = [
         log_decay.contiguous(),
         bonus.contiguous(),

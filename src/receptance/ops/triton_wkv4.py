@@ -1,9 +1,9 @@
-"""WKV-4 on GPUs: which of the Triton kernels run a shape, and how they are launched.
+"""WKV-4 on GPUs: which variant of the Triton kernels runs a shape, and how they are launched.
 
 Triton compiles them when they are first used; importing this module does not import it. Three
 variants, chosen by shape alone: `step` for one token, `serial` for short sequences and for rows
-and channels enough to fill a GPU, and `chunked`, parallel over time, for the rest: summarise every
-chunk, scan the few summaries, replay every chunk.
+and channels enough to fill a GPU, and `chunked`, parallel over time, for the rest: tile by tile
+reduce the pieces of a tile, scan the sums of these few, replay every piece.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 64
-# Tokens whose loads are under way together, and between the states that the way back keeps.
-GROUP = 8
+# Tokens between the states that forward keeps for the way back, where they are a lane's piece.
+CHUNK = 16
+# Pieces of a tile in the chunked variant, and tokens of a piece forwards. The others have one.
+PIECES, GROUP = 8, 32
 # Up to this length one kernel that walks is done before three have been launched.
 SERIAL_TIME = 128
 # With so many rows times channels every multiprocessor has work without cutting time.
 SERIAL_LANES = 65536
 VARIANTS = ("step", "serial", "chunked")
 
-# (BLOCK, warps) that the kernels with a lane per chunk are tuned over: 2, 2, 4 and 1 channels to a
-# thread. Lanes are independent and go through the same operations whatever the choice, so that it
-# changes no bit.
-_CONFIGURATIONS = ((64, 1), (128, 2), (128, 1), (128, 4))
-# With 4 channels to a thread this one wants more registers than there are.
-_SPILLING = ("reverse", (128, 1))
+# BLOCK, warps and most registers of a thread that the chunked variant is tuned over: a lane to a
+# thread, and at least 16 warps to a multiprocessor, or 12. Channels are independent and go through
+# the same operations whatever the choice: it changes no bit.
+CONFIGURATIONS = {
+    "forward": ((16, 4, 128), (32, 8, 128)),
+    "backward": ((16, 4, 168), (32, 8, 128)),
+}
 # For the others: as many programs as there can be, until there are enough.
 _NARROW, _WIDE = (32, 1), (128, 4)
 # In Triton's interpreter programs cost more than lanes.
-_INTERPRETED = 65536
+_INTERPRETED = 8192
+# Tokens that the careful way of the kernels loads together.
+_SOME = 4
 
 Masks = tuple[Tensor | None, Tensor | None]
 Options = dict[str, Any]
@@ -71,6 +75,11 @@ def choose_variant(batch: int, time: int, width: int) -> str:
     return "chunked"
 
 
+def kept_states(time: int) -> int:
+    """How many states forward keeps: one before every chunk, and the last."""
+    return -(-time // CHUNK) + 1
+
+
 def forward(
     log_decay: Tensor,
     bonus: Tensor,
@@ -83,25 +92,22 @@ def forward(
     lengths: Tensor | None,
     variant: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output [B,T,C], the final state's three parts [B,C], chunk starts [B,N,3,C]."""
+    """Output [B,T,C], the final state's three parts [B,C], kept states [B,N,3,C]."""
     batch, time, width = key.shape
-    chunks = -(-time // CHUNK)
     state = _contiguous(numerator, denominator, exponent)
-    starts = exponent.new_empty(batch, chunks, 3, width)
+    starts = exponent.new_empty(batch, kept_states(time), 3, width)
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     if key.numel() == 0:
+        starts.zero_()
         a, b, o = (x.clone() for x in state)
         return out, a, b, o, starts
     variant = variant or choose_variant(batch, time, width)
-    serial = variant != "chunked"
+    pieces, group = {"step": (1, 1), "serial": (1, CHUNK), "chunked": (PIECES, GROUP)}[variant]
     tokens, masks = _contiguous(log_decay, bonus, key, value), _masks(resets, lengths)
-    constants = _constants(time, lengths, 1 if variant == "step" else GROUP, serial)
-    if not serial:
-        _scan_chunks(tokens, masks, state, starts, constants)
     a, b, o = (torch.empty_like(x) for x in state)
-    arguments = (*tokens, *state, *masks, starts, out, a, b, o, time, chunks)
-    parts = batch if serial else batch * chunks
-    _launch("replay", starts, parts, arguments, tuned=not serial, **constants, SERIAL=serial)
+    arguments = (*tokens, *state, *masks, _sums(starts, pieces), starts, out, a, b, o)
+    constants = {"PIECES": pieces, "GROUP": group, "SOME": min(_SOME, group), "CHUNK": CHUNK}
+    _launch("forward", starts, time, arguments, constants)
     return out, a, b, o, starts
 
 
@@ -120,59 +126,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
     batch, time, width = key.shape
-    ga, gb = _contiguous(grad_numerator, grad_denominator)
+    after = _contiguous(grad_numerator, grad_denominator)
     tokens = _contiguous(log_decay, bonus, key, value, grad_out)
     grad_key, grad_value = (torch.empty_like(x) for x in tokens[2:4])
     if key.numel() == 0:
         zero = torch.zeros_like(tokens[0])
-        return zero, zero.clone(), grad_key, grad_value, ga.clone(), gb.clone()
-    serial = (variant or choose_variant(batch, time, width)) != "chunked"
-    starts, chunks = starts.contiguous(), starts.shape[1]
-    inputs = [*tokens, *_masks(resets, lengths), starts]
-    constants = _constants(time, lengths, GROUP, serial)
-    first_a, first_b = torch.empty_like(ga), torch.empty_like(gb)
-    if serial:
-        marks = starts.new_empty(batch, CHUNK // GROUP, 4, width)
-        ends = torch.stack([ga, gb], dim=1)
-    else:
-        marks, ends = _scan_chunks_back(inputs, (ga, gb), (first_a, first_b), constants)
-    vectors = starts.new_empty(batch, chunks, 2, width)
-    results = (first_a, first_b, vectors, grad_key, grad_value)
-    arguments = (*inputs, marks, ends, *results, time, chunks)
-    parts = batch if serial else batch * chunks
-    _launch("reverse", starts, parts, arguments, tuned=not serial, **constants, SERIAL=serial)
+        return zero, zero.clone(), grad_key, grad_value, after[0].clone(), after[1].clone()
+    variant = variant or choose_variant(batch, time, width)
+    pieces = PIECES if variant == "chunked" else 1
+    starts = starts.contiguous()
+    first_a, first_b = (torch.empty_like(x) for x in after)
+    vectors = starts.new_empty(batch, pieces, 2, width)
+    inputs = (*tokens, *_masks(resets, lengths), starts, *after, _sums(starts, pieces))
+    constants = {"PIECES": pieces, "GROUP": CHUNK, "SOME": _SOME}
+    results = (vectors, grad_key, grad_value, first_a, first_b)
+    _launch("backward", starts, time, (*inputs, *results), constants)
     # Sums in a fixed order: without atomics the same call gives the same bits.
     grad_decay, grad_bonus = vectors.sum((0, 1), dtype=torch.float64).to(starts.dtype)
     return grad_decay.clone(), grad_bonus.clone(), grad_key, grad_value, first_a, first_b
 
 
-def _scan_chunks(
-    tokens: list[Tensor], masks: Masks, state: list[Tensor], starts: Tensor, options: Options
-) -> None:
-    """Fill in the state before every chunk."""
-    log_decay, _, key, value = tokens
-    batch, chunks, _, width = starts.shape
-    summaries = starts.new_empty(batch, chunks, 4, width)
-    arguments = (log_decay, key, value, *masks, summaries, key.shape[1], chunks)
-    _launch("summarise", starts, batch * chunks, arguments, tuned=True, **options)
-    scanned = (log_decay, *state, summaries, starts, chunks)
-    _launch("scan", starts, batch, scanned, tuned=False, GROUP=GROUP)
-
-
-def _scan_chunks_back(
-    inputs: list[Any], after: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], options: Options
-) -> tuple[Tensor, Tensor]:
-    """The states at groups and the gradients after chunks; fills in those before the first."""
-    key, starts = inputs[2], inputs[-1]
-    batch, chunks, _, width = starts.shape
-    marks = starts.new_empty(batch, chunks, CHUNK // GROUP, 4, width)
-    links = starts.new_empty(batch, chunks, 4, width)
-    arguments = (*inputs, marks, links, key.shape[1], chunks)
-    _launch("sweep", starts, batch * chunks, arguments, tuned=True, **options)
-    ends = starts.new_empty(batch, chunks, 2, width)
-    scanned = (links, *after, ends, *before, chunks)
-    _launch("scan_back", starts, batch, scanned, tuned=False, GROUP=GROUP)
-    return marks, ends
+def _sums(starts: Tensor, pieces: int) -> Tensor:
+    """What lanes show each other."""
+    batch, _, _, width = starts.shape
+    return starts.new_empty((batch, pieces, 5, width) if pieces > 1 else (0,))
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:
@@ -184,58 +161,45 @@ def _masks(resets: Tensor | None, lengths: Tensor | None) -> Masks:
     return resets, None if lengths is None else lengths.long().contiguous()
 
 
-def _constants(time: int, lengths: Tensor | None, group: int, serial: bool) -> Options:
-    """What the kernels that go through tokens are compiled for, the width aside."""
-    whole = group if serial or time < CHUNK else CHUNK
-    full = lengths is None and time % whole == 0
-    return {"CHUNK": CHUNK, "GROUP": group, "FULL": full}
-
-
 def _launch(
-    name: str,
-    like: Tensor,
-    parts: int,
-    arguments: tuple[Any, ...],
-    *,
-    tuned: bool,
-    **constants: Any,
+    name: str, starts: Tensor, time: int, arguments: tuple[Any, ...], constants: dict[str, int]
 ) -> None:
-    """Run a kernel on the device of `like` [...,C], with a lane for each part and channel."""
-    kernel, interpreted = _kernel(name, tuned)
-    width, lanes = like.shape[-1], parts * like.shape[-1]
-    constants |= _blocks(lanes, tuned, interpreted) | {"C": width}
+    """Run a kernel on the device of starts [B,N,3,C], a program for some channels of a row."""
+    batch, kept, _, width = starts.shape
+    pieces, lanes = constants["PIECES"], batch * width
+    kernel, interpreted = _kernel(name, tuned=pieces > 1)
+    options = constants | _blocks(lanes, pieces, interpreted)
+    options |= {"C": width, "ROUGH": not interpreted and starts.dtype == torch.float32}
 
     def grid(chosen: Options) -> tuple[int]:
         return (-(-lanes // int(chosen["BLOCK"])),)
 
-    with torch.cuda.device_of(like):
-        kernel[grid](*arguments, parts, **constants)
+    with torch.cuda.device_of(starts):
+        kernel[grid](*arguments, time, kept, batch, **options)
 
 
-def _blocks(lanes: int, tuned: bool, interpreted: bool) -> Options:
-    """How the lanes are spread over programs, as far as no tuning says so, and how it is built."""
+def _blocks(lanes: int, pieces: int, interpreted: bool) -> Options:
+    """How channels are spread over programs, as far as no tuning says so, and how it is built."""
     if interpreted:
         return {"BLOCK": min(_INTERPRETED, 1 << (lanes - 1).bit_length())}
     # Whether a release of Triton fuses multiplications with additions must not decide the bits.
     options: Options = {"enable_fp_fusion": True}
     block, warps = _WIDE if lanes >= SERIAL_LANES else _NARROW
-    return options if tuned else options | {"BLOCK": block, "num_warps": warps}
+    return options if pieces > 1 else options | {"BLOCK": block, "num_warps": warps}
 
 
 @functools.cache
-def _kernel(name: str, tuned: bool) -> tuple[Any, bool]:
+def _kernel(name: str, *, tuned: bool) -> tuple[Any, bool]:
     """A kernel ready to be launched, and whether numpy runs it, under TRITON_INTERPRET=1."""
     triton = importlib.import_module("triton")
-    kernel = getattr(importlib.import_module("receptance.ops.triton_wkv4_kernels"), name)
+    kernel = getattr(importlib.import_module(f"receptance.ops.triton_wkv4_{name}"), name)
     if not isinstance(kernel, triton.JITFunction):
         return kernel, True
     check_launcher()
     if tuned:
-        choices = [triton.Config({"BLOCK": b}, num_warps=w) for b, w in configurations(name)]
+        choices = [
+            triton.Config({"BLOCK": block}, num_warps=warps, maxnreg=registers)
+            for block, warps, registers in CONFIGURATIONS[name]
+        ]
         kernel = triton.autotune(choices, key=["C"])(kernel)
     return kernel, False
-
-
-def configurations(name: str) -> list[tuple[int, int]]:
-    """Lanes of a program and its warps: what a kernel with a lane per chunk is tuned over."""
-    return [choice for choice in _CONFIGURATIONS if (name, choice) != _SPILLING]

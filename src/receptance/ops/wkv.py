@@ -22,7 +22,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class Kernel(Protocol):
     """What a kernel module offers; the reference is differentiated by autograd instead."""
 
-    CHUNK: int
+    kept_states: Callable[..., int]  # of T: how many states forward keeps for backward
     forward: Callable[..., Saved]  # arguments and results as those of _wkv4 and _wkv4_backward
     backward: Callable[..., Gradients]
 
@@ -176,7 +176,7 @@ def _wkv4(
     lengths: Tensor | None,
     backend: str,
 ) -> Saved:
-    """out, numerator, denominator, exponent, and the states at chunk starts for the backward."""
+    """out, numerator, denominator, exponent, and the states that the backward starts from."""
     return KERNELS[backend].forward(
         log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths
     )
@@ -184,13 +184,13 @@ def _wkv4(
 
 def _fake(log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths, backend):  # type: ignore[no-untyped-def]
     batch, time, width = key.shape
-    chunks = -(-time // KERNELS[backend].CHUNK)
+    kept = KERNELS[backend].kept_states(time)
     return (
         torch.empty_like(value, memory_format=torch.contiguous_format),
         torch.empty_like(numerator, memory_format=torch.contiguous_format),
         torch.empty_like(denominator, memory_format=torch.contiguous_format),
         torch.empty_like(exponent, memory_format=torch.contiguous_format),
-        numerator.new_empty(batch, chunks, 3, width),
+        numerator.new_empty(batch, kept, 3, width),
     )
 
 

@@ -1,0 +1,206 @@
+"""What the Triton kernels of WKV-4 share: their lanes, what these read and show, and states.
+
+A program has BLOCK channels, of one row as a rule, and goes through time tile by tile: PIECES
+pieces of GROUP tokens, a lane for each piece and channel. What stands at a token is read once, at
+least where the quick way will do. Lanes of different channels never look at each other, so BLOCK
+and the number of warps change no bit of a result. Offsets of rows and tokens have 64 bits.
+
+A lane has two ways through its piece, and a channel's tile goes the first if all its lanes can:
+
+quick     One frame for the whole piece, e^(its largest key): an exponential a token.
+careful   A frame that follows the largest exponent so far, exact whatever the keys are; masks,
+          resets and ends of rows. For what the quick way finds too far apart, and for what is not
+          a whole piece.
+
+Names: a and b are numerator and denominator in the frame e^{o + n w}. o was the exponent n tokens
+ago and stays until something larger replaces it, because a slow decay that is added to o again and
+again loses the same to rounding every time. What is stored is settled: n is 0.
+"""
+
+# mypy: disable-error-code="assignment, no-untyped-def"
+# ruff: noqa: RUF005
+# Triton's compiler gives the arguments their types, and knows neither (*rows, x) nor a name that
+# changes its type in a loop, as an underscore would.
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The exponent of nothing at all, as in ops/chunked.py.
+ABSENT = tl.constexpr(-2e30)
+# Padding on a state that has seen nothing would divide by 0.
+SMALLEST = tl.constexpr(1e-37)
+# The quick way's sums are between these; what it rounds to 0 is 1e-18 of the smallest.
+LOW, HIGH = tl.constexpr(1e-20), tl.constexpr(1e30)
+# By so much (e^4) a frame may move in a piece, or be below a key.
+SLACK = tl.constexpr(4.0)
+
+
+@triton.jit
+def lanes_of(rows, C: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr):
+    """What the lanes are: row, piece, channel, and whether they exist.
+
+    The limit is computed from C, not given, for the compiler to see that the lanes of a load of
+    several channels exist together.
+    """
+    lane = tl.arange(0, PIECES * BLOCK)
+    place = tl.program_id(0) * BLOCK + lane % BLOCK
+    return (place // C).to(tl.int64), lane // BLOCK, place % C, place < rows * C
+
+
+@triton.jit
+def lengths_of(lengths, row, inside, T):
+    """How many tokens a row has."""
+    length = row * 0 + T
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + row, mask=inside, other=0), 0), length)
+    return length
+
+
+@triton.jit
+def is_reset(resets, mask):
+    """Whether a lane forgets everything before a token."""
+    return tl.load(resets, mask=mask, other=0) != 0
+
+
+@triton.jit
+def is_whole(resets, inside, left, GROUP: tl.constexpr):
+    """Whether a piece is inside its row and forgets nothing."""
+    whole = inside & (left >= GROUP)
+    if resets is not None:
+        tokens = resets[:, None] + tl.arange(0, GROUP)[None, :]
+        found = tl.load(tokens, mask=whole[:, None], other=0).to(tl.int32)
+        whole = whole & (tl.sum(found, 1) == 0)
+    return whole
+
+
+@triton.jit
+def any_of(lanes):
+    """Whether it is so for a lane of the program."""
+    return tl.sum(lanes.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def rows_of(x, whole, offset, dtype, C: tl.constexpr, GROUP: tl.constexpr):
+    """The tokens of a piece, or of one that is there: loads without a mask take half the steps."""
+    rows, x = (), x + tl.where(whole, offset, 0)
+    for j in tl.static_range(GROUP):
+        rows = rows + (tl.load(x + j * C).to(dtype),)
+    return rows
+
+
+@triton.jit
+def some_rows(x, mask, left, other, dtype, C: tl.constexpr, GROUP: tl.constexpr):
+    """A few tokens of a piece; `other` where a lane has fewer left than that."""
+    rows = ()
+    for j in tl.static_range(GROUP):
+        rows = rows + (tl.load(x + j * C, mask=mask & (left > j), other=other).to(dtype),)
+    return rows
+
+
+@triton.jit
+def some_pairs(key, value, first, mask, left, dtype, C: tl.constexpr, GROUP: tl.constexpr):
+    """Keys and values of a few tokens of a piece, from its token `first` on."""
+    k = some_rows(key + first * C, mask, left - first, ABSENT, dtype, C, GROUP)
+    return k, some_rows(value + first * C, mask, left - first, 0.0, dtype, C, GROUP)
+
+
+@triton.jit
+def store(x, mask, C: tl.constexpr, parts):
+    """Parts of one thing, C apart."""
+    for i in tl.static_range(len(parts)):
+        tl.store(x + i * C, parts[i], mask=mask)
+
+
+@triton.jit
+def show(x, mask, C: tl.constexpr, parts):
+    """Let the other lanes of the program see parts of one thing."""
+    tl.debug_barrier()  # one may be reading what was there
+    store(x, mask, C, parts)
+    tl.debug_barrier()
+
+
+@triton.jit
+def agreed(agree, piece, inside, at, C: tl.constexpr, PIECES: tl.constexpr):
+    """Where all lanes of a channel agree, from what each has shown: 1 or 0."""
+    for m in tl.static_range(PIECES):
+        agree = agree & (tl.load(at + m * 5 * C, mask=inside, other=1.0) > 0)
+    return agree
+
+
+@triton.jit
+def absorb(a, b, o, n, w, count, exponent, p, q):
+    """The state after a segment of count tokens, and the factors of what was and of what came."""
+    n += count
+    gap = (o + n * w - exponent) * LOG2_E
+    lesser, larger = tl.exp2(-tl.abs(gap)), gap < 0
+    keep, add = tl.where(larger, lesser, 1.0), tl.where(larger, 1.0, lesser)
+    o, n = tl.where(larger, exponent, o), tl.where(larger, 0.0, n)
+    return a * keep + add * p, b * keep + add * q, o, n, keep, add
+
+
+@triton.jit
+def average(a, b, o, n, w, now, v):
+    """y, the inverse of its denominator, the factors of the past and of the present in both."""
+    gap = (o + n * w - now) * LOG2_E
+    lesser, larger = tl.exp2(-tl.abs(gap)), gap < 0
+    past, present = tl.where(larger, lesser, 1.0), tl.where(larger, 1.0, lesser)
+    inverse = 1.0 / tl.maximum(b * past + present, SMALLEST)
+    return (a * past + present * v) * inverse, inverse, past, present
+
+
+@triton.jit
+def factor(o, n, w, exponent):
+    """From the frame e^{o + n w} to that of an exponent beside it."""
+    return tl.exp2(((o - exponent) + n * w) * LOG2_E)
+
+
+@triton.jit
+def settle(a, b, o, n, w):
+    """The same state with n = 0; what rounding takes from the exponent goes into a and b."""
+    exponent = o + n * w
+    rest = factor(o, n, w, exponent)
+    return a * rest, b * rest, exponent
+
+
+@triton.jit
+def forget(a, b, o, n, reset):
+    """Nothing of the state where reset is true, not even a NaN."""
+    a, b = tl.where(reset, 0.0, a), tl.where(reset, 0.0, b)
+    return a, b, tl.where(reset, ABSENT, o), tl.where(reset, 0.0, n)
+
+
+@triton.jit
+def divide(x, y, ROUGH: tl.constexpr):
+    """x / y: to two units in the last place, where y is neither huge nor tiny, in two steps."""
+    return libdevice.fast_dividef(x, y) if ROUGH else x / y
+
+
+@triton.jit
+def pace_of(w, u, GROUP: tl.constexpr):
+    """1 where the frame moves with the decay; the decay and bonus that are left to multiply with.
+
+    It moves with slow ones: what is kept is kept exactly. One that would move it too far forgets
+    what rounding does to it.
+    """
+    pace = tl.where(GROUP * w >= -SLACK, 1.0, 0.0).to(w.dtype)
+    return pace, tl.exp2((w - pace * w) * LOG2_E), tl.exp2((u + pace * w) * LOG2_E)
+
+
+@triton.jit
+def largest(k):
+    """The largest key of a piece."""
+    top = k[0]
+    for j in tl.static_range(1, len(k)):
+        top = tl.maximum(top, k[j])
+    return top
+
+
+@triton.jit
+def weights_of(k, base, step):
+    """e^k of tokens in the frame after each, which starts as e^base and moves by step."""
+    weights = ()
+    for j in tl.static_range(len(k)):
+        weights = weights + (tl.exp2((k[j] - base) * LOG2_E - (j + 1) * (step * LOG2_E)),)
+    return weights
