@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from receptance.ops.triton_wkv4_lanes import (
+    ABSENT,
     HIGH,
     LOW,
+    SLACK,
     absorb,
     agreed,
     any_of,
@@ -30,6 +32,7 @@ from receptance.ops.triton_wkv4_lanes import (
     lengths_of,
     pace_of,
     rows_of,
+    scan,
     show,
     some_pairs,
     some_rows,
@@ -39,46 +42,26 @@ from receptance.ops.triton_wkv4_lanes import (
 
 
 @triton.jit
-def _load_state(at, mask, C: tl.constexpr):
-    """A state from starts, or what does no harm."""
-    a, b = tl.load(at, mask=mask, other=0.0), tl.load(at + C, mask=mask, other=1.0)
-    return a, b, tl.load(at + 2 * C, mask=mask, other=0.0)
-
-
-@triton.jit
-def _scan_back(ga, gb, piece, inside, sums, C: tl.constexpr, PIECES: tl.constexpr):
-    """The gradients after the lane's own piece, and those before the first.
-
-    Through a piece the gradient of (a, b) goes back as g -> keep g + to.
-    """
-    own_a, own_b = ga, gb
-    for back in tl.static_range(PIECES):
-        mine, at = piece == PIECES - 1 - back, sums + (PIECES - 1 - back) * 5 * C
-        own_a, own_b = tl.where(mine, ga, own_a), tl.where(mine, gb, own_b)
-        keep = tl.load(at, mask=inside, other=1.0)
-        to_a = tl.load(at + C, mask=inside, other=0.0)
-        to_b = tl.load(at + 2 * C, mask=inside, other=0.0)
-        ga = tl.where(keep == 0, 0.0, keep * ga) + to_a
-        gb = tl.where(keep == 0, 0.0, keep * gb) + to_b
-    return own_a, own_b, ga, gb
-
-
-@triton.jit
 def _quick(
-    a, b, o, following, ga, gb, w, u, piece, inside, whole, token, key, value, grad_out, grad_key,
+    a, b, o, ga, gb, go, gn, w, u, piece, inside, whole, token, key, value, grad_out, grad_key,
     grad_value, sums, C: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
-    """A tile: gradients of key and value stored, those of a and b before it, of w and u in it.
+    """A tile: gradients of key and value stored, that of the state before it, of w and u in it.
 
-    And whether a lane's can be trusted. Frames are those of _quick_forward.
+    And whether a lane's can be trusted. Frames are those of the quick way forwards.
     """
     pace, decay, bonus = pace_of(w, u, GROUP)
     k = rows_of(key, whole, token, w.dtype, C, GROUP)
     v = rows_of(value, whole, token, w.dtype, C, GROUP)
     g = rows_of(grad_out, whole, token, w.dtype, C, GROUP)
     top, low = largest(k), w * 0 + HIGH
-    e, scale = weights_of(k, top, pace * w), factor(o, 0.0, w, top)
+    base, stays = top, pace < 0
+    if PIECES == 1:  # the frame of a gradient that comes back can stay, too
+        here = -go - (gn + GROUP) * w
+        stays = (pace > 0) & (tl.abs(here - top) <= SLACK)
+        base = tl.where(stays, here, top)
+    e, scale = weights_of(k, base, pace * w), factor(o, 0.0, w, base)
     a, b, before, to_y = a * scale, b * scale, (), ()
     for j in tl.static_range(GROUP):
         ev = e[j] * v[j]
@@ -87,16 +70,16 @@ def _quick(
         y, to = (a + bonus * ev) * inverse, g[j] * inverse
         before, to_y = before + ((a, b),), to_y + ((y, to),)
         a, b = a * decay + ev, b * decay + e[j]
-    change = factor(top, pace * GROUP, w, following)
-    before_a, before_b = ga, gb
     if PIECES > 1:
-        keep, to_a, to_b = factor(o, GROUP * 1.0, w, following), w * 0, w * 0
+        to_a, to_b = w * 0, w * 0
         for j in tl.static_range(GROUP - 1, -1, -1):
             to_a, to_b = to_a * decay + to_y[j][1], to_b * decay - to_y[j][0] * to_y[j][1]
-        show(sums + piece * 5 * C, inside, C, (keep, to_a * scale, to_b * scale))
-        ga, gb, before_a, before_b = _scan_back(ga, gb, piece, inside, sums, C, PIECES)
-    ga, gb = ga * change, gb * change
-    grad_decay, grad_bonus = w * 0, w * 0
+        show(sums + piece * 5 * C, inside, C, (to_a, to_b, -base))
+        ga, gb, go, gn, first_a, first_b, first_o, first_n = scan(
+            ga, gb, go, gn, w, piece, inside, sums, C, PIECES, GROUP, False, True
+        )
+    change = tl.where(stays, 1.0, factor(base, pace * GROUP + gn, w, -go))
+    ga, gb, grad_decay, grad_bonus = ga * change, gb * change, w * 0, w * 0
     for j in tl.static_range(GROUP - 1, -1, -1):
         y, to = to_y[j]
         own = to * bonus * e[j]
@@ -108,24 +91,26 @@ def _quick(
         tl.store(grad_value + j * C, dv.to(grad_value.dtype.element_ty), mask=whole)
         ga, gb = decay * ga + to, decay * gb - to * y
     if PIECES == 1:
-        before_a, before_b = ga * scale, gb * scale
+        first_a, first_b = ga, gb
+        first_o, first_n = tl.where(stays, go, -base), tl.where(stays, gn + GROUP, 0.0)
     grad_decay *= decay
     sound = (low >= LOW) & (b >= LOW) & (b <= HIGH) & (tl.abs(a) <= HIGH)
     sound = sound & (tl.abs(ga) <= HIGH) & (tl.abs(gb) <= HIGH) & (tl.abs(grad_decay) <= HIGH)
-    return before_a, before_b, grad_decay, grad_bonus, whole & sound & (bonus * bonus <= HIGH)
+    sound = whole & sound & (bonus * bonus <= HIGH)
+    return first_a, first_b, first_o, first_n, grad_decay, grad_bonus, sound
 
 
 @triton.jit
 def _sweep(
-    a, b, o, following, w, u, inside, left, key, value, grad_out, resets,
+    a, b, o, w, u, inside, left, key, value, grad_out, resets,
     C: tl.constexpr, GROUP: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """A piece forwards: keep, to for a and for b, and the factor from the next start's frame.
+    """A piece forwards: what it adds to the gradient of the state before it, and its tokens.
 
-    keep comes from the exponents of the starts: the product of so many factors would round too
-    often.
+    ABSENT tokens: nothing comes back through it. And the frame in which the piece ends.
     """
-    start, n, to_a, to_b, through = o, w * 0, w * 0, w * 0, w * 0 + 1
+    n, to_a, to_b, through = w * 0, w * 0, w * 0, w * 0 + 1
+    count = tl.minimum(tl.maximum(left, 0), GROUP).to(w.dtype)
     for first in range(0, GROUP, SOME):
         k, v = some_pairs(key, value, first, inside, left, w.dtype, C, SOME)
         g = some_rows(grad_out + first * C, inside, left - first, 0.0, w.dtype, C, SOME)
@@ -134,19 +119,15 @@ def _sweep(
             if resets is not None:
                 reset = is_reset(resets + (first + j), real)
                 a, b, o, n = forget(a, b, o, n, reset)
-                through = tl.where(reset, 0.0, through)
+                through, count = tl.where(reset, 0.0, through), tl.where(reset, ABSENT, count)
             y, inverse, past, present = average(a, b, o, n, w, u + k[j], v[j])
             to = past * g[j] * inverse * through
             if resets is not None:  # nothing comes back past a reset, not even a NaN
-                to, y = tl.where(through == 0, 0.0, to), tl.where(through == 0, 0.0, y)
+                to, y = tl.where(count < 0, 0.0, to), tl.where(count < 0, 0.0, y)
             to_a, to_b = to_a + to, to_b - y * to
             a, b, o, n, keep, add = absorb(a, b, o, n, w, real.to(w.dtype), k[j], v[j], 1.0)
             through *= keep
-    count = tl.minimum(tl.maximum(left, 0), GROUP).to(w.dtype)
-    keep = factor(start, count, w, following)
-    if resets is not None:
-        keep = tl.where(through == 0, 0.0, keep)
-    return keep, to_a, to_b, factor(o, n, w, following)
+    return to_a, to_b, count, o, n
 
 
 @triton.jit
@@ -224,49 +205,57 @@ def backward(
     all_decay, all_bonus = w * 0, w * 0
     starts += row * N * 3 * C + c
     sums += row * PIECES * 5 * C + c
+    go = -tl.load(starts + ((row * 0 + N - 1) * 3 + 2) * C, mask=inside, other=0.0)
+    gn = w * 0
     last = (T - 1) // (PIECES * GROUP) * (PIECES * GROUP)
     for back in range(0, T, PIECES * GROUP):
-        first = last - back
-        position = first + piece * GROUP
+        position = last - back + piece * GROUP
         token = (row * T + position) * C + c
         k, v, g = key + token, value + token, grad_out + token
         dk, dv = grad_key + token, grad_value + token
         start, exists = starts + (position // GROUP).to(tl.int64) * 3 * C, inside & (position < T)
-        a, b, o = _load_state(start, exists, C)
-        following = tl.load(start + 5 * C, mask=exists, other=0.0)
-        before_a, before_b, decay, bonuses, sound = ga, gb, w * 0, w * 0, c < 0
+        a = tl.load(start, mask=exists, other=0.0)
+        b = tl.load(start + C, mask=exists, other=1.0)
+        o = tl.load(start + 2 * C, mask=exists, other=0.0)
         left, room, again = end - position, T - position, resets
         if resets is not None:
             again = resets + (row * T + position)
         whole = is_whole(again, inside, left, GROUP)
+        first_a, first_b, first_o, first_n = ga, gb, go, gn
+        decay, bonuses, sound = w * 0, w * 0, c < 0
         if any_of(whole):
-            before_a, before_b, decay, bonuses, sound = _quick(
-                a, b, o, following, ga, gb, w, u, piece, inside, whole, token, key, value, grad_out,
+            first_a, first_b, first_o, first_n, decay, bonuses, sound = _quick(
+                a, b, o, ga, gb, go, gn, w, u, piece, inside, whole, token, key, value, grad_out,
                 dk, dv, sums, C, PIECES, GROUP, ROUGH,
             )  # fmt: skip
         if any_of(inside & (sound == 0)):
-            keep, to_a, to_b, change = _sweep(
-                a, b, o, following, w, u, inside, left, k, v, g, again, C, GROUP, SOME
+            to_a, to_b, count, end_o, end_n = _sweep(
+                a, b, o, w, u, inside, left, k, v, g, again, C, GROUP, SOME
             )
-            after_a, after_b, first_a, first_b = ga, gb, ga, gb
             if PIECES > 1:
-                keep = tl.where(exists, keep, 1.0)
-                parts = keep, to_a, to_b, to_b, sound.to(w.dtype)
+                exponent = tl.where(count == 0, ABSENT, -o)
+                parts = to_a, to_b, exponent, count, sound.to(w.dtype)
                 show(sums + piece * 5 * C, inside, C, parts)
-                after_a, after_b, first_a, first_b = _scan_back(
-                    ga, gb, piece, inside, sums, C, PIECES
+                ga, gb, go, gn, all_a, all_b, all_o, all_n = scan(
+                    ga, gb, go, gn, w, piece, inside, sums, C, PIECES, GROUP, True, True
                 )
                 sound = agreed(sound, piece, inside, sums + 4 * C, C, PIECES)
+            change = factor(end_o, end_n + gn, w, -go)
             ga, gb, careful_decay, careful_bonuses = _careful(
-                a, b, o, after_a * change, after_b * change, w, u, inside & (sound == 0), left,
-                room, k, v, g, again, dk, dv, C, GROUP, SOME,
+                a, b, o, ga * change, gb * change, w, u, inside & (sound == 0), left, room,
+                k, v, g, again, dk, dv, C, GROUP, SOME,
             )  # fmt: skip
+            go, gn = -o, w * 0
             if PIECES > 1:
-                ga, gb = first_a, first_b
-            before_a, before_b = tl.where(sound, before_a, ga), tl.where(sound, before_b, gb)
+                ga, gb, go, gn = all_a, all_b, all_o, all_n
+            first_a, first_b = tl.where(sound, first_a, ga), tl.where(sound, first_b, gb)
+            first_o, first_n = tl.where(sound, first_o, go), tl.where(sound, first_n, gn)
             decay = tl.where(sound, decay, careful_decay)
             bonuses = tl.where(sound, bonuses, careful_bonuses)
-        ga, gb, all_decay, all_bonus = before_a, before_b, all_decay + decay, all_bonus + bonuses
+        ga, gb, go, gn = first_a, first_b, first_o, first_n
+        all_decay, all_bonus = all_decay + decay, all_bonus + bonuses
+    change = factor(tl.load(starts + 2 * C, mask=inside, other=0.0), gn, w, -go)
+    ga, gb = ga * change, gb * change
     vectors = grad_vectors + ((row * PIECES + piece) * 2 * C + c)
     store(vectors, inside, C, (all_decay, all_bonus))
     tl.store(grad_numerator_in + at, ga, mask=inside & (piece == 0))

@@ -31,37 +31,13 @@ from receptance.ops.triton_wkv4_lanes import (
     lengths_of,
     pace_of,
     rows_of,
+    scan,
     settle,
     show,
     some_pairs,
     store,
     weights_of,
 )
-
-
-@triton.jit
-def _scan(
-    a, b, o, n, w, piece, inside, sums, C: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
-    CAREFUL: tl.constexpr,
-):  # fmt: skip
-    """The state before the lane's own piece, and that after the last one.
-
-    All lanes of a channel go through the sums of its pieces, first to last.
-    """
-    own_a, own_b, own_o, own_n = a, b, o, n
-    for m in tl.static_range(PIECES):
-        mine, at = piece == m, sums + m * 5 * C
-        own_a, own_b = tl.where(mine, a, own_a), tl.where(mine, b, own_b)
-        own_o, own_n = tl.where(mine, o, own_o), tl.where(mine, n, own_n)
-        p, q = tl.load(at, mask=inside, other=0.0), tl.load(at + C, mask=inside, other=0.0)
-        exponent = tl.load(at + 2 * C, mask=inside, other=0.0)
-        count = GROUP
-        if CAREFUL:
-            count = tl.load(at + 3 * C, mask=inside, other=0.0)
-            a, b, o, n = forget(a, b, o, n, count < 0)
-            count = tl.maximum(count, 0.0)
-        a, b, o, n, keep, add = absorb(a, b, o, n, w, count, exponent, p, q)
-    return own_a, own_b, own_o, own_n, a, b, o, n
 
 
 @triton.jit
@@ -83,8 +59,8 @@ def _quick(
         low = q
         p, q, exponent = settle(p, q, base, pace * GROUP, w)
         show(sums + piece * 5 * C, inside, C, (p, q, exponent))
-        a, b, o, n, after_a, after_b, after_o, after_n = _scan(
-            a, b, o, n, w, piece, inside, sums, C, PIECES, GROUP, False
+        a, b, o, n, after_a, after_b, after_o, after_n = scan(
+            a, b, o, n, w, piece, inside, sums, C, PIECES, GROUP, False, False
         )
         store(starts, whole, C, settle(a, b, o, n, w))
         scale = factor(o, n, w, base)
@@ -196,8 +172,8 @@ def forward(
             if PIECES > 1:
                 p, q, e, count = _sum(w, inside, left, k, v, again, C, GROUP, SOME)
                 show(sums + piece * 5 * C, inside, C, (p, q, e, count, sound.to(w.dtype)))
-                a, b, o, n, last_a, last_b, last_o, last_n = _scan(
-                    a, b, o, n, w, piece, inside, sums, C, PIECES, GROUP, True
+                a, b, o, n, last_a, last_b, last_o, last_n = scan(
+                    a, b, o, n, w, piece, inside, sums, C, PIECES, GROUP, True, False
                 )
                 sound = agreed(sound, piece, inside, sums + 4 * C, C, PIECES)
             mask = inside & (sound == 0)

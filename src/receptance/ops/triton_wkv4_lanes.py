@@ -18,7 +18,7 @@ again loses the same to rounding every time. What is stored is settled: n is 0.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, RUF059
 # Triton's compiler gives the arguments their types, and knows neither (*rows, x) nor a name that
 # changes its type in a loop, as an underscore would.
 
@@ -204,3 +204,30 @@ def weights_of(k, base, step):
     for j in tl.static_range(len(k)):
         weights = weights + (tl.exp2((k[j] - base) * LOG2_E - (j + 1) * (step * LOG2_E)),)
     return weights
+
+
+@triton.jit
+def scan(
+    a, b, o, n, w, piece, inside, sums, C: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
+    CAREFUL: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """The state before the lane's own piece, and that after the last one.
+
+    All lanes of a channel go through the sums of its pieces, first to last, or BACK, last to first:
+    a gradient that goes back is a state, too, whose exponents are those of the states, negated.
+    """
+    own_a, own_b, own_o, own_n = a, b, o, n
+    for i in tl.static_range(PIECES):
+        m: tl.constexpr = PIECES - 1 - i if BACK else i
+        mine, at = piece == m, sums + m * 5 * C
+        own_a, own_b = tl.where(mine, a, own_a), tl.where(mine, b, own_b)
+        own_o, own_n = tl.where(mine, o, own_o), tl.where(mine, n, own_n)
+        p, q = tl.load(at, mask=inside, other=0.0), tl.load(at + C, mask=inside, other=0.0)
+        exponent = tl.load(at + 2 * C, mask=inside, other=0.0)
+        count = GROUP
+        if CAREFUL:
+            count = tl.load(at + 3 * C, mask=inside, other=0.0)
+            a, b, o, n = forget(a, b, o, n, count < 0)
+            count = tl.maximum(count, 0.0)
+        a, b, o, n, keep, add = absorb(a, b, o, n, w, count, exponent, p, q)
+    return own_a, own_b, own_o, own_n, a, b, o, n
