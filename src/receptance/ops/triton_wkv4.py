@@ -28,11 +28,11 @@ SERIAL_LANES = 65536
 VARIANTS = ("step", "serial", "chunked")
 
 # BLOCK, warps and most registers of a thread that the chunked variant is tuned over: a lane to a
-# thread, and at least 16 warps to a multiprocessor, or 12. Channels are independent and go through
-# the same operations whatever the choice: it changes no bit.
+# thread, and 8 to 16 warps to a multiprocessor. Channels are independent and go through the same
+# operations whatever the choice: it changes no bit.
 CONFIGURATIONS = {
     "forward": ((16, 4, 128), (32, 8, 128)),
-    "backward": ((16, 4, 168), (32, 8, 128)),
+    "backward": ((16, 4, 168), (16, 4, 255)),
 }
 # For the others: as many programs as there can be, until there are enough.
 _NARROW, _WIDE = (32, 1), (128, 4)

@@ -218,7 +218,7 @@ def scan(
     """
     own_a, own_b, own_o, own_n = a, b, o, n
     for i in tl.static_range(PIECES):
-        m: tl.constexpr = PIECES - 1 - i if BACK else i
+        m = PIECES - 1 - i if BACK else i
         mine, at = piece == m, sums + m * 5 * C
         own_a, own_b = tl.where(mine, a, own_a), tl.where(mine, b, own_b)
         own_o, own_n = tl.where(mine, o, own_o), tl.where(mine, n, own_n)
