@@ -36,8 +36,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 ROUNDING = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2, "int8": 2e-2, "int4": 2e-2}
 EXACT = 2e-5
 # The interpreter is quickest with few programs, and torch is quicker.
-LARGE = Tiles(rows=128, dot_rows=128, groups=1)
-TORCH = Tiles(rows=128, dot_rows=128, groups=1, most_floats=1, most_codes=1)
+LARGE = Tiles(rows=8, dot_rows=128)
+TORCH = Tiles(rows=8, dot_rows=128, most_floats=1, most_codes=1)
 
 
 def fake_graph(run: Run) -> Run:

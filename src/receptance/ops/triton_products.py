@@ -1,6 +1,7 @@
 """Products of matrices with few rows, for decoding: every weight read once, float32 sums."""
 # mypy: disable-error-code="no-untyped-def"
-# Triton reads the annotations of kernels as its own.
+# ruff: noqa: RUF005
+# Triton reads the annotations of kernels as its own, and does not know (*totals, x).
 
 from __future__ import annotations
 
@@ -17,19 +18,21 @@ Epilogue = Literal["store", "activate", "add", "gate"]
 
 # Rows of one program: more do not fit beside the weights.
 _LARGEST_BLOCK = 64
+_MOST_WARPS = 16
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How a product is cut: what to measure first on a new GPU."""
 
-    rows: int = 4
+    rows: int = 2
     """Outputs of one program when there is one row."""
-    groups: int = 8
-    """Groups of inputs that it reads at once."""
+    row_steps: int = 5
+    """Times that each of its warps takes 512 numbers of a row: it has warps enough for that."""
     dot_rows: int = 16
     """Outputs of one program for a batch."""
     warps: int = 4
+    """Its warps."""
     stages: int = 3
     """Groups under way at once for a batch: of 4, int8 for 64 rows wants more than 99 KB."""
     most_floats: int = 16
@@ -39,61 +42,93 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1 or (value & (value - 1) and name != "stages"):
+            if value < 1 or (value & (value - 1) and name not in ("stages", "row_steps")):
                 raise ValueError(f"tiles have {name} {value}; it must be a power of two")
 
     def most(self, kind: str) -> int:
         """Rows of the largest batch for weights of a kind."""
         return self.most_codes if kind in ("int8", "int4") else self.most_floats
 
-    def launch(self, batch: int) -> tuple[int, int, dict[str, int]]:
-        """Outputs and rows of one program, and what its launch is told."""
+    def launch(self, batch: int, stored: int) -> tuple[int, int, dict[str, int]]:
+        """Outputs and rows of one program, and what its launch is told.
+
+        stored: how many numbers the data of a row of weights has.
+        """
         if batch == 1:
-            return self.rows, 1, {"num_warps": self.warps}
+            warps = triton.cdiv(stored, 512 * self.row_steps)
+            return self.rows, 1, {"num_warps": min(triton.next_power_of_2(warps), _MOST_WARPS)}
         block = min(triton.next_power_of_2(batch), _LARGEST_BLOCK)
         return self.dot_rows, block, {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @triton.jit
 def _row_sums(
-    data, scale, minimum, x, row, row_real,
+    data, scale, minimum, x, row, left,
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Products of some rows [R] with one x [K]: [R]. Codes are summed by groups, then scaled."""
-    row = row.to(tl.int64)
-    if KIND == "int4" or KIND == "int8":
-        packed: tl.constexpr = GROUP // 2 if KIND == "int4" else GROUP
-        groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
-        within = tl.arange(0, packed)[None, :]
-        total = tl.zeros([ROWS, GROUPS], tl.float32)
-        for first in range(0, groups, GROUPS):
-            group = first + tl.arange(0, GROUPS)
-            real = row_real[:, None] & (group < groups)[None, :]
-            k = group[:, None] * GROUP + within
-            near = tl.load(x + k, k < INPUTS, 0)
-            place = (row * (groups * packed))[:, None, None] + (group[:, None] * packed + within)
-            code = tl.load(data + place, real[:, :, None], 0)
-            param = row[:, None] * groups + group
-            factor = tl.load(scale + param, real, 0).to(tl.float32)
-            if KIND == "int4":
-                k += packed
-                far = tl.load(x + k, k < INPUTS, 0)
-                low, high = (code & 15).to(tl.float32), (code >> 4).to(tl.float32)
-                least = tl.load(minimum + param, real, 0).to(tl.float32)
-                total += least * tl.sum(near + far, 1)
-                total += factor * tl.sum(low * near + high * far, 2)
+    """Products of the rows from `row` on [R], of which `left` are there, with one x [K]: [R].
+
+    Vectors of one shape in a straight line, all weights first: a thread's numbers stay its own, no
+    layout is converted, and no barrier stands between a load and the next. Codes are summed by 16,
+    each time in one thread, and such sums are scaled.
+    """
+    coded: tl.constexpr = KIND == "int8" or KIND == "int4"
+    groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
+    packed: tl.constexpr = GROUP // 2 if KIND == "int4" else GROUP
+    stored: tl.constexpr = groups * packed if coded else INPUTS
+    span: tl.constexpr = 512 * WARPS
+    within, part = tl.arange(0, span), tl.arange(0, span // 16) * 16
+    totals, weights = (), ()
+    for _r in tl.static_range(ROWS):
+        totals = totals + (tl.zeros([span // 16 if coded else span], tl.float32),)
+    for first in tl.static_range(0, stored, span):
+        for r in tl.static_range(ROWS):
+            place = first + within
+            real = (place < stored) & (within * 0 + r < left)
+            at = data + ((row.to(tl.int64) + r) * stored + place)
+            weights = weights + (tl.load(at, real, 0),)
+    for first in tl.static_range(0, stored, span):
+        place, param = first + within, (first + part) // packed
+        k = place // packed * GROUP + place % packed if KIND == "int4" else place
+        near = tl.load(x + k, k < INPUTS, 0)
+        if KIND == "int4":
+            far = tl.load(x + (k + packed), k + packed < INPUTS, 0)
+            both = _by_threads(near + far, WARPS)
+        later = ()
+        for r in tl.static_range(ROWS):
+            weight = weights[first // span * ROWS + r]
+            if coded:
+                at = (row.to(tl.int64) + r) * groups + param
+                real = (param < groups) & (part * 0 + r < left)
+                factor = tl.load(scale + at, real, 0).to(tl.float32)
+                if KIND == "int4":
+                    least = tl.load(minimum + at, real, 0).to(tl.float32)
+                    low, high = _sixteen_more(weight, 19), _sixteen_more(weight, 15)
+                    sums = factor * _by_threads(low * near + high * far, WARPS)
+                    sums += (least - 16 * factor) * both
+                else:
+                    sums = factor * _by_threads(weight.to(tl.float32) * near, WARPS)
             else:
-                total += factor * tl.sum(code.to(tl.float32) * near, 2)
-    else:
-        total = tl.zeros([ROWS, GROUPS * GROUP], tl.float32)
-        for first in range(0, INPUTS, GROUPS * GROUP):
-            k = first + tl.arange(0, GROUPS * GROUP)
-            near = tl.load(x + k, k < INPUTS, 0)
-            real = row_real[:, None] & (k < INPUTS)
-            weight = tl.load(data + (row * INPUTS)[:, None] + k, real, 0)
-            total += weight.to(tl.float32) * near
-    return tl.sum(total, 1)
+                sums = weight.to(tl.float32) * near
+            later = later + (totals[r] + sums,)
+        totals = later
+    row_sums = tl.zeros([ROWS], tl.float32)
+    for r in tl.static_range(ROWS):
+        row_sums = tl.where(tl.arange(0, ROWS) == r, tl.sum(totals[r], 0), row_sums)
+    return row_sums
+
+
+@triton.jit
+def _by_threads(x, WARPS: tl.constexpr):
+    """Sums of 16 neighbours, which one thread has."""
+    return tl.sum(tl.reshape(x, [32 * WARPS, 16]), 1)
+
+
+@triton.jit
+def _sixteen_more(byte, shift: tl.constexpr):
+    """16 + 4 bits as floats, by placing them at the mantissa's top: conversions take longer."""
+    return (((byte.to(tl.int32) << shift) & 0x780000) | 0x41800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -104,7 +139,7 @@ def _rounded(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _dot_sums(
-    data, scale, minimum, x, row, row_real, b, batch,
+    data, scale, minimum, x, row, left, b, batch,
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BATCH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +152,8 @@ def _dot_sums(
     within = tl.arange(0, packed)
     b_real = (b < batch)[None, :]
     x += b.to(tl.int64)[None, :] * INPUTS
-    row = row.to(tl.int64)
+    row_real = tl.arange(0, ROWS) < left
+    row = row.to(tl.int64) + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, BATCH], tl.float32)
     for group in range(0, groups):
         k = group * GROUP + within
@@ -155,16 +191,15 @@ def _dot_sums(
 
 @triton.jit
 def sums_of(
-    data, scale, minimum, x, row, row_real, b, batch,
+    data, scale, minimum, x, row, left, b, batch,
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Products of some rows [R] with x [B,K]: [R,B], or [R] if B is 1."""
+    """Products of rows from `row` on, as many as are left, with x [B,K]: [R,B], or [R] of one."""
     if BATCH == 1:
-        sums = _row_sums(data, scale, minimum, x, row, row_real, INPUTS,
-                         KIND, GROUP, ROWS, GROUPS)  # fmt: skip
+        sums = _row_sums(data, scale, minimum, x, row, left, INPUTS, KIND, GROUP, ROWS, WARPS)
     else:
-        sums = _dot_sums(data, scale, minimum, x, row, row_real, b, batch, INPUTS,
+        sums = _dot_sums(data, scale, minimum, x, row, left, b, batch, INPUTS,
                          KIND, GROUP, ROWS, BATCH, INTERPRETED)  # fmt: skip
     return sums
 
@@ -184,7 +219,7 @@ def places_of(n, b, size, batch, BATCH: tl.constexpr):
 def _product_kernel(
     data, scale, minimum, x, out, gate, batch, first, rest,
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr,
-    ROWS: tl.constexpr, BATCH: tl.constexpr, GROUPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """x is [M,B,K] for M matrices, out as many [B,N] one behind the other."""
     each = tl.cdiv(rest, ROWS)
@@ -192,11 +227,12 @@ def _product_kernel(
     matrix = tl.where(later < 0, 0, later // each + 1)
     before = tl.where(later < 0, 0, first + later // each * rest)
     size = tl.where(later < 0, first, rest)
-    n = tl.where(later < 0, tl.program_id(0), later % each) * ROWS + tl.arange(0, ROWS)
+    start = tl.where(later < 0, tl.program_id(0), later % each) * ROWS
+    n = start + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     x += tl.cast(matrix, tl.int64) * batch * INPUTS
-    sums = sums_of(data, scale, minimum, x, before + n, n < size, b, batch, INPUTS,
-                 KIND, GROUP, ROWS, BATCH, GROUPS, INTERPRETED)  # fmt: skip
+    sums = sums_of(data, scale, minimum, x, before + start, size - start, b, batch, INPUTS,
+                   KIND, GROUP, ROWS, BATCH, WARPS, INTERPRETED)  # fmt: skip
     place, real = places_of(n, b, size, batch, BATCH)
     place += tl.cast(before, tl.int64) * batch
     if EPILOGUE == "activate":
@@ -224,12 +260,12 @@ def product(
     adds to what out holds, "gate" does so after multiplying with gate, of the shape of out.
     """
     tiles, batch = tiles or Tiles(), x.shape[-2]
-    rows, block, sizes = tiles.launch(batch)
+    rows, block, sizes = tiles.launch(batch, weights.data.shape[1])
     programs = triton.cdiv(weights.first, rows)
     if weights.rest:
         programs += (weights.matrices - 1) * triton.cdiv(weights.rest, rows)
     _product_kernel[(programs, triton.cdiv(batch, block))](
         *weights.arguments(), x, out, out if gate is None else gate, batch, weights.first,
         max(weights.rest, 1), weights.inputs, *weights.form, epilogue, rows, block,
-        tiles.groups, not x.is_cuda, **sizes,
+        sizes["num_warps"], not x.is_cuda, **sizes,
     )  # fmt: skip

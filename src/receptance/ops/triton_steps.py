@@ -104,18 +104,19 @@ def _average_kernel(
 def _time_mix_kernel(
     data, scale, minimum, x, decay, bonus, numerator, denominator, exponent, out, batch,
     WIDTH: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BATCH: tl.constexpr, GROUPS: tl.constexpr, INTERPRETED: tl.constexpr,
+    BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Nobody else needs these channels of key, value and receptance: they stay in registers."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0) * ROWS
+    n = start + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
-    size = tl.cast(batch, tl.int64) * WIDTH
-    key = sums_of(data, scale, minimum, x, n, n < WIDTH, b, batch, WIDTH,
-                KIND, GROUP, ROWS, BATCH, GROUPS, INTERPRETED)  # fmt: skip
-    value = sums_of(data, scale, minimum, x + size, WIDTH + n, n < WIDTH, b, batch, WIDTH,
-                  KIND, GROUP, ROWS, BATCH, GROUPS, INTERPRETED)  # fmt: skip
-    receptance = sums_of(data, scale, minimum, x + size * 2, 2 * WIDTH + n, n < WIDTH, b, batch,
-                       WIDTH, KIND, GROUP, ROWS, BATCH, GROUPS, INTERPRETED)  # fmt: skip
+    size, left = tl.cast(batch, tl.int64) * WIDTH, WIDTH - start
+    key = sums_of(data, scale, minimum, x, start, left, b, batch, WIDTH,
+                  KIND, GROUP, ROWS, BATCH, WARPS, INTERPRETED)  # fmt: skip
+    value = sums_of(data, scale, minimum, x + size, WIDTH + start, left, b, batch, WIDTH,
+                    KIND, GROUP, ROWS, BATCH, WARPS, INTERPRETED)  # fmt: skip
+    receptance = sums_of(data, scale, minimum, x + size * 2, 2 * WIDTH + start, left, b, batch,
+                         WIDTH, KIND, GROUP, ROWS, BATCH, WARPS, INTERPRETED)  # fmt: skip
     place, real = places_of(n, b, WIDTH, batch, BATCH)
     decay, bonus = tl.load(decay + n, n < WIDTH, 0), tl.load(bonus + n, n < WIDTH, 0)
     if BATCH > 1:
@@ -171,8 +172,8 @@ def time_mix(
 ) -> None:
     """The same from what key, value and receptance read: x [3,B,C] -> out [B,C], in one launch."""
     tiles, (batch, width) = tiles or Tiles(), x.shape[1:]
-    rows, block, sizes = tiles.launch(batch)
+    rows, block, sizes = tiles.launch(batch, weights.data.shape[1])
     _time_mix_kernel[(triton.cdiv(width, rows), triton.cdiv(batch, block))](
         *weights.arguments(), x, decay, bonus, *state, out, batch, width, *weights.form,
-        rows, block, tiles.groups, not x.is_cuda, **sizes,
+        rows, block, sizes["num_warps"], not x.is_cuda, **sizes,
     )  # fmt: skip
