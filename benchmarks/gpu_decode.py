@@ -45,9 +45,9 @@ OVER_ANY_CACHE = 1 << 30
 STEPS, ROUNDS = 8, 9
 CONTEXT = 1024  # of the Transformer
 # What the present `Tiles` are compared with: rows and steps of products with one row, and
-# dot_rows, stages and warps for those with several.
+# dot_rows, shared memory and warps of those with several.
 ONE_ROW_CUTS = ((1, 5), (4, 5), (1, 3), (2, 3), (4, 3), (2, 2), (2, 10))
-MORE_CUTS = ((32, 3, 4), (64, 3, 4), (16, 5, 4), (32, 5, 4), (32, 3, 8))
+MORE_CUTS = ((32, 64, 4), (64, 64, 4), (16, 32, 4), (32, 32, 4), (32, 64, 8))
 CHECKED = ModelConfig(vocab_size=1000, width=256, num_layers=4)
 # Of the largest logit: one row is multiplied in float32, more of them in the type of the weights.
 ONE_ROW, MORE = 1e-3, 4e-2
@@ -240,7 +240,7 @@ def cuts(batch: int) -> Iterator[tuple[str, Tiles]]:
     """Ways to cut a product and their names, the present one first."""
     from receptance.ops.triton_products import Tiles
 
-    fields = ("rows", "row_steps") if batch == 1 else ("dot_rows", "stages", "warps")
+    fields = ("rows", "row_steps") if batch == 1 else ("dot_rows", "shared", "warps")
     present = tuple(getattr(Tiles(), field) for field in fields)
     for sizes in (present, *(ONE_ROW_CUTS if batch == 1 else MORE_CUTS)):
         yield "/".join(map(str, sizes)), Tiles(**dict(zip(fields, sizes, strict=True)))

@@ -161,6 +161,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+import torch
 from receptance.ops import triton_products, triton_steps, triton_weights
 
 POINTERS = dict(scale="*bf16", minimum="*bf16", tokens="*i64")
@@ -168,7 +169,12 @@ NUMBERS = dict(epsilon="fp32") | dict.fromkeys(
     "batch inputs first rest size width vocabulary start count".split(), "i32")
 DATA = dict(float32="*fp32", bfloat16="*bf16", float16="*fp16", int8="*i8", int4="*u8")
 TILE = dict(WARPS=1, INTERPRETED=False, INPUTS=768)
-rows, _, options = triton_products.Tiles().launch(1, 768)
+def weights(kind):
+    dtype = torch.int8 if kind.startswith("int") else getattr(torch, kind)
+    data = torch.empty(1, 384 if kind == "int4" else 768, dtype=dtype)
+    return triton_weights.Weights(kind, 128, 1, 0, 768, data, data, data)
+
+rows, _, options = triton_products.Tiles().launch(weights("bfloat16"), 1)
 ROW = dict(ROWS=rows, BATCH=1, options=options)
 ONE = dict(batch=1, rest=1, **TILE, **ROW)  # Triton compiles ones in
 
@@ -189,7 +195,7 @@ for kind in DATA:
     form = dict(kind=kind, KIND=kind, GROUP=64 if kind == "int4" else 128)
     check(triton_products._product_kernel, EPILOGUE="gate", ROWS=16, BATCH=8, **TILE, **form)
     if kind in ("int8", "int4"):
-        rows, block, options = triton_products.Tiles().launch(64, 768)
+        rows, block, options = triton_products.Tiles().launch(weights(kind), 64)
         check(triton_products._product_kernel, EPILOGUE="gate", ROWS=rows, BATCH=block,
               options=options, **TILE, **(form | dict(GROUP=128)))
     if kind != "float16":

@@ -33,8 +33,8 @@ class Tiles:
     """Outputs of one program for a batch."""
     warps: int = 4
     """Its warps."""
-    stages: int = 3
-    """Groups under way at once for a batch: of 4, int8 for 64 rows wants more than 99 KB."""
+    shared: int = 64
+    """KiB of shared memory for its groups of inputs under way: two at least, eight at most."""
     most_floats: int = 16
     """Rows of the largest batch that is multiplied here, with float weights: torch has more."""
     most_codes: int = 64
@@ -42,23 +42,22 @@ class Tiles:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1 or (value & (value - 1) and name not in ("stages", "row_steps")):
+            if value < 1 or (value & (value - 1) and name != "row_steps"):
                 raise ValueError(f"tiles have {name} {value}; it must be a power of two")
 
     def most(self, kind: str) -> int:
         """Rows of the largest batch for weights of a kind."""
         return self.most_codes if kind in ("int8", "int4") else self.most_floats
 
-    def launch(self, batch: int, stored: int) -> tuple[int, int, dict[str, int]]:
-        """Outputs and rows of one program, and what its launch is told.
-
-        stored: how many numbers the data of a row of weights has.
-        """
+    def launch(self, weights: Weights, batch: int) -> tuple[int, int, dict[str, int]]:
+        """Outputs and rows of one program, and what its launch is told."""
         if batch == 1:
-            warps = triton.cdiv(stored, 512 * self.row_steps)
+            warps = triton.cdiv(weights.data.shape[1], 512 * self.row_steps)
             return self.rows, 1, {"num_warps": min(triton.next_power_of_2(warps), _MOST_WARPS)}
         block = min(triton.next_power_of_2(batch), _LARGEST_BLOCK)
-        return self.dot_rows, block, {"num_warps": self.warps, "num_stages": self.stages}
+        group = self.dot_rows * weights.group_bytes + block * weights.form[1] * 4
+        stages = 1 + min(max(self.shared * 1024 // group, 2), 8)
+        return self.dot_rows, block, {"num_warps": self.warps, "num_stages": stages}
 
 
 @triton.jit
@@ -260,7 +259,7 @@ def product(
     adds to what out holds, "gate" does so after multiplying with gate, of the shape of out.
     """
     tiles, batch = tiles or Tiles(), x.shape[-2]
-    rows, block, sizes = tiles.launch(batch, weights.data.shape[1])
+    rows, block, sizes = tiles.launch(weights, batch)
     programs = triton.cdiv(weights.first, rows)
     if weights.rest:
         programs += (weights.matrices - 1) * triton.cdiv(weights.rest, rows)

@@ -172,7 +172,7 @@ def time_mix(
 ) -> None:
     """The same from what key, value and receptance read: x [3,B,C] -> out [B,C], in one launch."""
     tiles, (batch, width) = tiles or Tiles(), x.shape[1:]
-    rows, block, sizes = tiles.launch(batch, weights.data.shape[1])
+    rows, block, sizes = tiles.launch(weights, batch)
     _time_mix_kernel[(triton.cdiv(width, rows), triton.cdiv(batch, block))](
         *weights.arguments(), x, decay, bonus, *state, out, batch, width, *weights.form,
         rows, block, sizes["num_warps"], not x.is_cuda, **sizes,

@@ -58,6 +58,12 @@ class Weights:
         return self.data.nbytes + sum(part.nbytes for part in parts)
 
     @property
+    def group_bytes(self) -> int:
+        """What a group of one output takes of the data."""
+        packed = self.group // 2 if self.kind == "int4" else self.group or FLOAT_GROUP
+        return packed * self.data.itemsize
+
+    @property
     def form(self) -> tuple[str, int]:
         """KIND and GROUP of the kernels."""
         return self.kind, self.group or FLOAT_GROUP
