@@ -113,6 +113,18 @@ def test_the_careful_way_alone(kernel, monkeypatch):
 
 
 @every_variant
+@pytest.mark.parametrize("decays", [(-14, -10), (-6, 2)])
+def test_gradients_pass_keys_that_are_far_apart(kernel, decays):
+    """What a piece adds to them may be huge in its own frame, and is not in that of its start."""
+    x = draw(7, 64, 2 * TILE, 4, dtype=torch.float32, decays=decays, fresh=True)
+    x = x._replace(key=25 * x.key, bonus=torch.tensor([34.0, 20.0, 0.0, -20.0]))
+    want = truth(x)
+    got = evaluate_kernel(kernel, x, want.state.exponent)
+    for name in ("key", "value"):
+        assert relative_error(got.grads[name], want.grads[name]) < 2e-5, name
+
+
+@every_variant
 @pytest.mark.parametrize("odd", ["key", "value", "numerator", "bonus"])
 def test_a_channel_that_needs_care_changes_no_other(kernel, odd):
     """Too far apart for the quick way: in a piece, in the state, in what is divided."""

@@ -59,7 +59,7 @@ def _quick(
     base, stays = top, pace < 0
     if PIECES == 1:  # the frame of a gradient that comes back can stay, too
         here = -go - (gn + GROUP) * w
-        stays = (pace > 0) & (tl.abs(here - top) <= SLACK)
+        stays = (pace > 0) & (top - here <= SLACK) & (tl.abs(o - here) <= SLACK)
         base = tl.where(stays, here, top)
     e, scale = weights_of(k, base, pace * w), factor(o, 0.0, w, base)
     a, b, before, to_y = a * scale, b * scale, (), ()
@@ -74,7 +74,8 @@ def _quick(
         to_a, to_b = w * 0, w * 0
         for j in tl.static_range(GROUP - 1, -1, -1):
             to_a, to_b = to_a * decay + to_y[j][1], to_b * decay - to_y[j][0] * to_y[j][1]
-        show(sums + piece * 5 * C, inside, C, (to_a, to_b, -base))
+        # In the frame of the start, where the state is not small: so they are not large.
+        show(sums + piece * 5 * C, inside, C, (to_a * scale, to_b * scale, -o))
         ga, gb, go, gn, first_a, first_b, first_o, first_n = scan(
             ga, gb, go, gn, w, piece, inside, sums, C, PIECES, GROUP, False, True
         )
@@ -91,8 +92,8 @@ def _quick(
         tl.store(grad_value + j * C, dv.to(grad_value.dtype.element_ty), mask=whole)
         ga, gb = decay * ga + to, decay * gb - to * y
     if PIECES == 1:
-        first_a, first_b = ga, gb
-        first_o, first_n = tl.where(stays, go, -base), tl.where(stays, gn + GROUP, 0.0)
+        first_a, first_b = tl.where(stays, ga, ga * scale), tl.where(stays, gb, gb * scale)
+        first_o, first_n = tl.where(stays, go, -o), tl.where(stays, gn + GROUP, 0.0)
     grad_decay *= decay
     sound = (low >= LOW) & (b >= LOW) & (b <= HIGH) & (tl.abs(a) <= HIGH)
     sound = sound & (tl.abs(ga) <= HIGH) & (tl.abs(gb) <= HIGH) & (tl.abs(grad_decay) <= HIGH)
