@@ -210,6 +210,28 @@ def test_cutting_moves_the_borders_of_chunks():
     assert_same(evaluate(pieces, x, want.state.exponent), want, 1e-10)
 
 
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 999),
+    time=st.integers(1, 2 * TILE + 3),
+    decays=st.sampled_from([(-14, -10), (-8, 2), (-2, 14)]),
+    keys=st.sampled_from([(0.5, 0), (2, 60), (10, -30), (25, 0), (50, 0)]),
+    bonus=st.sampled_from([1, 10, 30]),
+    options=st.fixed_dictionaries({"fresh": st.booleans(), "masks": st.booleans()}),
+    kernel=st.sampled_from(TRITON),
+)
+def test_no_keys_are_too_much(seed, time, decays, keys, bonus, options, kernel):
+    """Up to what float32 loses in keys, exponents and bonus that are so large."""
+    x = draw(seed, 8, time, 5, dtype=torch.float32, decays=decays, **options)
+    x = x._replace(key=keys[0] * x.key + keys[1], bonus=bonus * x.bonus)
+    want = truth(x)
+    got = evaluate_kernel(kernel, x, want.state.exponent)
+    bound = 2e-5 + 3e-6 * float(x.key.abs().max() + x.bonus.abs().max())
+    assert relative_error(got.out, want.out) < bound
+    for name in ("key", "value"):
+        assert relative_error(got.grads[name], want.grads[name]) < bound, name
+
+
 @every_variant
 def test_a_nan_does_not_pass_a_reset_either_way(kernel):
     at, time = TILE + 3, TILE + GROUP
