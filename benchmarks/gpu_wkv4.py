@@ -6,8 +6,8 @@ Checks both against float64 first. Times are of CUDA graphs, between events, the
 second-level cache filled with something else before each run: what the GPU takes, without Python's
 launches. Bytes are the fewest possible (forward: key, value, out; backward: key, value and three
 gradients), and shares are of the bandwidth that a copy reaches in the same run. Every new width
-compiles six kernels, by estimate in a minute. JSON on the last line, also when it is interrupted,
-and after each measurement in a file.
+compiles eight kernels, by estimate in two minutes. JSON on the last line, also when it is
+interrupted, and after each measurement in a file.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from torch import Tensor
 CHUNK = 16
 # Pieces of a tile in the chunked variant, and tokens of a piece forwards. The others have one.
 PIECES, GROUP = 8, 32
-# Up to this length one kernel that walks is done before three have been launched.
+# Up to this length a walk is short, and a tile of the chunked variant would hardly be full.
 SERIAL_TIME = 128
 # With so many rows times channels every multiprocessor has work without cutting time.
 SERIAL_LANES = 65536
