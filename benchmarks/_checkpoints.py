@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from receptance import checkpoint
 from receptance.config import ModelConfig
-from receptance.directories import prune, write_directory
-from receptance.manifest import verify
 from receptance.model import Model
+from receptance.storage import checkpoint
+from receptance.storage.directories import prune, write_directory
+from receptance.storage.manifest import verify
 from receptance.tokenizer import ByteTokenizer
 
 _SIZES = ModelConfig(vocab_size=256, width=32, num_layers=2)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.formats.names import tensor_shapes
-from receptance.measure import machine
+from receptance.inference.measure import machine
 
 
 def time_in_turns(
@@ -33,7 +33,7 @@ def time_in_turns(
 
 
 def gpu_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """As `receptance.measure.random_tensors`, but drawn on the GPU: weights of a model's scale."""
+    """Like inference.measure.random_tensors, but drawn on the GPU."""
     return {
         name: torch.randn(shape, device="cuda").div_(shape[-1] ** 0.5)
         if len(shape) == 2

@@ -20,7 +20,7 @@ from typing import Any
 from _checkpoints import refusal, save, step_of
 from _runs import run_on_a_full_disk
 
-from receptance.directories import newest_checkpoint
+from receptance.storage.directories import newest_checkpoint
 
 PAGE = 4096
 MEGABYTES, INODES = 2, 40

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from receptance import measure
-from receptance.checkpoint import load
 from receptance.engine import load_engine
 from receptance.formats.names import to_hf
-from receptance.generation import prefill
+from receptance.inference import measure
+from receptance.inference.generation import prefill
+from receptance.storage.checkpoint import load
 
 PROMPT = [i * 7919 % 500 for i in range(1, 25)]
 

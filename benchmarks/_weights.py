@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 import receptance
-from receptance.checkpoint import save
 from receptance.config import PUBLISHED_SIZES, ModelConfig
 from receptance.formats.ggmf import write_ggmf
-from receptance.measure import random_tensors
+from receptance.inference.measure import random_tensors
 from receptance.model import Model
+from receptance.storage.checkpoint import save
 from receptance.tokenizer import Tokenizer, WorldTokenizer, load_tokenizer
 
 SIZES = PUBLISHED_SIZES | {"tiny": ModelConfig(vocab_size=512, width=128, num_layers=2)}
-QUANTISED = ("int8", "int4")
-QUANTISE = """
+QUANTIZED = ("int8", "int4")
+QUANTIZE = """
 import ctypes, sys
-quantise = ctypes.CDLL(sys.argv[1]).rwkv_quantize_model_file
-quantise.restype = ctypes.c_bool
-sys.exit(not quantise(*(ctypes.c_char_p(word.encode()) for word in sys.argv[2:])))
+quantize = ctypes.CDLL(sys.argv[1]).rwkv_quantize_model_file
+quantize.restype = ctypes.c_bool
+sys.exit(not quantize(*(ctypes.c_char_p(word.encode()) for word in sys.argv[2:])))
 """
 ZEROS = 0.85  # of the activations of channel mixing, in the sparse model
 
@@ -39,9 +39,9 @@ class Files:
         self._tokenizer, self._library = tokenizer, library
 
     def ours(self, dtype: str = "float32", *, sparse: bool = False) -> str:
-        """A directory of ours: the float32 checkpoint, or one that was quantised from it."""
+        """A directory of ours: the float32 checkpoint, or one that was quantized from it."""
         name = "sparse" if sparse else "dense"
-        if dtype not in QUANTISED:
+        if dtype not in QUANTIZED:
             return self._once(f"{name}-float32", lambda path: self._save(path, sparse))
         source = self.ours(sparse=sparse)
         words = [sys.executable, "-m", "receptance", "quantize", source, "--to", dtype, "--out"]
@@ -55,7 +55,7 @@ class Files:
         return self._once("model.pth", lambda path: torch.save(self._tensors(), path))
 
     def ggmf(self, kind: str) -> str:
-        """What rwkv.cpp loads; quantised by itself."""
+        """What rwkv.cpp loads; quantized by itself."""
         if kind in ("FP32", "FP16"):
             return self._once(
                 f"{kind}.bin",
@@ -63,7 +63,7 @@ class Files:
             )
         # As its documentation does: embedding and head stay as they are in the source.
         source = self.ggmf("FP16")
-        return self._once(f"{kind}.bin", lambda path: self._quantise(source, path, kind))
+        return self._once(f"{kind}.bin", lambda path: self._quantize(source, path, kind))
 
     def _once(self, name: str, make: Callable[[Path], object]) -> str:
         path = self.folder / name
@@ -87,9 +87,9 @@ class Files:
             tokenizer = load_tokenizer(self._tokenizer) if self._tokenizer else vocabulary(size)
         save(model, path, tokenizer)
 
-    def _quantise(self, source: str, path: Path, kind: str) -> None:
+    def _quantize(self, source: str, path: Path, kind: str) -> None:
         # A process of its own, because it prints a line for each tensor.
-        words = [sys.executable, "-c", QUANTISE, str(self._library), source, str(path), kind]
+        words = [sys.executable, "-c", QUANTIZE, str(self._library), source, str(path), kind]
         subprocess.run(words, check=True, capture_output=True)
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from receptance.config import PUBLISHED_SIZES, ModelConfig
 from receptance.engine import load_engine
 from receptance.engine.base import Engine
-from receptance.generation import Generation, Token, prefill
-from receptance.measure import NumberedTokens, random_tensors, resident_bytes, seconds
+from receptance.inference.generation import Generation, Token, prefill
+from receptance.inference.measure import NumberedTokens, random_tensors, resident_bytes, seconds
 
 SIZES = {"small": ModelConfig(vocab_size=1024, width=128, num_layers=3)} | PUBLISHED_SIZES
 WINDOW = 1000

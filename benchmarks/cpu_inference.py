@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from _bars import bars, show
-from _weights import QUANTISED, SIZES, Files
+from _weights import QUANTIZED, SIZES, Files
 from _workers import Way, in_turns, working
 from rich.console import Console
 
-from receptance.measure import machine
+from receptance.inference.measure import machine
 
 OURS, TORCH, CPP, PACKAGE, HF = "receptance", "torch", "rwkv.cpp", "rwkv", "transformers"
 # Our type of weights, and what of each peer it is compared with.
@@ -49,7 +49,7 @@ PROMPTS = (256, 2048)
 FIRST_TOKEN = """
 import sys, time
 from receptance.engine import load_engine
-from receptance.generation import generate
+from receptance.inference.generation import generate
 began = time.perf_counter()
 engine, tokenizer = load_engine(sys.argv[1])
 generate(engine, tokenizer, "a", max_tokens=1, temperature=0)
@@ -151,8 +151,8 @@ class Run:
         return self.turns(f"prompt of {length}", contestants)
 
     def load(self) -> dict[str, Any]:
-        """Seconds from a quantised directory, in the cache of the system, to a token."""
-        return {dtype: self._load(self.files.ours(dtype)) for dtype in QUANTISED}
+        """Seconds from a quantized directory, in the cache of the system, to a token."""
+        return {dtype: self._load(self.files.ours(dtype)) for dtype in QUANTIZED}
 
     def _load(self, path: str) -> dict[str, float]:
         inside, whole = [], []

@@ -20,7 +20,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 
 from receptance.config import published
 from receptance.formats.names import to_hf
-from receptance.generation import prefill
+from receptance.inference.generation import prefill
 from receptance.model import Model
 
 TOKENS = 16

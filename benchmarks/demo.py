@@ -22,9 +22,9 @@ from rich.progress import track
 
 import receptance
 from receptance.data import TokenFiles
-from receptance.generation import Generation
+from receptance.inference.generation import Generation
+from receptance.inference.scoring import bits_per_byte, negative_log_likelihood, unigram_entropy
 from receptance.model import Model
-from receptance.scoring import bits_per_byte, negative_log_likelihood, unigram_entropy
 from receptance.tokenizer import Tokenizer
 
 WINDOW = 1000  # tokens over which time is averaged

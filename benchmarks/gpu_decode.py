@@ -29,11 +29,11 @@ from _common import gpu_tensors, report_as_found
 from torch import Tensor
 
 from receptance.config import ModelConfig, published
-from receptance.engine.packing import FLOATS
 from receptance.formats.names import tensor_shapes
-from receptance.measure import decoder, random_tensors
+from receptance.inference.measure import decoder, random_tensors
 from receptance.model import Model
-from receptance.quantize import Quantised, check_group, quantise
+from receptance.quantize import Quantized, check_group, quantize
+from receptance.quantize.packing import FLOATS
 
 if TYPE_CHECKING:
     from receptance.ops.triton_products import Tiles
@@ -145,7 +145,7 @@ def as_stored(tensor: Tensor, kind: str) -> Tensor:
         return tensor
     if kind in FLOATS:
         return tensor.to(FLOATS[kind]).float()
-    return quantise(tensor, kind).dequantise()
+    return quantize(tensor, kind).dequantize()
 
 
 def measure(
@@ -174,7 +174,7 @@ def measure(
         )
 
 
-def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantised:
+def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantized:
     """A matrix with outputs near one, made on the GPU; codes are drawn, not searched."""
     if kind in FLOATS:
         noise = torch.randn(shape, device="cuda") / shape[-1] ** 0.5
@@ -184,7 +184,7 @@ def random(shape: tuple[int, ...], kind: str) -> Tensor | Quantised:
     codes = torch.randint(low, high, shape, device="cuda", dtype=dtype)
     step = (12 / inputs) ** 0.5 / (high - low)  # uniform numbers deviate by their range / sqrt(12)
     scale = torch.full((outputs, -(-inputs // group)), step, device="cuda", dtype=torch.bfloat16)
-    return Quantised(kind, group, codes, scale, None if kind == "int8" else -7.5 * scale)
+    return Quantized(kind, group, codes, scale, None if kind == "int8" else -7.5 * scale)
 
 
 # ---- products alone -----------------------------------------------------------------------------

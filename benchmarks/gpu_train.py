@@ -29,7 +29,7 @@ from torch import Tensor
 from train_step import NEOX, OURS, RWKV, Step, gpt_neox, our_step, their_step, transformers_rwkv
 
 from receptance.config import ModelConfig, published
-from receptance.measure import random_tensors
+from receptance.inference.measure import random_tensors
 from receptance.model import Model
 from receptance.training import head_loss
 from receptance.training.devices import peak_flops
@@ -70,7 +70,7 @@ def found(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def measure(name: str, sizes: ModelConfig, rows: int, length: int) -> dict[str, float]:
     """Tokens per second, MFU and peak memory of one candidate."""
-    # Or else one candidate's graphs would be generalised for the widths and lengths of the next.
+    # Or else one candidate's graphs would be generalized for the widths and lengths of the next.
     torch.compiler.reset()
     gc.collect()  # a compiled block refers to itself
     torch.cuda.empty_cache()

@@ -32,10 +32,15 @@ from _disks import full_disk, full_disk_training
 from _runs import memory, stops
 from rich.progress import track
 
-from receptance import checkpoint
-from receptance.directories import existing, newest_checkpoint, step_directories, step_number
-from receptance.lock import RunLock
-from receptance.manifest import MANIFEST, verify
+from receptance.storage import checkpoint
+from receptance.storage.directories import (
+    existing,
+    newest_checkpoint,
+    step_directories,
+    step_number,
+)
+from receptance.storage.lock import RunLock
+from receptance.storage.manifest import MANIFEST, verify
 
 
 def main() -> None:
@@ -74,7 +79,7 @@ TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod",
 
 def start(target: Callable[..., None], *arguments: object) -> Any:
     """A process that calls target."""
-    PROCESSES.set_forkserver_preload(["receptance.checkpoint", "receptance.lock"])
+    PROCESSES.set_forkserver_preload(["receptance.storage.checkpoint", "receptance.storage.lock"])
     process = PROCESSES.Process(target=target, args=arguments, daemon=True)
     process.start()
     return process

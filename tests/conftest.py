@@ -1,5 +1,10 @@
 """Settings of the whole suite."""
 
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +21,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("receptance")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[None]:
+    """Seed the global generators before each test and its fixtures, and restore them afterwards.
+
+    What a test draws then depends neither on the tests that ran before it nor on their order.
+    """
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    found = yield
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
+    return found

@@ -1,14 +1,14 @@
 """Receptance: RWKV language models, trained in parallel and run with constant memory."""
 
-from receptance.batching import Slots
-from receptance.checkpoint import load, save
 from receptance.config import ModelConfig
 from receptance.engine import load_engine
-from receptance.generation import Generation, generate
+from receptance.inference.batching import Slots
+from receptance.inference.generation import Generation, generate
+from receptance.inference.rows import Request
+from receptance.inference.sampling import Sampling
 from receptance.model import Model
-from receptance.rows import Request
-from receptance.sampling import Sampling
 from receptance.state import State
+from receptance.storage.checkpoint import load, save
 from receptance.version import __version__
 
 __all__ = [

@@ -1,6 +1,23 @@
-"""What errors mean, where neither their type nor their module says."""
+"""What goes wrong outside of this package, told in one line."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """Re-raise disk errors inside the block as one ValueError: cannot write PATH: REASON."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or str(error).partition("\n")[0]
+        raise ValueError(f"cannot write {path}: {reason}") from error
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+from receptance.atomic import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,9 +79,8 @@ def _figure() -> Figure:
 
 
 def _save(figure: Figure, picture: Path) -> None:
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, picture)
+    with written(picture) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _curve(axes: Axes, points: Points, label: str, color: str) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from receptance.atomic import written
+from receptance.errors import one_line
+
 FORMAT = "receptance-state"
 FORMAT_VERSION = "1"
 
@@ -82,12 +85,14 @@ class State:
         return self._map(lambda x: x.detach())
 
     def save(self, path: str | Path, fingerprint: str) -> None:
-        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically.
+
+        An earlier state is replaced. ValueError if anything else is at path: it stays as it is.
+        """
+        from safetensors.torch import save
 
         path = Path(path)
-        partial = Path(f"{path}.partial")
+        _check_replaceable(path)
         # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
         tensors = {
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -99,16 +104,8 @@ class State:
             "model": fingerprint,
             "sha256": _digest(tensors),
         }
-        try:
-            try:
-                save_file(tensors, partial, metadata=about)
-                with partial.open("r+b") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot write the state to {path}: {error}") from error
+        with one_line(path), written(path) as file:
+            file.write(save(tensors, metadata=about))
 
     @classmethod
     def load(cls, path: str | Path, fingerprint: str) -> State:
@@ -151,6 +148,23 @@ class State:
     ) -> State:
         tensors = {name: change(x) for name, x in self.tensors.items()}
         return State(tensors, (tokens or change)(self.tokens))
+
+
+def _check_replaceable(path: Path) -> None:
+    """ValueError if there is something at path that is no state file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.lexists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT:
+                return
+    except (SafetensorError, OSError):
+        pass
+    raise ValueError(
+        f"{path} exists and is not a state, so it is not overwritten; choose another name"
+    )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

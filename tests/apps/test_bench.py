@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import make_model
 
-from receptance import config, measure
+from receptance import config
 from receptance.apps import bench
-from receptance.checkpoint import save
 from receptance.config import ModelConfig
 from receptance.formats.names import tensor_shapes
+from receptance.inference import measure
 from receptance.model import Model
+from receptance.storage.checkpoint import save
 from receptance.tokenizer import ByteTokenizer
 
 QUICK = ["--seconds", "0.001", "--batches", "1", "2", "--prefill", "5", "--threads", "1"]

@@ -11,11 +11,11 @@ from tiny import make_model, small_bpe
 from receptance import save
 from receptance.apps.chat import Chat, Options
 from receptance.data.examples import encode_record
-from receptance.generation import Generation, prefill
+from receptance.data.templates import TEMPLATES, TURN_END
+from receptance.inference.generation import Generation, prefill
+from receptance.inference.sampling import Sampling
 from receptance.model import Model
-from receptance.sampling import Sampling
 from receptance.state import State
-from receptance.templates import TEMPLATES, TURN_END
 from receptance.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -54,7 +54,9 @@ class TestChat:
 
     def test_what_follows_the_end_of_a_turn_is_forgotten(self, chat, model, monkeypatch):
         written = iter(b" hello \n\nUser: and so on")
-        monkeypatch.setattr("receptance.sampling.choose", lambda *_: torch.tensor([next(written)]))
+        monkeypatch.setattr(
+            "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
+        )
         assert say(chat, "hi") == " hello "
         assert same_memory(model, chat.state, "User: hi\n\nAssistant: hello\n\n")
 
@@ -76,7 +78,8 @@ class TestChat:
         for question, answer in (("hi there", "12 little foxes"), ("12\n\nfoxes", "lazy\ndogs")):
             written = iter(bpe.encode(TEMPLATES[template].answer(answer)))
             monkeypatch.setattr(
-                "receptance.sampling.choose", lambda *_, w=written: torch.tensor([next(w)])
+                "receptance.inference.sampling.choose",
+                lambda *_, w=written: torch.tensor([next(w)]),
             )
             assert say(chat, question).strip() == answer
             said += [("user", question), ("assistant", answer)]
@@ -238,7 +241,7 @@ class TestTerminal:
                 raise KeyboardInterrupt
             return choose
 
-        monkeypatch.setattr("receptance.sampling.choose", sometimes)
+        monkeypatch.setattr("receptance.inference.sampling.choose", sometimes)
         result = talk("hi", "again")
         assert result.code == 0
         assert "\nAssistant:AA\n(interrupted)\n" in result.out

@@ -10,8 +10,8 @@ from tiny import make_model, small_bpe
 
 from receptance import load, save
 from receptance.apps.generate import Options, main
-from receptance.generation import Generation, generate, prefill
-from receptance.sampling import Sampling
+from receptance.inference.generation import Generation, generate, prefill
+from receptance.inference.sampling import Sampling
 from receptance.state import State
 from receptance.tokenizer import ByteTokenizer
 

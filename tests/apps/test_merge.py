@@ -20,8 +20,8 @@ from receptance.adapters import (
 from receptance.apps.chat import Chat, Options
 from receptance.apps.merge import _check
 from receptance.engine.adapted import AdaptedModel
-from receptance.generation import Generation, generate, prefill
-from receptance.sampling import Sampling
+from receptance.inference.generation import Generation, generate, prefill
+from receptance.inference.sampling import Sampling
 from receptance.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -9,11 +9,11 @@ from tiny import TEXT, make_model, small_bpe
 
 from receptance import load, save
 from receptance.apps.quantize import sample_text
-from receptance.engine.files import About, dequantised_tensors, read_quantised
 from receptance.formats.names import tensor_shapes
-from receptance.quantize import Quantised, relative_error
+from receptance.quantize import Quantized, relative_error
 from receptance.quantize.calibration import Calibration
-from receptance.quantize.weights import quantise_tensors
+from receptance.quantize.weights import quantize_tensors
+from receptance.storage.quantized import About, dequantized_tensors, read_quantized
 from receptance.tokenizer import ByteTokenizer, Tokenizer
 
 
@@ -26,8 +26,8 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def quantised(**options: object) -> dict[str, Quantised | torch.Tensor]:
-    return dict(quantise_tensors(load("model")[0].state_dict(), **options))
+def quantized(**options: object) -> dict[str, Quantized | torch.Tensor]:
+    return dict(quantize_tensors(load("model")[0].state_dict(), **options))
 
 
 @pytest.mark.parametrize(
@@ -41,24 +41,24 @@ def quantised(**options: object) -> dict[str, Quantised | torch.Tensor]:
 def test_it_writes_what_the_library_makes(argv, about):
     result = call("quantize", "model", *argv, "--out", "small")
     assert (result.code, result.err) == (0, "")
-    found = read_quantised("small")
+    found = read_quantized("small")
     model, tokenizer = load("model")
     assert found.about == About(**about, source=model.fingerprint())
     assert found.tokenizer.fingerprint == tokenizer.fingerprint
-    for name, weight in quantised(**about).items():
-        floats = weight.dequantise() if isinstance(weight, Quantised) else weight
-        assert torch.equal(dequantised_tensors(found)[name], floats)
+    for name, weight in quantized(**about).items():
+        floats = weight.dequantize() if isinstance(weight, Quantized) else weight
+        assert torch.equal(dequantized_tensors(found)[name], floats)
 
 
 def test_it_reports_sizes_and_the_worst_errors():
     result = call("quantize", "model", "--to", "int4", "--out", "small")
     lines = [line.strip("│ ").split("│") for line in result.out.splitlines() if "│" in line]
     rows = {kind.strip(): (int(number), error.strip()) for kind, number, error in lines}
-    matrices, exact = quantised(kind="int4"), load("model")[0].state_dict()
+    matrices, exact = quantized(kind="int4"), load("model")[0].state_dict()
     errors = {
         name: relative_error(exact[name], x)
         for name, x in matrices.items()
-        if isinstance(x, Quantised)
+        if isinstance(x, Quantized)
     }
     assert len(rows) == 9
     assert rows["head"] == (1, f"{errors['head.weight']:.2%}")
@@ -83,23 +83,23 @@ def test_official_files():
     torch.save(model.state_dict(), "official.pth")
     argv = ("official.pth", "--to", "int8", "--out", "small", "--tokenizer", "bytes")
     assert call("quantize", *argv).code == 0
-    found = read_quantised("small")
+    found = read_quantized("small")
     assert found.tokenizer.kind == "bytes"
-    assert dequantised_tensors(found).keys() == tensor_shapes(model.config).keys()
+    assert dequantized_tensors(found).keys() == tensor_shapes(model.config).keys()
 
 
 def test_calibration():
     argv = ("model", "--to", "int4", "--group", 32, "--calibrate", "text.txt")
     result = call("quantize", *argv, "--calibration-tokens", 512, "--out", "fitted")
     assert (result.code, result.err) == (0, "")
-    found = read_quantised("fitted")
+    found = read_quantized("fitted")
     model, tokenizer = load("model")
     rows = sample_text(Path("text.txt"), tokenizer, 512)
     assert found.about.calibration_tokens == rows.numel() <= 512
-    wanted = quantised(kind="int4", group=32, calibration=Calibration(model, rows))
-    for name, floats in dequantised_tensors(found).items():
+    wanted = quantized(kind="int4", group=32, calibration=Calibration(model, rows))
+    for name, floats in dequantized_tensors(found).items():
         weight = wanted[name]
-        assert torch.equal(floats, weight.dequantise() if isinstance(weight, Quantised) else weight)
+        assert torch.equal(floats, weight.dequantize() if isinstance(weight, Quantized) else weight)
 
 
 class TestSample:
@@ -140,9 +140,9 @@ class TestSample:
             "model --to int4 --out x --calibrate text.txt --calibration-tokens -9",
             "calibration_tokens is -9",
         ),
-        ("small --to int4 --out x", "small is quantised already; start from the model that"),
+        ("small --to int4 --out x", "small is quantized already; start from the model that"),
         ("nowhere --to int4 --out x", "no such file or directory: nowhere"),
-        ("bad --to int8 --out x", "blocks.1.att.key.weight cannot be quantised: 1 of its"),
+        ("bad --to int8 --out x", "blocks.1.att.key.weight cannot be quantized: 1 of its"),
         ("model --to int8 --out text.txt/x", "text.txt"),
     ],
 )

@@ -18,13 +18,14 @@ import tyro
 from command import SMALL, call
 from tiny import TEXT, same_bits
 
-from receptance import generation, plots
+from receptance import plots
 from receptance.apps import train as app
-from receptance.checkpoint import load
-from receptance.directories import newest_checkpoint, step_directories
-from receptance.generation import generate
-from receptance.manifest import verify
+from receptance.inference import generation
+from receptance.inference.generation import generate
 from receptance.plots import draw_losses
+from receptance.storage.checkpoint import load
+from receptance.storage.directories import newest_checkpoint, step_directories
+from receptance.storage.manifest import verify
 from receptance.training import Trainer, saving
 from receptance.training.logs import MetricsLog
 from receptance.training.notes import read_about

@@ -13,13 +13,13 @@ from command import SMALL, call
 from tiny import TEXT, make_model, same_bits, small_bpe
 
 from receptance.adapters import LoRAOptions, load_adapter, make_adapter
-from receptance.checkpoint import load, read_tensors
 from receptance.config import ModelConfig
 from receptance.data import Batches
 from receptance.data.binidx import binidx_writer
-from receptance.directories import newest_checkpoint, step_directories
-from receptance.lock import RunLock
 from receptance.model import Model
+from receptance.storage.checkpoint import load, read_tensors, save
+from receptance.storage.directories import newest_checkpoint, step_directories
+from receptance.storage.lock import RunLock
 from receptance.tokenizer import ByteTokenizer
 from receptance.training import start
 from receptance.training.notes import read_about
@@ -274,7 +274,7 @@ class TestTuning:
         assert "no such file or directory" in refused("train", "--resume", "--out", "../new")
         again = ["train", "--resume", "--out", "../new", "--steps", 8, "--init"]
         assert begun(*again, "../moved").name == "step-00000008"
-        Model(ModelConfig(vocab_size=256, width=16, num_layers=2)).save("other", ByteTokenizer())
+        save(Model(ModelConfig(vocab_size=256, width=16, num_layers=2)), "other", ByteTokenizer())
         assert "was trained on model" in refused(*again, "other")
 
     def test_every_row_of_state_tuning_is_one_document(self, records, monkeypatch):

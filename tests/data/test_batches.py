@@ -58,7 +58,7 @@ class TestShuffled:
         assert len(orders) == 25
 
     def test_it_looks_random(self):
-        """Neighbours end far apart, and each place's value is anywhere."""
+        """Neighbors end far apart, and each place's value is anywhere."""
         found = np.stack([shuffled(np.arange(1000), 1000, (7, epoch)) for epoch in range(200)])
         assert abs(np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]) < 0.01
         np.testing.assert_allclose(found.mean(0), 499.5, atol=6 * 289 / 200**0.5)
@@ -100,12 +100,12 @@ class TestStreams:
         assert batches.at(10**9).inputs.shape == (2, 1024)
 
     @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))
-    def test_ranks_together_read_the_batch(self, batch, groups, neighbours, step):
+    def test_ranks_together_read_the_batch(self, batch, groups, neighbors, step):
         assume(batch >= groups)
         whole = Batches(np.arange(200), context=12, batch=batch, seed=3).at(step)
         rebuilt = torch.full_like(whole.inputs, -1)
-        for rank in range(groups * neighbours):
-            place = Ranks(rank, groups * neighbours, neighbours)
+        for rank in range(groups * neighbors):
+            place = Ranks(rank, groups * neighbors, neighbors)
             rows, time = place.rows(batch), place.time(12)
             rebuilt[rows, time] = whole.part(rows, time).inputs
         assert torch.equal(rebuilt, whole.inputs)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import small_bpe
 
 from receptance.data.examples import encode_record, is_example
-from receptance.templates import TEMPLATES
+from receptance.data.templates import TEMPLATES
 from receptance.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer
 
 BYTES = ByteTokenizer()

@@ -9,10 +9,10 @@ from interpreting import interpret_triton
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.engine.native import layouts
-from receptance.engine.packing import FLOATS
 from receptance.model import Model
-from receptance.quantize import Quantised, quantise
+from receptance.model.v4 import layouts
+from receptance.quantize import Quantized, quantize
+from receptance.quantize.packing import FLOATS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton comes with torch for CUDA", allow_module_level=True)
@@ -54,13 +54,13 @@ def engine_of(model: Model, kind: str, *, tiles: Tiles = LARGE, **options: objec
     )
 
 
-def narrow(weight: Tensor, kind: str, group: int | None = None) -> Tensor | Quantised:
+def narrow(weight: Tensor, kind: str, group: int | None = None) -> Tensor | Quantized:
     """A matrix as an engine stores it."""
-    return weight.to(FLOATS[kind]) if kind in FLOATS else quantise(weight, kind, group)
+    return weight.to(FLOATS[kind]) if kind in FLOATS else quantize(weight, kind, group)
 
 
-def widened(matrix: Tensor | Quantised) -> Tensor:
-    return matrix.dequantise() if isinstance(matrix, Quantised) else matrix.float()
+def widened(matrix: Tensor | Quantized) -> Tensor:
+    return matrix.dequantize() if isinstance(matrix, Quantized) else matrix.float()
 
 
 def rounded(model: Model, kind: str) -> Model:

@@ -23,17 +23,17 @@ from gpu_cases import (
 )
 from tiny import make_model, same_bits
 
-from receptance.checkpoint import save
 from receptance.config import ModelConfig
 from receptance.engine import gpu, gpu_weights, load, native_engine
-from receptance.engine.files import About, dequantised_tensors, read_quantised, write_quantised
 from receptance.engine.gpu import GpuEngine
-from receptance.generation import generate
-from receptance.measure import random_tensors
+from receptance.inference.generation import generate
+from receptance.inference.measure import random_tensors
 from receptance.model import Model
 from receptance.ops import native
-from receptance.quantize.weights import quantise_tensors
+from receptance.quantize.weights import quantize_tensors
 from receptance.state import State
+from receptance.storage.checkpoint import save
+from receptance.storage.quantized import About, dequantized_tensors, read_quantized, write_quantized
 from receptance.tokenizer import ByteTokenizer
 
 CONFIG = ModelConfig(vocab_size=64, width=16, num_layers=2)
@@ -254,16 +254,16 @@ def test_rows_without_a_state_begin_in_the_initial_one():
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @torch.no_grad()
-def test_a_quantised_directory_is_run_as_it_is(kind, tmp_path):
+def test_a_quantized_directory_is_run_as_it_is(kind, tmp_path):
     model = trained(ModelConfig(vocab_size=256, width=33, num_layers=2))
     group = 128 if kind == "int8" else 32
     about = About(kind=kind, group=group, source=model.fingerprint())
-    weights = quantise_tensors(model.state_dict(), kind, group)
-    write_quantised(tmp_path / "q", model.config, ByteTokenizer(), about, weights)
-    found = read_quantised(tmp_path / "q")
+    weights = quantize_tensors(model.state_dict(), kind, group)
+    write_quantized(tmp_path / "q", model.config, ByteTokenizer(), about, weights)
+    found = read_quantized(tmp_path / "q")
     options = {"device": DEVICE, "tiles": LARGE, "capture": None if ON_GPU else fake_graph}
     engine = GpuEngine(found.config, found.matrices, found.vectors, found.about.source, **options)
-    exact = Model.from_tensors(model.config, dequantised_tensors(found))
+    exact = Model.from_tensors(model.config, dequantized_tensors(found))
     ids = tokens(model.config, 1, 1)
     assert_near(engine(ids.to(DEVICE))[0], exact(ids)[0], EXACT)
     assert engine.fingerprint() == model.fingerprint()
@@ -352,11 +352,11 @@ def test_load_engine_takes_files_of_any_type(kind, on_a_gpu, tmp_path):
     assert found == wanted
 
 
-def test_load_engine_takes_quantised_directories(on_a_gpu, tmp_path):
+def test_load_engine_takes_quantized_directories(on_a_gpu, tmp_path):
     model = make_model(256)
     about = About(kind="int4", group=64, source=model.fingerprint())
-    weights = quantise_tensors(model.state_dict(), "int4")
-    write_quantised(tmp_path / "q", model.config, ByteTokenizer(), about, weights)
+    weights = quantize_tensors(model.state_dict(), "int4")
+    write_quantized(tmp_path / "q", model.config, ByteTokenizer(), about, weights)
     engine, _ = load.load_engine(tmp_path / "q", device=DEVICE)
     ids = torch.tensor([[1, 2, 3]], device=DEVICE)
     assert_near(engine(ids)[0], engine_of(model, "int4")(ids)[0], EXACT)

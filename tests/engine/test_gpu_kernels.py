@@ -25,7 +25,7 @@ from receptance.engine.gpu_weights import stacked, times
 from receptance.ops import WKVState, reference
 from receptance.ops.triton_products import Tiles, product
 from receptance.ops.triton_steps import average, embed, mix, time_mix
-from receptance.ops.triton_weights import dequantise
+from receptance.ops.triton_weights import dequantize
 from receptance.quantize.codes import GROUPS
 
 
@@ -47,8 +47,8 @@ def test_weights_come_back_bit_by_bit(kind, group, inputs):
     weights = stacked(parts, DEVICE)
     assert (weights.outputs, weights.matrices) == (54, 3)
     wanted = torch.cat([widened(x) for x in parts])
-    assert torch.equal(dequantise(weights, slice(None), torch.float32).cpu(), wanted)
-    assert torch.equal(dequantise(weights, slice(40, 47), torch.float32).cpu(), wanted[40:47])
+    assert torch.equal(dequantize(weights, slice(None), torch.float32).cpu(), wanted)
+    assert torch.equal(dequantize(weights, slice(40, 47), torch.float32).cpu(), wanted[40:47])
 
 
 # ---- products -----------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ del TILE["INPUTS"]
 check(triton_steps._time_mix_kernel, batch=1, WIDTH=768, **TILE, **ROW, **form)
 check(triton_steps._time_mix_kernel, ROWS=16, BATCH=8, WIDTH=768, **TILE, **form)
 check(triton_steps._embed_kernel, WIDE=1024, **form)
-check(triton_weights._dequantise_kernel, ROWS=32, WIDE=128, **form)
+check(triton_weights._dequantize_kernel, ROWS=32, WIDE=128, **form)
 for mixes in (0, 3):
     check(triton_steps._mix_kernel, MIXES=mixes, WIDE=1024, batch=1)
 check(triton_steps._average_kernel, BLOCK=256)

@@ -11,12 +11,12 @@ from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptio
 from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, load_engine, native_engine
 from receptance.engine.adapted import AdaptedModel
-from receptance.engine.files import About, write_quantised
 from receptance.engine.load import _MAPPED_PASSES, _choose
-from receptance.generation import generate
+from receptance.inference.generation import generate
 from receptance.model import Model
 from receptance.ops import native
-from receptance.quantize.weights import quantise_tensors
+from receptance.quantize.weights import quantize_tensors
+from receptance.storage.quantized import About, write_quantized
 from receptance.tokenizer import ByteTokenizer
 
 needs_kernels = pytest.mark.skipif(not native.is_available(), reason="kernels not built")
@@ -30,10 +30,10 @@ def saved(tmp_path):
     return tmp_path / "model", model
 
 
-def quantised(model: Model, directory, kind: str):
+def quantized(model: Model, directory, kind: str):
     about = About(kind=kind, group=128 if kind == "int8" else 64, source=model.fingerprint())
-    weights = quantise_tensors(model.state_dict(), kind)
-    write_quantised(directory, model.config, small_bpe(), about, weights)
+    weights = quantize_tensors(model.state_dict(), kind)
+    write_quantized(directory, model.config, small_bpe(), about, weights)
     return directory
 
 
@@ -65,9 +65,9 @@ def test_torch_when_asked_for(saved):
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_quantised_directory_is_mapped_and_the_same_everywhere(saved, tmp_path, kind):
+def test_a_quantized_directory_is_mapped_and_the_same_everywhere(saved, tmp_path, kind):
     directory, model = saved
-    there = quantised(model, tmp_path / "small", kind)
+    there = quantized(model, tmp_path / "small", kind)
     engine, tokenizer = load_engine(there)
     assert isinstance(engine, NativeEngine)
     assert engine.fingerprint() == model.fingerprint()
@@ -85,7 +85,7 @@ def test_a_quantised_directory_is_mapped_and_the_same_everywhere(saved, tmp_path
 @needs_kernels
 def test_mapped_weights_are_copied_once_the_engine_is_used_for_long(tmp_path):
     config = ModelConfig(vocab_size=300, width=128, num_layers=1)  # nothing is padded
-    engine, _ = load_engine(quantised(Model(config), tmp_path / "small", "int4"))
+    engine, _ = load_engine(quantized(Model(config), tmp_path / "small", "int4"))
     maps, file = Path("/proc/self/maps"), tmp_path / "small" / "weights.safetensors"
     wanted, state = engine(IDS)
     for _ in range(_MAPPED_PASSES - 1):
@@ -163,16 +163,16 @@ def test_the_native_kernels_are_for_the_cpu():
 
 
 @needs_kernels
-def test_a_matrix_that_cannot_be_quantised_is_named(tmp_path):
+def test_a_matrix_that_cannot_be_quantized_is_named(tmp_path):
     model = make_model()
     model.blocks[1].ffn.key.weight.data[3, 5] = float("nan")
-    with pytest.raises(ValueError, match=r"^blocks.1.ffn.key.weight cannot be quantised: 1 of"):
+    with pytest.raises(ValueError, match=r"^blocks.1.ffn.key.weight cannot be quantized: 1 of"):
         native_engine(model.config, dict(model.state_dict()), "int8")
 
 
 @needs_kernels
-def test_a_quantised_directory_is_of_one_type_and_one_tokenizer(saved, tmp_path):
-    there = quantised(saved[1], tmp_path / "small", "int4")
+def test_a_quantized_directory_is_of_one_type_and_one_tokenizer(saved, tmp_path):
+    there = quantized(saved[1], tmp_path / "small", "int4")
     with pytest.raises(ValueError, match="holds int4"):
         load_engine(there, dtype="int8")
     with pytest.raises(ValueError, match="wrong tokenizer"):
@@ -183,8 +183,8 @@ def test_a_quantised_directory_is_of_one_type_and_one_tokenizer(saved, tmp_path)
 
 
 @needs_kernels
-def test_without_kernels_a_quantised_directory_runs_in_torch(saved, tmp_path, monkeypatch):
-    there = quantised(saved[1], tmp_path / "small", "int8")
+def test_without_kernels_a_quantized_directory_runs_in_torch(saved, tmp_path, monkeypatch):
+    there = quantized(saved[1], tmp_path / "small", "int8")
     wanted = load_engine(there)[0](IDS)[0]
     monkeypatch.setattr(native, "library", lambda: None)
     engine, _ = load_engine(there)

@@ -12,11 +12,12 @@ from tiny import make_model, same_bits
 
 from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, native_engine
-from receptance.engine.native import POSITIONS, layouts
-from receptance.engine.packing import FLOATS, Packed, pack
+from receptance.engine.native import POSITIONS
 from receptance.model import Model
+from receptance.model.v4 import layouts
 from receptance.ops import native
-from receptance.quantize import quantise
+from receptance.quantize import quantize
+from receptance.quantize.packing import FLOATS, Packed, pack
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="kernels not built")
 
@@ -60,7 +61,7 @@ def packed(model: Model, kind: str) -> dict[str, Packed]:
     """Its matrices in a type of weights."""
     weights = {name: model.get_parameter(name).detach() for name in layouts(model.config)}
     return {
-        name: pack(w.to(FLOATS[kind]) if kind in FLOATS else quantise(w, kind), layout)
+        name: pack(w.to(FLOATS[kind]) if kind in FLOATS else quantize(w, kind), layout)
         for (name, layout), w in zip(layouts(model.config).items(), weights.values(), strict=True)
     }
 
@@ -73,7 +74,7 @@ def rounded(model: Model, kind: str) -> Model:
         narrow = (
             weight.to(FLOATS[kind]).float()
             if kind in FLOATS
-            else quantise(weight.detach(), kind).dequantise()
+            else quantize(weight.detach(), kind).dequantize()
         )
         weight.data = narrow
     return model

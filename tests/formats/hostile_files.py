@@ -15,18 +15,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import make_model, small_bpe
 
-from receptance import State, checkpoint, formats
+from receptance import State, formats
 from receptance.adapters import LoRAOptions, load_adapter, make_adapter
 from receptance.checking import recorded
 from receptance.checking.inspecting import inspect
 from receptance.data.binidx import binidx_writer
 from receptance.data.ondisk import npy_writer
 from receptance.data.tokens import TokenFiles, close_folder
-from receptance.engine.files import About, read_quantised, write_quantised
 from receptance.formats.ggmf import write_ggmf
 from receptance.formats.names import to_hf
-from receptance.manifest import MANIFEST, plain_files, seal_file, write_manifest
-from receptance.quantize.weights import quantise_tensors
+from receptance.quantize.weights import quantize_tensors
+from receptance.storage import checkpoint
+from receptance.storage.manifest import MANIFEST, plain_files, seal_file, write_manifest
+from receptance.storage.quantized import About, read_quantized, write_quantized
 from receptance.tokenizer import ByteTokenizer, load_tokenizer
 
 MODEL = make_model(19, width=8, layers=1)
@@ -74,10 +75,10 @@ def own(folder: Path) -> None:
     checkpoint.write_model(WHOLE, folder, ByteTokenizer())
 
 
-def quantised(folder: Path) -> None:
+def quantized(folder: Path) -> None:
     about = About(kind="int8", group=128, source=WHOSE)
-    weights = quantise_tensors(WHOLE.state_dict(), "int8", None)
-    write_quantised(folder / "q", WHOLE.config, ByteTokenizer(), about, weights)
+    weights = quantize_tensors(WHOLE.state_dict(), "int8", None)
+    write_quantized(folder / "q", WHOLE.config, ByteTokenizer(), about, weights)
     for file in (folder / "q").iterdir():
         file.rename(folder / file.name)
     (folder / "q").rmdir()
@@ -142,8 +143,8 @@ KINDS = {
     "checkpoint config": Kind(own, "config.json", sealed(checkpoint.load)),
     "checkpoint weights": Kind(own, "model.safetensors", sealed(checkpoint.load)),
     "manifest": Kind(own_and_sealed, MANIFEST, checkpoint.load),
-    "quantised config": Kind(quantised, "config.json", sealed(read_quantised)),
-    "quantised weights": Kind(quantised, "weights.safetensors", sealed(read_quantised)),
+    "quantized config": Kind(quantized, "config.json", sealed(read_quantized)),
+    "quantized weights": Kind(quantized, "weights.safetensors", sealed(read_quantized)),
     "state": Kind(
         lambda folder: MODEL.empty_state(2).save(folder / "s", WHOSE),
         "s",
@@ -168,7 +169,7 @@ KINDS = {
     "corpus": Kind(corpus, "data.json", TokenFiles.open),
 }
 LOOKED_AT = ("pth", "legacy pth", "safetensors", "rwkv.cpp", "transformers config")
-LOOKED_AT += ("checkpoint config", "quantised config", "state", "adapter")
+LOOKED_AT += ("checkpoint config", "quantized config", "state", "adapter")
 KINDS |= {
     f"inspect {name}": Kind(
         KINDS[name].write,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from receptance.config import ModelConfig
 from receptance.formats import read
 from receptance.formats.ggmf import open_ggmf, read_ggmf, write_ggmf
-from receptance.formats.ggml import KINDS, block_bytes, dequantise, quantise
+from receptance.formats.ggml import KINDS, block_bytes, dequantize, quantize
 from receptance.formats.names import tensor_shapes
 from receptance.model import Model
 
@@ -147,7 +147,7 @@ def test_decays_come_back_as_nearly_as_their_exponential_tells(tmp_path_factory,
     write_ggmf(folder / "two.bin", config, found, "FP32")
     assert (folder / "one.bin").read_bytes() == (folder / "two.bin").read_bytes()
     back, wanted = found["blocks.0.att.time_decay"], torch.tensor(decays)
-    # From 1 on, neighbouring parameters have different exponentials, until those are subnormal.
+    # From 1 on, neighboring parameters have different exponentials, until those are subnormal.
     exact = (wanted.abs() >= 1) & (wanted > -87)
     assert torch.equal(back[exact], wanted[exact])
     assert torch.allclose(back.double().exp(), wanted.double().exp(), rtol=2e-7, atol=2e-45)
@@ -197,7 +197,7 @@ rows = st.lists(
 @given(rows)
 def test_q8_0_follows_its_definition(values):
     exact = np.array(values, np.float32)
-    block = quantise(exact, "Q8_0").tobytes()
+    block = quantize(exact, "Q8_0").tobytes()
     largest = np.abs(exact).max()
     scale = largest / np.float32(127)
     inverse = np.float32(1) / scale if scale > 1e-38 else np.float32(0)
@@ -208,7 +208,7 @@ def test_q8_0_follows_its_definition(values):
 @given(rows)
 def test_q4_0_follows_its_definition(values):
     exact = np.array(values, np.float32)
-    block = quantise(exact, "Q4_0").tobytes()
+    block = quantize(exact, "Q4_0").tobytes()
     scale = exact[np.abs(exact).argmax()] / np.float32(-8)
     inverse = np.float32(1) / scale if abs(scale) > 1e-38 else np.float32(0)
     codes = [min(15, int(x * inverse + np.float32(8.5))) for x in exact]
@@ -230,7 +230,7 @@ def test_every_kind_of_block_is_read_as_its_definition_says(kind, version, rando
         for field in range(2 if kind.endswith("_1") else 1):
             at = block * size + field * (4 if wide else 2)
             struct.pack_into("<f" if wide else "<e", content, at, random.uniform(-2, 2))
-    found = dequantise(np.frombuffer(bytes(content), np.uint8), kind, old=old)
+    found = dequantize(np.frombuffer(bytes(content), np.uint8), kind, old=old)
     wanted = [
         value
         for block in range(count)
@@ -246,14 +246,14 @@ def test_blocks_are_those_of_ggmls_own_package(kind):
     values[:3, :32] = [[0.0], [1e-7], [0.5]]
     blocks = quants.quantize(values, quants.GGMLQuantizationType[kind]).reshape(-1)
     wanted = quants.dequantize(blocks, quants.GGMLQuantizationType[kind])
-    assert np.array_equal(dequantise(blocks, kind), wanted)
+    assert np.array_equal(dequantize(blocks, kind), wanted)
     if kind in ("Q8_0", "Q4_0"):
-        assert np.array_equal(quantise(values.reshape(-1), kind), blocks)
+        assert np.array_equal(quantize(values.reshape(-1), kind), blocks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [100, 101])
-def test_quantised_matrices_are_read_in_both_versions(tmp_path, kind, version):
+def test_quantized_matrices_are_read_in_both_versions(tmp_path, kind, version):
     data = plain(WIDE)
     name, shape = "blocks.1.ffn.key.weight", (128, 32)
     code = {name: code for code, name in TYPES.items()}[kind]

@@ -135,7 +135,7 @@ def test_other_files_are_told_what_they_are(what: str):
         ("RWKV-7", "model.layers.0.attn.r_k"),
     ],
 )
-def test_other_versions_are_recognised_by_their_names_in_transformers_and_fla(version, name):
+def test_other_versions_are_recognized_by_their_names_in_transformers_and_fla(version, name):
     with pytest.raises(ValueError, match=f"other.bin: this is an {version} file"):
         conform({name: torch.zeros(8), "lm_head.weight": torch.zeros(9, 8)}, Path("other.bin"))
 

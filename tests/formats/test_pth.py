@@ -113,10 +113,10 @@ def test_anything_but_plain_tensors_by_name_is_refused(tmp_path, refusal, words,
 
 
 @WITH_INDEX
-def test_quantised_tensors_are_refused(tmp_path, refusal, with_index):
+def test_quantized_tensors_are_refused(tmp_path, refusal, with_index):
     # Written by hand: making one with torch warns that the function is going away.
     index = b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_qtensor\n)Rs."
-    path = with_index(tmp_path / "quantised.pth", index)
+    path = with_index(tmp_path / "quantized.pth", index)
     assert "torch._utils._rebuild_qtensor" in refusal(read_pth, path)
 
 

@@ -13,7 +13,7 @@ from receptance.state import State
 
 
 @torch.no_grad()
-def randomise(model: Model, seed: int = 0) -> Model:
+def randomize(model: Model, seed: int = 0) -> Model:
     """Weights such as training might leave: nothing zero, nothing symmetric, every gate in use."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -37,7 +37,7 @@ def randomise(model: Model, seed: int = 0) -> Model:
 def deep_model(dtype: torch.dtype = torch.float32) -> Model:
     """12 layers; not to be changed, since tests share it."""
     config = ModelConfig(vocab_size=61, width=32, num_layers=12)
-    return randomise(Model(config)).to(dtype).eval().requires_grad_(False)
+    return randomize(Model(config)).to(dtype).eval().requires_grad_(False)
 
 
 def token_ids(seed: int, *shape: int, vocab_size: int = 61) -> Tensor:

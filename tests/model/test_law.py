@@ -10,7 +10,7 @@ from model_cases import (
     assert_same_state,
     deep_model,
     meaning,
-    randomise,
+    randomize,
     relative_error,
     token_ids,
 )
@@ -249,7 +249,7 @@ def test_no_weight_is_changed_by_use():
 
 def training_model() -> Model:
     config = ModelConfig(vocab_size=23, width=12, num_layers=3)
-    return randomise(Model(config).double())
+    return randomize(Model(config).double())
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import randomise, token_ids
+from model_cases import randomize, token_ids
 
 from receptance.config import ModelConfig
 from receptance.model import Model
@@ -18,7 +18,7 @@ CONFIG = ModelConfig(vocab_size=23, width=8, num_layers=2)
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return randomise(Model(CONFIG)).eval().requires_grad_(False)
+    return randomize(Model(CONFIG)).eval().requires_grad_(False)
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_compiled_blocks_share_their_programs():
     """The first has a layer norm more; more than 8 of one function torch gives up on."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = randomise(Model(ModelConfig(vocab_size=23, width=8, num_layers=12)))
+    model = randomize(Model(ModelConfig(vocab_size=23, width=8, num_layers=12)))
     model.requires_grad_(False)
     wanted = model(ids(2, 5))[0]
     for block in model.blocks:
@@ -185,7 +185,7 @@ def test_compiled_blocks_share_their_programs():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_as_one_graph_with_gradients(dtype):
-    model = randomise(Model(CONFIG))
+    model = randomize(Model(CONFIG))
 
     def loss(tokens):
         logits, _ = model(tokens, dtype=dtype)
@@ -242,10 +242,10 @@ def test_from_tensors_names_what_does_not_fit(model):
 
 def test_a_fingerprint_tells_models_apart_and_not_their_types(model):
     assert len(model.fingerprint()) == 64
-    assert randomise(Model(CONFIG)).fingerprint() == model.fingerprint()
-    assert randomise(Model(CONFIG)).bfloat16().fingerprint() == model.fingerprint()
+    assert randomize(Model(CONFIG)).fingerprint() == model.fingerprint()
+    assert randomize(Model(CONFIG)).bfloat16().fingerprint() == model.fingerprint()
     for name in ("emb.weight", "blocks.1.att.time_decay", "head.weight"):
-        other = randomise(Model(CONFIG))
+        other = randomize(Model(CONFIG))
         with torch.no_grad():
             other.get_parameter(name).view(-1)[0] += 1
         assert other.fingerprint() != model.fingerprint(), name

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from model_cases import randomise, token_ids
+from model_cases import randomize, token_ids
 from torch import Tensor
 
 from receptance.config import ModelConfig
@@ -45,7 +45,7 @@ def models(name: str):
         ffn_width=ffn_width,
         layer_norm_epsilon=epsilon,
     )
-    ours = randomise(Model(config), seed=layers)
+    ours = randomize(Model(config), seed=layers)
     their_config = transformers.RwkvConfig(
         vocab_size=vocab_size,
         hidden_size=width,

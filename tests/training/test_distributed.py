@@ -20,11 +20,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from training_cases import SIZES, same_files, save
 from two_ranks import CASES, COMMAND, NARROW, STEPS, agree, figures, make
 
-from receptance.checkpoint import load, read_tensors
 from receptance.config import published
-from receptance.directories import step_directories
-from receptance.manifest import verify
 from receptance.model import Model, starting_values
+from receptance.storage.checkpoint import load, read_tensors
+from receptance.storage.directories import step_directories
+from receptance.storage.manifest import verify
 from receptance.training import TrainOptions
 from receptance.training.ranks import Ranks, joined
 from receptance.training.saving import restore
@@ -163,23 +163,23 @@ class TestTheirCheckpoints:
 
 class TestRanks:
     @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
-    def test_every_position_of_every_row_falls_to_one(self, groups, neighbours, batch, context):
-        count = groups * neighbours
+    def test_every_position_of_every_row_falls_to_one(self, groups, neighbors, batch, context):
+        count = groups * neighbors
         seen = torch.zeros(batch, context, dtype=torch.int64)
         for rank in range(count):
-            ranks = Ranks(rank, count, neighbours)
+            ranks = Ranks(rank, count, neighbors)
             seen[ranks.rows(batch), ranks.time(context)] += 1
         assert (seen == 1).all()
 
-    def test_neighbours_hand_on_within_their_group(self):
+    def test_neighbors_hand_on_within_their_group(self):
         places = [Ranks(rank, 6, 3) for rank in range(6)]
         assert [p.previous for p in places] == [None, 0, 1, None, 3, 4]
         assert [p.next for p in places] == [1, 2, None, 4, 5, None]
 
-    @pytest.mark.parametrize("neighbours", [0, 3])
-    def test_they_divide_the_processes(self, neighbours):
-        with pytest.raises(ValueError, match=f"context ranks are {neighbours}; they must divide"):
-            Ranks(0, 4, neighbours)
+    @pytest.mark.parametrize("neighbors", [0, 3])
+    def test_they_divide_the_processes(self, neighbors):
+        with pytest.raises(ValueError, match=f"context ranks are {neighbors}; they must divide"):
+            Ranks(0, 4, neighbors)
 
     def test_alone_without_torchrun(self):
         with joined("cpu") as (ranks, device):

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from receptance.config import PUBLISHED_SIZES, ModelConfig, published
 from receptance.model import Model, parts, rwkv
-from receptance.recipes import load_recipe
 from receptance.training import TrainOptions, devices
 from receptance.training.devices import (
     DEVICES,
@@ -25,6 +24,7 @@ from receptance.training.devices import (
     this_machine,
 )
 from receptance.training.estimate import block_activations, estimate, memory, show
+from receptance.training.recipes import load_recipe
 
 PILE_TOKENS = 332_076_810_240
 # The paper's table 2: parameters, and FLOPs of a forward pass per token.
@@ -66,7 +66,7 @@ class TestPublishedSizes:
             ranks=64,
             sharded=True,
             device_name="a100-80g",
-            utilisation=0.476,
+            utilization=0.476,
         )
         assert found.tokens_per_second == pytest.approx(114e3, rel=0.01)
         assert found.days == pytest.approx(332.08e9 / 114e3 / 86400, rel=0.01)
@@ -254,7 +254,7 @@ class TestTime:
     def test_a_limit_in_minutes(self):
         config = ModelConfig(vocab_size=2048, width=256, num_layers=4)
         given = TrainOptions(minutes=10, batch=4, context=256)
-        found = estimate(config, given, device_name="t4", utilisation=0.1)
+        found = estimate(config, given, device_name="t4", utilization=0.1)
         per_second = 65e12 * 0.1 / config.training_flops_per_token
         assert found.steps == math.ceil(600 * per_second / 1024)
         assert found.days == pytest.approx(10 / 60 / 24, rel=1e-3)
@@ -276,8 +276,8 @@ class TestTime:
             ({"ranks": 0}, "ranks is 0"),
             ({"ranks": 129}, "ranks is 129; it must be between 1 and the batch"),
             ({"ranks": 8, "context_ranks": 3}, "context_ranks is 3; it must divide the 8"),
-            ({"utilisation": 0.0}, "utilisation is 0"),
-            ({"utilisation": 1.5}, "utilisation is 1.5; it must be over 0 and at most 1"),
+            ({"utilization": 0.0}, "utilization is 0"),
+            ({"utilization": 1.5}, "utilization is 1.5; it must be over 0 and at most 1"),
             ({"device_name": "h1000"}, r"unknown device 'h1000'; did you mean h100\?"),
         ],
     )
@@ -334,13 +334,13 @@ class TestDevices:
         ("speed", "size", "count", "share"),
         [(106e3, "1.5b", 8, 0.36), (114e3, "14b", 64, 0.476)],
     )
-    def test_utilisation_of_rwkv_lm(self, speed, size, count, share):
+    def test_utilization_of_rwkv_lm(self, speed, size, count, share):
         """Speeds from its README, on A100s; the paper's FLOPs."""
         assert mfu(speed, published(size), count * 312e12) == pytest.approx(share, abs=0.002)
 
     @given(st.sampled_from([*PUBLISHED_SIZES]), st.sampled_from([*DEVICES]), st.floats(0.01, 1))
     def test_mfu_is_the_inverse_of_the_estimate(self, size, device, share):
-        found = estimate(published(size), TrainOptions(), device_name=device, utilisation=share)
+        found = estimate(published(size), TrainOptions(), device_name=device, utilization=share)
         assert mfu(found.tokens_per_second, found.config, found.device.flops) == pytest.approx(
             share
         )

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance.apps.train import Options as TrainCommand
-from receptance.recipes import apply_recipe, load_recipe, option_names, recipe_names
 from receptance.training import TrainOptions, learning_rate
+from receptance.training.recipes import apply_recipe, load_recipe, option_names, recipe_names
 
 # Appendix G of the paper: first learning rate, mini-epochs before the decay, last learning rate.
 PAPER = {
@@ -68,9 +68,9 @@ def test_every_key_is_an_option(name):
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_says_how_to_use_it(name):
     """The example is the command of this recipe, and the file explains its figures."""
-    import receptance.recipes
+    import receptance.training.recipes
 
-    text = (Path(receptance.recipes.__file__).parent / f"{name}.toml").read_text()
+    text = (Path(receptance.training.recipes.__file__).parent / f"{name}.toml").read_text()
     assert "receptance train" in text.split("\n\n")[0]
     assert f"--recipe {name} " in text.split("\n\n")[0]
     assert max(map(len, text.splitlines())) <= 100

@@ -12,10 +12,10 @@ import torch
 from command import SMALL, Result, call
 from tiny import TEXT
 
-from receptance.checkpoint import load
 from receptance.data.batches import Batch, Batches
-from receptance.directories import newest_checkpoint, step_directories
-from receptance.scoring import bits_per_byte, negative_log_likelihood
+from receptance.inference.scoring import bits_per_byte, negative_log_likelihood
+from receptance.storage.checkpoint import load
+from receptance.storage.directories import newest_checkpoint, step_directories
 from receptance.training import TrainOptions, saving, trainer
 from receptance.training import run as module
 from receptance.training.run import Run, RunOptions

@@ -21,9 +21,9 @@ from training_cases import (
 )
 
 from receptance.adapters import LoRAOptions, StateTuningOptions, make_adapter
-from receptance.checkpoint import load, read_tensors
-from receptance.directories import newest_checkpoint, step_directories
-from receptance.manifest import verify
+from receptance.storage.checkpoint import load, read_tensors
+from receptance.storage.directories import newest_checkpoint, step_directories
+from receptance.storage.manifest import verify
 from receptance.training import Trainer, TrainOptions, saving
 from receptance.training.saving import FAILED_SAVES, read_training, restore
 

@@ -10,8 +10,8 @@ from training_cases import SIZES, SMALL, TOKENS, everything, make_trainer, run, 
 
 from receptance.adapters import LoRAOptions, StateTuningOptions, make_adapter
 from receptance.data import Batches
+from receptance.inference.scoring import negative_log_likelihood
 from receptance.model import Model
-from receptance.scoring import negative_log_likelihood
 from receptance.training import Trainer, TrainOptions, make_optimizer
 from receptance.training.ranks import Ranks
 from receptance.training.trainer import NotFinite

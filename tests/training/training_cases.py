@@ -10,10 +10,10 @@ from tiny import TEXT, make_model
 from torch import Tensor
 
 from receptance.adapters import Adapter
-from receptance.checkpoint import write_description
 from receptance.config import ModelConfig
 from receptance.data.batches import Batch, Batches
 from receptance.model import Model
+from receptance.storage.checkpoint import write_description
 from receptance.tokenizer import ByteTokenizer
 from receptance.training import StepReport, Trainer, TrainOptions
 from receptance.training.ranks import Ranks

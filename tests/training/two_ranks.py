@@ -21,8 +21,8 @@ from training_cases import SIZES, TOKENS, make_batches, make_saver, small
 from receptance import plots
 from receptance.__main__ import main as command
 from receptance.adapters import LoRAOptions, make_adapter
-from receptance.checkpoint import read_tensors
 from receptance.model import Model, starting_values
+from receptance.storage.checkpoint import read_tensors
 from receptance.training import Trainer, sharding
 from receptance.training.ranks import Ranks, joined
 from receptance.training.saving import restore

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from receptance.atomic import written
+from receptance.errors import one_line
 from receptance.model import Model
 from receptance.state import State
 
@@ -118,18 +119,9 @@ class Adapter(nn.Module, ABC):
 
     def save(self, path: str | Path, model_fingerprint: str) -> None:
         """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
-        try:
-            save_file(tensors, partial, metadata=self.metadata(model_fingerprint))
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot write the adapter to {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with one_line(path), written(path) as file:
+            file.write(save(tensors, metadata=self.metadata(model_fingerprint)))

@@ -14,9 +14,9 @@ from torch import Tensor
 from receptance.adapters.base import ABOUT, FORMAT, FORMAT_VERSION, Adapter
 from receptance.adapters.lora import LoRA, LoRAOptions
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
-from receptance.directories import expanded, newest_checkpoint, step_directories
 from receptance.formats.files import reason
 from receptance.model import Model
+from receptance.storage.directories import expanded, newest_checkpoint, step_directories
 
 ADAPTER_FILE = "adapter.safetensors"
 """The name in a directory, where `load_adapter` looks for it."""

@@ -19,17 +19,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from receptance import measure
+from receptance.atomic import written
 from receptance.config import published
-from receptance.data.ondisk import written
-from receptance.directories import existing
 from receptance.engine import load_engine
-from receptance.engine.files import is_quantised
 from receptance.engine.load import check_threads
-from receptance.engine.packing import Kind
 from receptance.errors import out_of_memory
+from receptance.inference import measure
 from receptance.ops import native
 from receptance.progress import progress_bar, say
+from receptance.quantize.packing import Kind
+from receptance.storage.directories import existing
+from receptance.storage.quantized import is_quantized
 
 _MEMORY_TOKENS = 100  # read and generated before memory is looked at
 
@@ -44,7 +44,7 @@ class Options:
     """The size of the random weights: 169m, 430m, 1.5b, 3b, 7b or 14b."""
     dtypes: tuple[Kind | Literal["stored"], ...] = ()
     """Types of the weights to compare; "stored" is that of the files. If not given: float32,
-    bfloat16, int8 and int4, as far as there are kernels for them; of a quantised model its own."""
+    bfloat16, int8 and int4, as far as there are kernels for them; of a quantized model its own."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Rows that are decoded together."""
     prefill: tuple[int, ...] = (256, 2048)
@@ -125,7 +125,7 @@ def _reporting(console: Console, options: Options, findings: Findings) -> Iterat
 
 
 def _usual_dtypes(source: str) -> tuple[str, ...]:
-    if is_quantised(existing(source)):
+    if is_quantized(existing(source)):
         return ("stored",)
     return ("float32", "bfloat16", *(("int8", "int4") if native.is_available() else ()))
 

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from receptance.directories import expanded
+from receptance.data.templates import TEMPLATES, TURN_END, Template
 from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
-from receptance.generation import Generation, prefill
-from receptance.rows import Request
-from receptance.sampling import Sampling
+from receptance.inference.generation import Generation, prefill
+from receptance.inference.rows import Request
+from receptance.inference.sampling import Sampling
 from receptance.state import State
-from receptance.templates import TEMPLATES, TURN_END, Template
+from receptance.storage.directories import expanded
 from receptance.tokenizer import Tokenizer
 
 HELP = """/reset       forget the conversation

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from receptance.conversion.converting import PASSES, Dtype, Format, Report, Target, check, convert
 from receptance.conversion.source import Note, Source, open_source
-from receptance.directories import expanded
 from receptance.progress import progress_bar, say
+from receptance.storage.directories import expanded
 
 
 @dataclass(frozen=True, kw_only=True)

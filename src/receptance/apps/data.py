@@ -14,8 +14,8 @@ from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
 from receptance.data.tokens import check_ids
-from receptance.directories import expanded
 from receptance.progress import say
+from receptance.storage.directories import expanded
 from receptance.tokenizer import load_tokenizer
 
 # Of a longer corpus the lengths of the first documents are shown.

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from receptance import __version__
-from receptance.measure import read_bandwidth
+from receptance.inference.measure import read_bandwidth
 from receptance.ops import available_backends, native
 from receptance.progress import say
 

@@ -11,8 +11,8 @@ import torch
 import tyro
 
 from receptance.engine import EngineOptions
-from receptance.generation import Generation
-from receptance.sampling import Sampling
+from receptance.inference.generation import Generation
+from receptance.inference.sampling import Sampling
 from receptance.state import State
 
 

@@ -12,9 +12,9 @@ import tyro
 from torch import Tensor
 
 from receptance.adapters import load_adapter
-from receptance.checkpoint import load, save
-from receptance.directories import expanded
 from receptance.model import Model
+from receptance.storage.checkpoint import load, save
+from receptance.storage.directories import expanded
 
 # Largest difference of a logit, relative to the largest logit, that float32's rounding excuses.
 _FLOAT32_ERROR = 1e-4

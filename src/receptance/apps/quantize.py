@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from receptance.checkpoint import read_model
 from receptance.config import ModelConfig
-from receptance.directories import existing, expanded
-from receptance.engine.files import About, is_quantised, write_quantised
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
 from receptance.progress import progress_bar, say
-from receptance.quantize import Quantised, QuantisedKind, check_group, relative_error
+from receptance.quantize import Quantized, QuantizedKind, check_group, relative_error
 from receptance.quantize.calibration import LEAST_TOKENS, Calibration
-from receptance.quantize.weights import quantise_tensors
+from receptance.quantize.weights import quantize_tensors
+from receptance.storage.checkpoint import read_model
+from receptance.storage.directories import existing, expanded
+from receptance.storage.quantized import About, is_quantized, write_quantized
 from receptance.tokenizer import Tokenizer
 
 # Pieces of the calibration text, from all over the file.
@@ -42,7 +42,7 @@ class Options:
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
-    to: QuantisedKind
+    to: QuantizedKind
     """int8 (8.1 bits a weight) or int4 (4.5)."""
     out: Path
     """The directory to write; it must not exist."""
@@ -57,7 +57,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    """Parse, quantise and write tensor by tensor, report."""
+    """Parse, quantize and write tensor by tensor, report."""
     options = tyro.cli(Options, args=argv, prog="receptance quantize")
     out = expanded(options.out)
     _check(options, out)
@@ -70,9 +70,9 @@ def main(argv: list[str]) -> None:
         source=fingerprint(config, tensors),
     )
     console, report = Console(), Report()
-    weights = quantise_tensors(tensors, options.to, options.group, calibration)
+    weights = quantize_tensors(tensors, options.to, options.group, calibration)
     watched = _watched(console, tensors, weights, report)
-    write_quantised(out, config, tokenizer, about, watched)
+    write_quantized(out, config, tokenizer, about, watched)
     report.show(console, out)
 
 
@@ -88,9 +88,9 @@ def _check(options: Options, out: Path) -> None:
         )
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")
-    if is_quantised(existing(options.model)):
+    if is_quantized(existing(options.model)):
         raise ValueError(
-            f"{options.model} is quantised already; start from the model that it was made from"
+            f"{options.model} is quantized already; start from the model that it was made from"
         )
 
 
@@ -124,13 +124,13 @@ def sample_text(path: Path, tokenizer: Tokenizer, count: int) -> Tensor:
 def _watched(
     console: Console,
     tensors: Mapping[str, Tensor],
-    weights: Iterator[tuple[str, Quantised | Tensor]],
+    weights: Iterator[tuple[str, Quantized | Tensor]],
     report: Report,
-) -> Iterator[tuple[str, Quantised | Tensor]]:
+) -> Iterator[tuple[str, Quantized | Tensor]]:
     """The weights as they come, with a progress bar, noted in the report."""
     with progress_bar(console) as bar:
         total = sum(x.numel() for x in tensors.values())
-        task = bar.add_task("quantising", total=total, note="")
+        task = bar.add_task("quantizing", total=total, note="")
         for name, weight in weights:
             report.add(name, tensors[name], weight)
             yield name, weight
@@ -147,11 +147,11 @@ class Report:
     """By kind of matrix."""
     parameters: int = 0
 
-    def add(self, name: str, exact: Tensor, weight: Quantised | Tensor) -> None:
+    def add(self, name: str, exact: Tensor, weight: Quantized | Tensor) -> None:
         """Take note of one tensor."""
         self.before += exact.nbytes
         self.parameters += exact.numel()
-        if isinstance(weight, Quantised):
+        if isinstance(weight, Quantized):
             kind = re.sub(r"^blocks\.\d+\.|\.weight$", "", name)
             self.errors[kind].append(relative_error(exact.cpu(), weight))
 

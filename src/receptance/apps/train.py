@@ -15,18 +15,18 @@ import torch
 import tyro
 from rich.console import Console
 
-from receptance import checkpoint
 from receptance.data import TokenFiles, is_corpus
-from receptance.directories import expanded, newest_checkpoint, put_aside, step_directories
-from receptance.lock import RunLock
 from receptance.progress import say
-from receptance.recipes import apply_recipe
+from receptance.storage import checkpoint
+from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
+from receptance.storage.lock import RunLock
 from receptance.tokenizer import Tokenizer, load_tokenizer
-from receptance.training.estimate import DEFAULT_UTILISATION, estimate, show
+from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
 from receptance.training.logs import check_kinds
 from receptance.training.notes import check_changes, located, read_about
 from receptance.training.options import StartOptions
 from receptance.training.ranks import joined
+from receptance.training.recipes import apply_recipe
 from receptance.training.run import Run, RunOptions
 from receptance.training.start import NEW_TOKENIZER, adapter_size, begin, check_new, resume
 
@@ -63,7 +63,7 @@ class Options:
     """For --dry-run: the device, such as h200, a100-80g, rtx-4090."""
     devices: int = 1
     """For --dry-run: how many of them."""
-    mfu: float = DEFAULT_UTILISATION
+    mfu: float = DEFAULT_UTILIZATION
     """For --dry-run: the share of their peak that is reached."""
     start: Annotated[StartOptions, tyro.conf.arg(name="")] = field(default_factory=StartOptions)
     run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
@@ -167,7 +167,7 @@ def _dry_run(options: Options) -> None:
         offload=start.offload,
         trained=None if start.tune == "all" else adapter_size(sizes, start),
         device_name=options.on,
-        utilisation=options.mfu,
+        utilization=options.mfu,
     )
     show(Console(), found)
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from receptance import state
 from receptance.adapters import ADAPTER_FILE
 from receptance.adapters import base as adapters
-from receptance.checkpoint import FORMAT, read_tensors
 from receptance.config import ModelConfig
-from receptance.directories import current, existing, step_directories
-from receptance.engine import files as quantised
 from receptance.formats import hf, hub, read_pth, read_safetensors
 from receptance.formats.files import check_file, reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf
 from receptance.formats.names import conform, other_version, to_official
+from receptance.storage import quantized
+from receptance.storage.checkpoint import FORMAT, read_tensors
+from receptance.storage.directories import current, existing, step_directories
 
 _TRAINING = "training.json"
 _PICKLES = (b"PK\x03\x04", b"\x80")
@@ -75,8 +75,8 @@ def _in_directory(path: Path) -> Contents:
     fields = _fields(path / "config.json")
     if fields.get("format") == FORMAT and not (path / ADAPTER_FILE).is_file():
         return _checkpoint(path, fields)
-    if fields.get("format") == quantised.FORMAT:
-        return _quantised(path, fields)
+    if fields.get("format") == quantized.FORMAT:
+        return _quantized(path, fields)
     if (path / ADAPTER_FILE).is_file():
         return replace(_in_file(path / ADAPTER_FILE), path=path)
     if (newest := current(path)) != path:
@@ -117,8 +117,8 @@ def _kind(fields: dict[str, Any]) -> str | None:
     return str(tokenizer.get("kind")) if isinstance(tokenizer, dict) else None
 
 
-def _quantised(path: Path, fields: dict[str, Any]) -> Contents:
-    found = quantised.open_quantised(path)
+def _quantized(path: Path, fields: dict[str, Any]) -> Contents:
+    found = quantized.open_quantized(path)
     about = found.about
     parts = {f"{name} (codes)": packed.data for name, packed in found.matrices.items()}
     scales = {
@@ -128,9 +128,9 @@ def _quantised(path: Path, fields: dict[str, Any]) -> Contents:
     }
     return Contents(
         path,
-        "quantised weights",
-        f"receptance quantised directory, version {fields.get('format_version')}",
-        (path / quantised.WEIGHTS,),
+        "quantized weights",
+        f"receptance quantized directory, version {fields.get('format_version')}",
+        (path / quantized.WEIGHTS,),
         {**found.vectors, **parts, **scales},
         config=found.config,
         version=f"RWKV-{found.config.version}",

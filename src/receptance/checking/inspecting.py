@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from receptance.checking.contents import Contents, find
-from receptance.checkpoint import is_ours
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.formats.hf import find_tokenizer
-from receptance.manifest import MANIFEST, read_manifest, verify
+from receptance.storage.checkpoint import is_ours
+from receptance.storage.manifest import MANIFEST, read_manifest, verify
 
 HALF_LIVES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Borders of the histogram, in tokens."""

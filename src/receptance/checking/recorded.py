@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.data.ondisk import written
-from receptance.directories import one_line
+from receptance.atomic import written
+from receptance.errors import one_line
 from receptance.formats.files import reason
 
 FORMAT = "receptance-logits"

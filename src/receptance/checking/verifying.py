@@ -18,17 +18,18 @@ from receptance import formats
 from receptance.checking import recorded
 from receptance.checking.contents import find
 from receptance.checking.recorded import Recorded
-from receptance.checkpoint import check_device, read_model
 from receptance.config import ModelConfig
 from receptance.conversion import comparing
-from receptance.engine.files import dequantised_tensors, read_quantised
-from receptance.engine.native import NativeEngine, layouts
-from receptance.engine.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
+from receptance.engine.native import NativeEngine
 from receptance.formats.names import some
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
+from receptance.model.v4 import layouts
 from receptance.ops import available_backends, native, triton_wkv4
+from receptance.quantize.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
 from receptance.state import State
+from receptance.storage.checkpoint import check_device, read_model
+from receptance.storage.quantized import dequantized_tensors, read_quantized
 
 if TYPE_CHECKING:  # imports Triton
     from receptance.engine.gpu import GpuEngine
@@ -122,9 +123,9 @@ class Subject:
         if found.config is None:
             what = "an adapter" if found.kind == "adapter" else f"a {found.kind}"
             raise ValueError(found.problem or f"{found.path}: this is {what}, no model")
-        if found.kind == "quantised weights":
-            model = read_quantised(found.path)
-            kept = model.config, dequantised_tensors(model), model.about.kind, model.about.source
+        if found.kind == "quantized weights":
+            model = read_quantized(found.path)
+            kept = model.config, dequantized_tensors(model), model.about.kind, model.about.source
             return cls(found.path, *kept, model.matrices)
         if "checkpoint" in found.kind:
             config, tensors, _ = read_model(found.path)

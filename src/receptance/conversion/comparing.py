@@ -20,7 +20,7 @@ _PROBE = (1, 64)
 _ROWS = 1 << 12  # of the head that are float32 at once
 _WHOLE = Reading(resets=None, lengths=None, backend=None, spare=True)
 
-_SMALLEST_SCALE = 1e-6  # below it, float16 scales of quantised blocks are of few digits
+_SMALLEST_SCALE = 1e-6  # below it, float16 scales of quantized blocks are of few digits
 
 Same = Callable[[str, Tensor, Tensor], bool]
 """Whether two tensors of this name are the same, as far as the type of the second one allows."""

@@ -16,7 +16,6 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from receptance.checkpoint import found_tokenizer, write_description
 from receptance.conversion.comparing import (
     Difference,
     Same,
@@ -27,7 +26,7 @@ from receptance.conversion.comparing import (
     probe,
 )
 from receptance.conversion.source import Note, Source, Streamed, open_source
-from receptance.directories import Draft, existing, one_line
+from receptance.errors import one_line
 from receptance.formats import ggmf, hf
 from receptance.formats.ggmf import Stored, decay_parameter, stored_decay, stored_kind, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
@@ -35,7 +34,10 @@ from receptance.formats.names import Shape, some, tensor_shapes
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
 from receptance.formats.writing import Layout
-from receptance.manifest import MANIFEST, sync, write_manifest
+from receptance.storage.checkpoint import write_description
+from receptance.storage.directories import Draft, existing
+from receptance.storage.manifest import MANIFEST, sync, write_manifest
+from receptance.storage.pairing import found_tokenizer
 from receptance.tokenizer import END_OF_TEXT, Tokenizer
 
 Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
@@ -94,7 +96,7 @@ class Target:
         return "FP16" if narrow else "FP32"
 
     def layout(self, source: Source) -> Layout:
-        """Name, type and shape of each tensor to be written; of quantised ones, float32."""
+        """Name, type and shape of each tensor to be written; of quantized ones, float32."""
         shapes = tensor_shapes(source.config)
         return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
 
@@ -122,7 +124,7 @@ class Report:
     dtypes: tuple[str, ...]
     """Of the matrices."""
     decays_rounded: bool
-    """Whether an rwkv.cpp file's exponentials do not tell some decays from their neighbours."""
+    """Whether an rwkv.cpp file's exponentials do not tell some decays from their neighbors."""
 
 
 def convert(source: Source, target: Target, note: Note = lambda name, values: None) -> Report:

@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 
 from receptance import formats
-from receptance.checkpoint import (
-    check_tokenizer,
-    found_tokenizer,
-    is_ours,
-    read_model,
-    read_tensors,
-)
 from receptance.config import ModelConfig
-from receptance.directories import current, existing
-from receptance.engine.files import is_quantised
 from receptance.formats import hf
 from receptance.formats.ggmf import GGMFFile
 from receptance.formats.pth import is_mapped
 from receptance.formats.rescaling import Unscaled, looks_rescaled
+from receptance.storage.checkpoint import is_ours, read_model, read_tensors
+from receptance.storage.directories import current, existing
+from receptance.storage.pairing import check_tokenizer, found_tokenizer
+from receptance.storage.quantized import is_quantized
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str, int], object]
@@ -105,7 +100,7 @@ def _opener(weights: formats.Weights) -> Callable[[], Mapping[str, Tensor]]:
 def _own(path: Path, tokenizer: Tokenizer | None, revision: str | None) -> Source:
     config, tensors, found = read_model(path, tokenizer=tokenizer, revision=revision)
     # Opened again without comparing it with its manifest again.
-    if is_quantised(path):
+    if is_quantized(path):
         return Source(path, config, _dtypes(tensors), lambda: tensors, found)
     dtypes = _dtypes(tensors)
     return Source(path, config, dtypes, lambda: read_tensors(path, "model"), found)

@@ -2,7 +2,8 @@
 
 The modules, in reading order:
 
-    ondisk      files that appear whole or not at all; arrays written in pieces, mapped
+    ondisk      arrays of tokens on disk, written in pieces, mapped
+    templates   chat formats: how turns become one text
     binidx      the .bin/.idx pairs of RWKV-LM and Megatron
     tokens      a corpus folder: what `prepare` makes and training reads
     batches     rows of tokens in a seeded order

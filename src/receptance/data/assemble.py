@@ -151,7 +151,7 @@ def _draw(shards: Sequence[Shard], how: Division) -> Iterator[list[_Span]]:
 
 
 def _runs(ends: np.ndarray, flags: np.ndarray) -> list[_Span]:
-    """Neighbouring documents of the same side together."""
+    """Neighboring documents of the same side together."""
     if not len(ends):
         return []
     last = np.append(np.flatnonzero(flags[1:] != flags[:-1]), len(flags) - 1)

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from receptance.data.ondisk import Append, blocks, written
+from receptance.atomic import written
+from receptance.data.ondisk import Append, blocks
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES: dict[int, np.dtype] = {

@@ -15,7 +15,7 @@ from receptance.data.examples import encode_record, is_example
 from receptance.data.ondisk import token_dtype
 from receptance.data.parts import Part, PartReport, part_writer, vouch
 from receptance.data.sources import Piece, Range, chunks, open_unchanged, read_range
-from receptance.templates import find_template
+from receptance.data.templates import find_template
 from receptance.tokenizer import Tokenizer
 
 Progress = Callable[[int], None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from receptance.templates import Message, find_template
+from receptance.data.templates import Message, find_template
 from receptance.tokenizer import Tokenizer
 
 _PROMPTS = ("prompt", "instruction")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from receptance.directories import expanded
+from receptance.storage.directories import expanded
 
 # As many bytes at the front of a file decide whether it is text; git uses the same test.
 _SNIFFED_BYTES = 8000

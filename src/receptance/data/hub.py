@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from receptance.directories import expanded
+from receptance.storage.directories import expanded
 
 _SAVED = ("state.json", "dataset_dict.json")
 _SPLIT = "train"

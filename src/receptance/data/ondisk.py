@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all, and arrays in them: .npy, written in pieces, mapped."""
+"""Arrays of tokens on disk: .npy files, written in pieces and mapped."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,23 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from receptance.atomic import written
+
 Append = Callable[[np.ndarray], None]
 """Adds to the end of an array that is being written."""
-
-
-@contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at path, on disk as a whole, when the block ends without an error."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from receptance.data.ondisk import written
+from receptance.atomic import written
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ try:
     from datatrove.pipeline.base import PipelineStep
 except ImportError:
     raise ImportError("this module needs datatrove: pip install datatrove") from None
-
 from receptance.data.ondisk import npy_writer, token_dtype
 from receptance.tokenizer import load_tokenizer
 

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from receptance.atomic import written
 from receptance.data.encode import ReadOptions, texts
 from receptance.data.files import check_seed, check_share
-from receptance.data.ondisk import written
 from receptance.data.sources import PIECE_BYTES, Piece, Source, stream_pieces
 from receptance.data.tokens import LAYOUTS, store_tokenizer
 from receptance.tokenizer import Tokenizer, stored_tokenizer

@@ -26,9 +26,9 @@ from receptance.data.plan import Plan, PrepareOptions, begin, digest, make_plan,
 from receptance.data.pool import in_processes, job
 from receptance.data.sources import Piece, Source, cut_pieces, find_sources, stream_pieces
 from receptance.data.tokens import TokenFiles, is_corpus, read_about
-from receptance.directories import expanded
-from receptance.lock import RunLock
 from receptance.progress import progress_bar, say
+from receptance.storage.directories import expanded
+from receptance.storage.lock import RunLock
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 # Starting processes takes seconds; for less text than this it is not worth them.

@@ -158,7 +158,7 @@ def _is_plain(source: Source) -> bool:
 
 
 def _packed(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
-    """Neighbours together until they weigh enough for a piece."""
+    """Neighbors together until they weigh enough for a piece."""
     group: list[Range] = []
     weight = 0
     for one in ranges:

@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from receptance.atomic import written
 from receptance.data.binidx import pair_of, read_binidx, stem_of, unclosed
 from receptance.data.files import check_share
-from receptance.data.ondisk import blocks, map_npy, written
-from receptance.directories import expanded
+from receptance.data.ondisk import blocks, map_npy
+from receptance.storage.directories import expanded
 from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 FORMAT = "receptance tokens"

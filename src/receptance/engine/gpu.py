@@ -16,14 +16,13 @@ from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
 from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
-from receptance.engine.native import layouts
-from receptance.engine.packing import FLOATS, Kind, common_kind
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import fingerprint
-from receptance.model.v4 import LayerState
+from receptance.model.v4 import LayerState, layouts
 from receptance.ops.triton_products import Tiles
 from receptance.ops.triton_wkv4 import check_launcher
-from receptance.quantize import quantise
+from receptance.quantize import quantize
+from receptance.quantize.packing import FLOATS, Kind, common_kind
 from receptance.state import State
 
 # Rows of the largest graph; more of them are read like a text.
@@ -107,7 +106,7 @@ class GpuEngine(OneCall):
         return self._head
 
     def fingerprint(self) -> str:
-        """That of the model whose weights these are, before they were packed or quantised."""
+        """That of the model whose weights these are, before they were packed or quantized."""
         return self._fingerprint
 
     @torch.no_grad()
@@ -232,7 +231,7 @@ def gpu_engine(
     for name in layouts(config):
         weight = tensors.pop(name).detach()
         if kind == "int8" or kind == "int4":
-            matrices[name] = quantise(weight, kind, group)
+            matrices[name] = quantize(weight, kind, group)
         else:
             matrices[name] = weight.to(FLOATS[kind])
     return GpuEngine(

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from receptance.config import ModelConfig
-from receptance.engine.packing import FLOATS, Packed, unpack
 from receptance.model import Model
 from receptance.ops.triton_steps import Norm
-from receptance.ops.triton_weights import Weights, dequantise
-from receptance.quantize import Quantised
+from receptance.ops.triton_weights import Weights, dequantize
+from receptance.quantize import Quantized
+from receptance.quantize.packing import FLOATS, Packed, unpack
 
-Matrix = Tensor | Quantised | Packed
+Matrix = Tensor | Quantized | Packed
 
 # As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
 _FINAL_EPSILON = 1e-5
@@ -110,7 +110,7 @@ def stacked(parts: list[Matrix], device: torch.device) -> Weights:
         data = torch.cat([x.detach().to(device) for x in plain])  # type: ignore[union-attr]
         kind = next(kind for kind, dtype in FLOATS.items() if dtype == data.dtype)
         return Weights(kind, 0, *sizes, data, data, data)
-    codes = [x for x in plain if isinstance(x, Quantised)]
+    codes = [x for x in plain if isinstance(x, Quantized)]
     assert len(codes) == len(plain)
     data = torch.cat([_in_groups(x).to(device) for x in codes])
     scale = torch.cat([x.scale.to(device) for x in codes])
@@ -119,7 +119,7 @@ def stacked(parts: list[Matrix], device: torch.device) -> Weights:
     return Weights(codes[0].kind, codes[0].group, *sizes, data, scale, minimum)
 
 
-def _in_groups(x: Quantised) -> Tensor:
+def _in_groups(x: Quantized) -> Tensor:
     """Codes in whole groups; the halves of int4 groups share bytes: [N,K] -> [N,K'] or [N,K'/2]."""
     codes = F.pad(x.codes, (0, -x.codes.shape[1] % x.group))
     if x.kind == "int8":
@@ -137,7 +137,7 @@ def times(weights: Weights, rows: slice, x: Tensor) -> Tensor:
     The products' type is that of the weights; codes become bfloat16, a matrix at a time.
     """
     dtype = FLOATS.get(weights.kind, torch.bfloat16)  # type: ignore[call-overload]
-    matrix = dequantise(weights, rows, dtype)
+    matrix = dequantize(weights, rows, dtype)
     if dtype != torch.float16:
         return F.linear(x.to(dtype), matrix).float()
     # The square of a relu leaves float16's range, so the largest of a row becomes 1.
@@ -172,7 +172,7 @@ class _Rows(nn.Module):
         coded = all_of.kind not in FLOATS
         params = [x[ids] if coded else data for x in all_of.arguments()[1:]]
         picked = Weights(all_of.kind, all_of.group, len(ids), 0, all_of.inputs, data, *params)
-        rows = dequantise(picked, slice(None), torch.float32).unflatten(0, tokens.shape)
+        rows = dequantize(picked, slice(None), torch.float32).unflatten(0, tokens.shape)
         return rows.where(known[..., None], torch.nan)
 
 

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from receptance.adapters import load_adapter
-from receptance.checkpoint import check_device, check_same, load, read_model
 from receptance.config import ModelConfig
-from receptance.directories import existing
-from receptance.engine import files
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.base import Engine
-from receptance.engine.memory import Arena
-from receptance.engine.native import NativeEngine, layouts
-from receptance.engine.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack, room
+from receptance.engine.memory import Arena, room
+from receptance.engine.native import NativeEngine
 from receptance.model.rwkv import fingerprint
+from receptance.model.v4 import layouts
 from receptance.ops import native
-from receptance.quantize import Quantised, check_group, quantise
+from receptance.quantize import Quantized, check_group, quantize
+from receptance.quantize.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack
 from receptance.state import State
+from receptance.storage import quantized as files
+from receptance.storage.checkpoint import check_device, load, read_model
+from receptance.storage.directories import existing
+from receptance.storage.pairing import check_same
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Backend = Literal["auto", "native", "triton", "torch"]
@@ -93,9 +95,9 @@ def load_engine(
     if adapter is not None:
         return _adapted(source, tokenizer, dtype, group, adapter, make)
     path = existing(source)
-    if files.is_quantised(path):
+    if files.is_quantized(path):
         on_gpu = device if chosen == "triton" else None
-        return _quantised(path, dtype, group, tokenizer, threads, on_gpu)
+        return _quantized(path, dtype, group, tokenizer, threads, on_gpu)
     config, tensors, found = read_model(source, tokenizer=tokenizer)
     return make(config, tensors, dtype, group=group), found
 
@@ -133,19 +135,19 @@ def native_engine(
     for name, layout in wanted.items():
         weight = tensors.pop(name).detach()
         if kind in FLOATS:
-            matrices[name] = pack(weight.to(FLOATS[kind]), layout).held_by(arena)
+            matrices[name] = arena.hold_packed(pack(weight.to(FLOATS[kind]), layout))
         else:
-            codes = _quantise(name, weight, kind, group)
-            matrices[name] = pack(codes, layout).held_by(arena)
+            codes = _quantize(name, weight, kind, group)
+            matrices[name] = arena.hold_packed(pack(codes, layout))
     vectors = {name: x.detach() for name, x in tensors.items()}
     return NativeEngine(config, matrices, vectors, whose, threads=threads, initial=initial)
 
 
-def _quantise(name: str, weight: Tensor, kind: Kind, group: int) -> Quantised:
+def _quantize(name: str, weight: Tensor, kind: Kind, group: int) -> Quantized:
     try:
-        return quantise(weight, kind, group)  # type: ignore[arg-type]
+        return quantize(weight, kind, group)  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"{name} cannot be quantised: {error}") from None
+        raise ValueError(f"{name} cannot be quantized: {error}") from None
 
 
 def _choose(backend: Backend, device: torch.device | str) -> Backend:
@@ -164,7 +166,7 @@ def _choose(backend: Backend, device: torch.device | str) -> Backend:
     return backend
 
 
-def _quantised(
+def _quantized(
     path: Path,
     dtype: Kind | None,
     group: int | None,
@@ -172,11 +174,11 @@ def _quantised(
     threads: int | None,
     on_gpu: torch.device | str | None,
 ) -> tuple[Engine, Tokenizer]:
-    found = files.read_quantised(path)
+    found = files.read_quantized(path)
     if dtype not in (None, found.about.kind):
         raise ValueError(
             f"{path} holds {found.about.kind} weights and {dtype} was asked for; leave the type "
-            "out, or begin from the model that was quantised"
+            "out, or begin from the model that was quantized"
         )
     if group not in (None, found.about.group):
         raise ValueError(
@@ -210,7 +212,7 @@ def _torch_engine(
     model, found = load(source, tokenizer=tokenizer, device=device, dtype=kind)
     if adapter is not None:
         return AdaptedModel(model, load_adapter(adapter, model)), found
-    if files.is_quantised(path := existing(source)):
+    if files.is_quantized(path := existing(source)):
         model.origin = files.source_of(path)
     return model, found
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from receptance.quantize.packing import Kind, Layout, Packed, dtypes, shapes
 
 _ALIGNMENT = 64  # a line of the cache
 
@@ -25,10 +29,21 @@ class Arena:
         self._used += aligned(tensor.nbytes)
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
+    def hold_packed(self, packed: Packed) -> Packed:
+        """The same matrix, its codes and parameters copied into the next bytes."""
+        params = None if packed.params is None else self.hold(packed.params)
+        return replace(packed, data=self.hold(packed.data), params=params)
+
 
 def aligned(nbytes: int) -> int:
     """What a tensor of so many bytes takes in an arena."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def room(kind: Kind, layout: Layout, outputs: int, inputs: int, group: int) -> int:
+    """Bytes that a packed matrix takes in an arena."""
+    parts = zip(dtypes(kind), shapes(kind, layout, outputs, inputs, group), strict=True)
+    return sum(aligned(d.itemsize * math.prod(s)) for d, s in parts if d and s)
 
 
 def allocate(nbytes: int) -> Tensor:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
-from receptance.engine.memory import Arena
-from receptance.engine.packing import KINDS, Layout, Packed, room
+from receptance.engine.memory import Arena, room
 from receptance.model.inputs import check_features, check_inputs
-from receptance.model.v4 import LayerState
+from receptance.model.v4 import LayerState, layouts
 from receptance.ops import native
+from receptance.quantize.packing import KINDS, Packed
 from receptance.state import State
 
 # As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
@@ -39,20 +39,6 @@ _LAYER_VECTORS = (
     *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
     *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
 )
-_LAYER_MATRICES = (
-    *("att.key", "att.value", "att.receptance", "att.output"),
-    *("ffn.key", "ffn.receptance", "ffn.value"),
-)
-
-
-def layouts(config: ModelConfig) -> dict[str, Layout]:
-    """The layout that each matrix is wanted in, by official name."""
-    found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
-    for layer in range(config.num_layers):
-        for name in _LAYER_MATRICES:
-            layout: Layout = "rows" if name == "ffn.value" else "tiles"
-            found[f"blocks.{layer}.{name}.weight"] = layout
-    return found
 
 
 class NativeEngine(OneCall):
@@ -116,7 +102,7 @@ class NativeEngine(OneCall):
         return self._head
 
     def fingerprint(self) -> str:
-        """That of the model whose weights these are, before they were packed or quantised."""
+        """That of the model whose weights these are, before they were packed or quantized."""
         return self._fingerprint
 
     def features(
@@ -190,7 +176,7 @@ class NativeEngine(OneCall):
     def _copy(self) -> None:
         sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in self._matrices)
         arena = Arena(sum(room(*size) for size in sizes))
-        self._matrices = [m.held_by(arena) for m in self._matrices]
+        self._matrices = [arena.hold_packed(m) for m in self._matrices]
         self._kernels = self._compiled()
 
     def _compiled(self) -> Any:

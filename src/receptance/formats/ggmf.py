@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from receptance.atomic import written
 from receptance.config import ModelConfig
-from receptance.directories import one_line
+from receptance.errors import one_line
 from receptance.formats.files import check_file
-from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantise, quantise
+from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize, quantize
 from receptance.formats.names import Shape, infer_config, some, tensor_shapes
 from receptance.formats.writing import chunks, pieces
 
@@ -40,8 +41,8 @@ _MAX_TENSORS = 10_000  # RWKV-4 14B has 726
 _FLOATS: dict[str, np.dtype] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
 _TYPES = {0: "FP32", 1: "FP16", 2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
 _CODES = {name: code for code, name in _TYPES.items()}
-# Left as they are by rwkv.cpp's own quantisation.
-_NOT_QUANTISED = ("emb.weight", "head.weight")
+# Left as they are by rwkv.cpp's own quantization.
+_NOT_QUANTIZED = ("emb.weight", "head.weight")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class _Entry:
 class GGMFFile(Mapping[str, Tensor]):
     """The tensors of a file by official name, read when they are asked for, in official shapes.
 
-    Quantised ones come as float32, others in their own dtype. What lies aligned in the file stays
+    Quantized ones come as float32, others in their own dtype. What lies aligned in the file stays
     mapped to it, and the file must not change while it is used; the rest is copied.
     """
 
@@ -86,7 +87,7 @@ class GGMFFile(Mapping[str, Tensor]):
         if entry.kind in _FLOATS:
             values = np.require(data.view(_FLOATS[entry.kind]), requirements="A")
         else:
-            values = dequantise(data, entry.kind, old=self.version == _VERSIONS[0])
+            values = dequantize(data, entry.kind, old=self.version == _VERSIONS[0])
         tensor = torch.from_numpy(values).view(self._shapes[name])
         if name.endswith(".att.time_decay"):
             return decay_parameter(tensor, f"{self.path}: {name}")
@@ -149,11 +150,9 @@ def write_ggmf(
     """Write a file of version 101, tensor by tensor; it appears, or is replaced, when complete.
 
     Tensors are those of the configuration by official name. As in rwkv.cpp, vectors are stored as
-    FP32, and quantised are all matrices but embedding and head, which then are FP16. ValueError
+    FP32, and quantized are all matrices but embedding and head, which then are FP16. ValueError
     when tensors are missing, have other shapes, or values that the type cannot hold.
     """
-    from receptance.data.ondisk import written  # brings rich, which `import receptance` must not
-
     path = Path(path)
     _check_kind(config, kind)
     with one_line(path), written(path) as file:
@@ -295,7 +294,7 @@ def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:
     """What a tensor becomes in a file of this kind: only matrices are anything but FP32."""
     if len(shape) != 2:
         return "FP32"
-    return "FP16" if kind in KINDS and name in _NOT_QUANTISED else kind
+    return "FP16" if kind in KINDS and name in _NOT_QUANTIZED else kind
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> None:
@@ -310,6 +309,6 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> No
 def _blocks(name: str, tensor: Tensor, kind: Stored) -> Iterator[memoryview]:
     try:
         for values in chunks(tensor):
-            yield quantise(values.float().numpy(), kind).data
+            yield quantize(values.float().numpy(), kind).data
     except ValueError as error:
         raise ValueError(f"{name} cannot be written as {kind}: {error}") from None

@@ -1,7 +1,7 @@
-"""The quantised blocks of ggml: 32 values of a row, a scale, perhaps a minimum, and small integers.
+"""The quantized blocks of ggml: 32 values of a row, a scale, perhaps a minimum, and small integers.
 
 Layouts are those of ggml-common.h, values those of ggml-quants.c (`dequantize_row_*` and
-`quantize_row_*_ref`). Until May 2023 scales of some kinds were wider, and neighbours shared a byte
+`quantize_row_*_ref`). Until May 2023 scales of some kinds were wider, and neighbors shared a byte
 (ggml.c at ff6e03cb); such blocks are called old here.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 32
-"""Values in a block; every row of a quantised matrix is a whole number of blocks."""
+"""Values in a block; every row of a quantized matrix is a whole number of blocks."""
 
 _AT_ONCE = 1 << 15  # blocks: what is computed on the way stays small beside the tensor
 
@@ -54,7 +54,7 @@ def block_bytes(kind: str, *, old: bool = False) -> int:
     return KINDS[kind].layout(old).itemsize
 
 
-def dequantise(data: Bytes, kind: str, *, old: bool = False) -> Floats:
+def dequantize(data: Bytes, kind: str, *, old: bool = False) -> Floats:
     """The values that whole blocks stand for: [bytes] -> [values] float32."""
     layout = KINDS[kind].layout(old)
     blocks = data.view(layout)
@@ -65,7 +65,7 @@ def dequantise(data: Bytes, kind: str, *, old: bool = False) -> Floats:
     return values.reshape(-1)
 
 
-def quantise(values: Floats, kind: str) -> Bytes:
+def quantize(values: Floats, kind: str) -> Bytes:
     """Blocks of consecutive values, kind "Q8_0" or "Q4_0": [values] float32 -> [bytes].
 
     As many values as fill whole blocks. ValueError if a scale is too large for them or not finite.

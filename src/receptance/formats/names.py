@@ -1,7 +1,7 @@
 """The tensors of RWKV-4: their official names, their names in transformers, their shapes.
 
 Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py. Other versions' files are
-recognised by the names in its siblings RWKV-v2-RNN to RWKV-v7, in the transformers ports of RWKV-5
+recognized by the names in its siblings RWKV-v2-RNN to RWKV-v7, in the transformers ports of RWKV-5
 and RWKV-6, and in flash-linear-attention.
 """
 
@@ -194,12 +194,12 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(
                 f"{name} is of type {tensor.dtype}; weights must be "
-                "float32, float16, bfloat16 or float64: use the original, unquantised file"
+                "float32, float16, bfloat16 or float64: use the original, unquantized file"
             )
 
 
 def _refuse_others(shapes: Mapping[str, Shape]) -> None:
-    """ValueError that says what these tensors are, when they are recognisably not RWKV-4."""
+    """ValueError that says what these tensors are, when they are recognizably not RWKV-4."""
     _refuse_adapters(shapes)
     if version := other_version(shapes):
         raise ValueError(f"this is an {version} file; this release reads RWKV-4")

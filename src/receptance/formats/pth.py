@@ -148,7 +148,7 @@ def _root(records: dict[str, zipfile.ZipInfo]) -> str:
 
 
 def _check_record(record: zipfile.ZipInfo | None, size: int) -> None:
-    # torch maps the file and believes the index: another size reads the neighbour's bytes, and
+    # torch maps the file and believes the index: another size reads the neighbor's bytes, and
     # compressed data would pass for weights, both without a word.
     if record is None or record.file_size != size:
         found = "none" if record is None else f"{record.file_size} bytes"
@@ -166,7 +166,7 @@ def _inspect_legacy(path: Path) -> None:
     if first.stack != [_LEGACY_MAGIC]:
         raise Refused("it is a pickle, but not one that torch.save wrote")
     *_, index, order = [Scan.of(stream) for _ in range(_LEGACY_PICKLES - 1)]
-    # Data that this list leaves out torch leaves uninitialised, without a word.
+    # Data that this list leaves out torch leaves uninitialized, without a word.
     if set(order.listed) != set(index.storages):
         raise Refused("it is damaged: its list of data is not that of its tensors")
     wanted = sum(index.storages.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Those that add to the residual stream.
 _OUTPUTS = ("att.output.weight", "ffn.value.weight")
-# How far a step between neighbours may be from a factor of 2, or of 1, as a power of two.
+# How far a step between neighbors may be from a factor of 2, or of 1, as a power of two.
 _MARGIN = 0.4
 
 

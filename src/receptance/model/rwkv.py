@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,6 @@ from receptance.model import v4
 from receptance.model.inputs import check_inputs
 from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
-
-if TYPE_CHECKING:
-    from receptance.tokenizer import Tokenizer
 
 VERSIONS = {4: v4}
 
@@ -82,8 +78,8 @@ def starting_values(
     yield "emb.weight", embedding.uniform_(-embedding_bound, embedding_bound, generator=generator)
     for layer in range(config.num_layers):
         block = Block(config, layer)
-        block.att.initialise(generator)
-        block.ffn.initialise(generator)
+        block.att.initialize(generator)
+        block.ffn.initialize(generator)
         for name, value in block.named_parameters(f"blocks.{layer}"):
             yield name, value.detach()
     for name, value in LayerNorm(config.width, _FINAL_EPSILON).named_parameters("ln_out"):
@@ -101,7 +97,7 @@ class Model(nn.Module):
     the embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a
     WKV kernel (see ops.available_backends), None takes the fastest; with `recompute` a backward
     pass computes each block again instead of keeping what is inside it. `origin` is the fingerprint
-    of the model that the weights were quantised from, if its states are to go on here.
+    of the model that the weights were quantized from, if its states are to go on here.
     """
 
     batch_invariant = False  # torch sums in another order when a batch has another shape
@@ -253,13 +249,6 @@ class Model(nn.Module):
         tensors = {n: torch.stack([getattr(layer, n) for layer in after]) for n in names}
         read = tokens.shape[1] if lengths is None else lengths
         return self.ln_out(x), State(tensors, state.tokens + read)
-
-    def save(self, directory: str | Path, tokenizer: Tokenizer) -> None:
-        """Write a directory that `receptance.load` opens (see checkpoint.save)."""
-        # The one import upwards: saving belongs to checkpoint, and to the model's interface.
-        from receptance.checkpoint import save
-
-        save(self, directory, tokenizer)
 
     def fingerprint(self) -> str:
         """Whose states these are: see the function `fingerprint`."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.config import ModelConfig
+from receptance.model.architecture import Layout
 from receptance.model.parts import Linear, Reading, apply, mix, squared_relu, token_shift
 from receptance.ops import WKVState, wkv4
 
@@ -58,7 +59,7 @@ class TimeMix(nn.Module):
         self.output = Linear(width, width)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Starting values, orthogonal draws from the generator."""
         early, late = _depth_fractions(*self.depth)
         width = self.time_decay.numel()
@@ -127,7 +128,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(hidden, width)
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
+    def initialize(self, generator: torch.Generator) -> None:
         """Starting values, orthogonal draws from the generator."""
         early, _ = _depth_fractions(*self.depth)
         width = self.time_mix_k.shape[-1]
@@ -160,3 +161,19 @@ class ChannelMix(nn.Module):
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
     """1 at the first layer and near 0 at the last; 0 at the first layer and 1 at the last."""
     return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
+
+
+_LAYER_MATRICES = (
+    *("att.key", "att.value", "att.receptance", "att.output"),
+    *("ffn.key", "ffn.receptance", "ffn.value"),
+)
+
+
+def layouts(config: ModelConfig) -> dict[str, Layout]:
+    """The layout that each matrix is wanted in, by official name."""
+    found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
+    for layer in range(config.num_layers):
+        for name in _LAYER_MATRICES:
+            layout: Layout = "rows" if name == "ffn.value" else "tiles"
+            found[f"blocks.{layer}.{name}.weight"] = layout
+    return found

@@ -37,8 +37,8 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
     const float variance = total([mean](auto v) { return (v - mean) * (v - mean); }) / (float)width;
     const float inverse = 1 / std::sqrt(variance + epsilon);
     for (int64_t c = 0; c < stride; c += RECEPTANCE_LANES) {
-        const Float centred = (load<Float>(x + c) - mean) * inverse;
-        store(out + c, centred * load<Float>(weight + c) + load<Float>(bias + c));
+        const Float centered = (load<Float>(x + c) - mean) * inverse;
+        store(out + c, centered * load<Float>(weight + c) + load<Float>(bias + c));
     }
     // Already so, unless the mean is not finite.
     std::memset(out + width, 0, (stride - width) * sizeof(float));

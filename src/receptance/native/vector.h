@@ -199,7 +199,7 @@ inline Float widen(const float16* from) {
 #elif defined(__F16C__)
     return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
-    // Exponents move from a bias of 15 to one of 127 by a multiplication, which also normalises
+    // Exponents move from a bias of 15 to one of 127 by a multiplication, which also normalizes
     // what is subnormal in float16.
     Half raw;
     std::memcpy(&raw, from, sizeof raw);

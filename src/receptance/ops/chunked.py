@@ -2,7 +2,7 @@
 
 A run of n tokens acts on the state as a segment (decay, exponent, p, q): the state fades by
 decay = n log_decay and gains p e^exponent and q e^exponent. Segments compose associatively, so
-time is cut into chunks: summarise every chunk at once, scan the few summaries, replay every chunk
+time is cut into chunks: summarize every chunk at once, scan the few summaries, replay every chunk
 at once from its own starting state. The number of torch calls grows with log T, not with T: loops
 here run over the positions of a chunk, a constant, and each step works on all chunks together.
 

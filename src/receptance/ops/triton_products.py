@@ -120,7 +120,7 @@ def _row_sums(
 
 @triton.jit
 def _by_threads(x, WARPS: tl.constexpr):
-    """Sums of 16 neighbours, which one thread has."""
+    """Sums of 16 neighbors, which one thread has."""
     return tl.sum(tl.reshape(x, [32 * WARPS, 16]), 1)
 
 

@@ -20,9 +20,9 @@ _WARPS = 8
 @triton.jit
 def _layer_norm(x, weight, bias, c, real, width, epsilon):
     """Of one row that is held whole."""
-    centred = tl.where(real, x - tl.sum(x, 0) / width, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + epsilon)
-    return centred * scale * tl.load(weight + c, real, 0) + tl.load(bias + c, real, 0)
+    centered = tl.where(real, x - tl.sum(x, 0) / width, 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered, 0) / width + epsilon)
+    return centered * scale * tl.load(weight + c, real, 0) + tl.load(bias + c, real, 0)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ A weight matrix [N,K] is stored by rows, as floats or in groups of G inputs:
     int4    data [N,K'/2] uint8         scale, minimum [N,K'/G]
 
 K' is K rounded up to whole groups. Byte j of an int4 group holds input j in its low bits and input
-j + G/2 in its high ones, so that both halves meet neighbouring activations. Offsets have 64 bits.
+j + G/2 in its high ones, so that both halves meet neighboring activations. Offsets have 64 bits.
 """
 # mypy: disable-error-code="no-untyped-def"
 # Triton reads the annotations of kernels as its own.
@@ -95,7 +95,7 @@ def weight_at(data, scale, minimum, row, k, inputs, real, KIND: tl.constexpr, GR
 
 
 @triton.jit
-def _dequantise_kernel(
+def _dequantize_kernel(
     data, scale, minimum, out, start, count, inputs,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def _dequantise_kernel(
     tl.store(out + row.to(tl.int64) * inputs + k, weight, real)
 
 
-def dequantise(weights: Weights, rows: slice, dtype: torch.dtype) -> Tensor:
+def dequantize(weights: Weights, rows: slice, dtype: torch.dtype) -> Tensor:
     """Some outputs as floats: [N',K]."""
     start, stop, _ = rows.indices(weights.outputs)
     if weights.kind not in ("int8", "int4"):
@@ -114,5 +114,5 @@ def dequantise(weights: Weights, rows: slice, dtype: torch.dtype) -> Tensor:
     size = stop - start, weights.inputs
     out = torch.empty(size, device=weights.data.device, dtype=dtype)
     grid = triton.cdiv(size[0], 32), triton.cdiv(size[1], 128)
-    _dequantise_kernel[grid](*weights.arguments(), out, start, *size, *weights.form, 32, 128)
+    _dequantize_kernel[grid](*weights.arguments(), out, start, *size, *weights.form, 32, 128)
     return out

@@ -10,21 +10,21 @@ The modules, in reading order:
 """
 
 from receptance.quantize.codes import (
-    Quantised,
-    QuantisedKind,
+    Quantized,
+    QuantizedKind,
     ceil_div,
     check_group,
     relative_error,
 )
-from receptance.quantize.feedback import quantise_with_feedback
-from receptance.quantize.rounding import quantise
+from receptance.quantize.feedback import quantize_with_feedback
+from receptance.quantize.rounding import quantize
 
 __all__ = [
-    "Quantised",
-    "QuantisedKind",
+    "Quantized",
+    "QuantizedKind",
     "ceil_div",
     "check_group",
-    "quantise",
-    "quantise_with_feedback",
+    "quantize",
+    "quantize_with_feedback",
     "relative_error",
 ]

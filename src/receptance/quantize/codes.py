@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QuantisedKind = Literal["int8", "int4"]
+QuantizedKind = Literal["int8", "int4"]
 
-GROUPS: dict[QuantisedKind, tuple[int, ...]] = {"int8": (128,), "int4": (32, 64, 128)}
+GROUPS: dict[QuantizedKind, tuple[int, ...]] = {"int8": (128,), "int4": (32, 64, 128)}
 USUAL_INT4_GROUP = 64
 _ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Quantised:
+class Quantized:
     """A matrix of N outputs and K inputs as codes."""
 
-    kind: QuantisedKind
+    kind: QuantizedKind
     group: int
     """G, the inputs of an output that share a scale; the last group may be shorter."""
     codes: Tensor
@@ -60,12 +60,12 @@ class Quantised:
         parts = [self.scale] if self.minimum is None else [self.scale, self.minimum]
         return torch.stack(parts, dim=-1)
 
-    def rows(self, piece: slice) -> Quantised:
+    def rows(self, piece: slice) -> Quantized:
         """The codes of some outputs."""
         minimum = None if self.minimum is None else self.minimum[piece]
-        return Quantised(self.kind, self.group, self.codes[piece], self.scale[piece], minimum)
+        return Quantized(self.kind, self.group, self.codes[piece], self.scale[piece], minimum)
 
-    def dequantise(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weights these codes stand for: [N,K] float32."""
         inputs = self.codes.shape[1]
         codes = F.pad(self.codes, (0, -inputs % self.group)).unflatten(1, (-1, self.group))
@@ -75,14 +75,14 @@ class Quantised:
         return weight.flatten(1)[:, :inputs].contiguous()
 
 
-def relative_error(weight: Tensor, quantised: Quantised) -> float:
+def relative_error(weight: Tensor, quantized: Quantized) -> float:
     """Root of the squared errors of a matrix [N,K] over its squares, in small pieces."""
     error = total = 0.0
     for start in range(0, len(weight), _ROWS):
         piece = slice(start, start + _ROWS)
         exact = weight[piece].double()
         total += float(exact.square().sum())
-        error += float((quantised.rows(piece).dequantise() - exact).square_().sum())
+        error += float((quantized.rows(piece).dequantize() - exact).square_().sum())
     return (error / total) ** 0.5 if total else 0.0
 
 
@@ -95,8 +95,8 @@ def check_group(kind: str, group: int | None) -> int:
     """The group, None standing for the usual one; ValueError if there is no such format."""
     if kind not in GROUPS:
         found, known_kinds = reprlib.repr(kind), " or ".join(GROUPS)
-        raise ValueError(f"weights cannot be quantised to {found}; choose {known_kinds}")
-    known = GROUPS[cast(QuantisedKind, kind)]
+        raise ValueError(f"weights cannot be quantized to {found}; choose {known_kinds}")
+    known = GROUPS[cast(QuantizedKind, kind)]
     if group is None:
         return known[-1] if kind == "int8" else USUAL_INT4_GROUP
     if group not in known:

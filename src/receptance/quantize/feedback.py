@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from receptance.quantize.codes import Quantised, check_group
+from receptance.quantize.codes import Quantized, check_group
 from receptance.quantize.rounding import check_finite, nearest, parameters
 
 # Of the mean of H's diagonal, added to it: what keeps inputs that hardly vary from being handed
@@ -24,7 +24,7 @@ _DAMPING = 0.01
 _OUTPUTS = 4096
 
 
-def quantise_with_feedback(weight: Tensor, moments: Tensor, group: int | None = None) -> Quantised:
+def quantize_with_feedback(weight: Tensor, moments: Tensor, group: int | None = None) -> Quantized:
     """The int4 codes of a matrix [N,K] for inputs whose mean products are moments [K,K].
 
     ValueError if a number is not finite.
@@ -42,9 +42,9 @@ def quantise_with_feedback(weight: Tensor, moments: Tensor, group: int | None = 
     moments = (moments.double() * 2.0**-exponent).float()
     importance, spread = moments.diagonal(), _spread(moments)
     pieces = weight.split(_OUTPUTS)
-    parts = [_quantise(piece, group, importance, spread) for piece in pieces]
+    parts = [_quantize(piece, group, importance, spread) for piece in pieces]
     codes, scale, minimum = (torch.cat(x, dim=1).T.contiguous() for x in zip(*parts, strict=True))
-    return Quantised("int4", group, codes, scale, minimum)
+    return Quantized("int4", group, codes, scale, minimum)
 
 
 def _spread(moments: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _spread(moments: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
 
 
-def _quantise(
+def _quantize(
     weight: Tensor, group: int, importance: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [K,N], scale and minimum [K/G,N] of some outputs."""

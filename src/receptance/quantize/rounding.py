@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from receptance.quantize.codes import Quantised, QuantisedKind, ceil_div, check_group
+from receptance.quantize.codes import Quantized, QuantizedKind, ceil_div, check_group
 
 HIGHEST = {"int8": 127, "int4": 15}
 """The largest code."""
@@ -28,14 +28,14 @@ _CHUNK = 1 << 18
 Params = tuple[Tensor, Tensor]  # scale and minimum of M groups, [M] each, exact in bfloat16
 
 
-def quantise(
+def quantize(
     weight: Tensor,
-    kind: QuantisedKind,
+    kind: QuantizedKind,
     group: int | None = None,
     importance: Tensor | None = None,
     *,
     search: bool = True,
-) -> Quantised:
+) -> Quantized:
     """The codes of a matrix [N,K] of any float type.
 
     group None means 128 for int8 and 64 for int4. importance [K] >= 0 weighs the squared errors
@@ -46,9 +46,9 @@ def quantise(
     check_finite(weight)
     _check_importance(importance, weight)
     rows = max(1, _CHUNK // weight.shape[1])
-    parts = [_quantise(piece, kind, group, importance, search) for piece in weight.split(rows)]
+    parts = [_quantize(piece, kind, group, importance, search) for piece in weight.split(rows)]
     codes, scale, minimum = (torch.cat(x) for x in zip(*parts, strict=True))
-    return Quantised(kind, group, codes, scale, minimum if kind == "int4" else None)
+    return Quantized(kind, group, codes, scale, minimum if kind == "int4" else None)
 
 
 def check_finite(weight: Tensor) -> None:
@@ -70,8 +70,8 @@ def _check_importance(importance: Tensor | None, weight: Tensor) -> None:
         )
 
 
-def _quantise(
-    weight: Tensor, kind: QuantisedKind, group: int, importance: Tensor | None, search: bool
+def _quantize(
+    weight: Tensor, kind: QuantizedKind, group: int, importance: Tensor | None, search: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [N,K], scale and minimum [N,K/G] of some rows."""
     rows, inputs = weight.shape
@@ -90,14 +90,14 @@ def _quantise(
     return codes.to(torch.int8 if kind == "int8" else torch.uint8), params[0], params[1]
 
 
-def nearest(w: Tensor, scale: Tensor, minimum: Tensor, kind: QuantisedKind) -> Tensor:
+def nearest(w: Tensor, scale: Tensor, minimum: Tensor, kind: QuantizedKind) -> Tensor:
     """The codes that come closest to weights, as floats; any shapes that broadcast."""
     lowest = -HIGHEST[kind] if kind == "int8" else 0
     return ((w - minimum) * _inverse(scale)).round_().clamp_(lowest, HIGHEST[kind])
 
 
 def parameters(
-    w: Tensor, kind: QuantisedKind, importance: Tensor | None = None, *, search: bool = True
+    w: Tensor, kind: QuantizedKind, importance: Tensor | None = None, *, search: bool = True
 ) -> Params:
     """Scale and minimum (0 for int8) for groups of weights [M,G], float32.
 

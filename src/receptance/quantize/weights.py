@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from receptance.quantize.calibration import Calibration
-from receptance.quantize.codes import Quantised, QuantisedKind, check_group
-from receptance.quantize.feedback import quantise_with_feedback
-from receptance.quantize.rounding import quantise
+from receptance.quantize.codes import Quantized, QuantizedKind, check_group
+from receptance.quantize.feedback import quantize_with_feedback
+from receptance.quantize.rounding import quantize
 
 
-def quantise_tensors(
+def quantize_tensors(
     tensors: Mapping[str, Tensor],
-    kind: QuantisedKind,
+    kind: QuantizedKind,
     group: int | None = None,
     calibration: Calibration | None = None,
-) -> Iterator[tuple[str, Quantised | Tensor]]:
+) -> Iterator[tuple[str, Quantized | Tensor]]:
     """A model's tensors by official name: matrices as codes, all else as float32.
 
     One at a time, so that more than the largest is never in memory beside what the caller keeps.
@@ -32,19 +32,19 @@ def quantise_tensors(
     for name in names:
         tensor = tensors[name].detach().cpu()
         try:
-            yield name, _quantise(name, tensor, kind, group, calibration)
+            yield name, _quantize(name, tensor, kind, group, calibration)
         except ValueError as error:
-            raise ValueError(f"{name} cannot be quantised: {error}") from None
+            raise ValueError(f"{name} cannot be quantized: {error}") from None
 
 
-def _quantise(
-    name: str, tensor: Tensor, kind: QuantisedKind, group: int, calibration: Calibration | None
-) -> Quantised | Tensor:
+def _quantize(
+    name: str, tensor: Tensor, kind: QuantizedKind, group: int, calibration: Calibration | None
+) -> Quantized | Tensor:
     if tensor.dim() != 2:  # time mixes, decay, bonus, norms: small, and what all else rests on
         if not tensor.isfinite().all():
             raise ValueError("it has numbers that are infinite or none")
         return tensor.to(torch.float32)
     moments = calibration.moments(name) if calibration else None
     if moments is None:
-        return quantise(tensor, kind, group)
-    return quantise_with_feedback(tensor, moments, group)
+        return quantize(tensor, kind, group)
+    return quantize_with_feedback(tensor, moments, group)

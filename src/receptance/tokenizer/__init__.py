@@ -2,7 +2,7 @@
 
 Text is bytes here. A str stands for its UTF-8 encoding; a lone surrogate, which UTF-8 has no bytes
 for, becomes the three bytes Python calls "surrogatepass", so that no str is refused and nothing is
-lost. Whatever bytes go in, `decode_bytes` gives them back (BPE: as its normaliser left them).
+lost. Whatever bytes go in, `decode_bytes` gives them back (BPE: as its normalizer left them).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 class BPETokenizer(Tokenizer):
     """Byte-level BPE from a `tokenizer.json` of the `tokenizers` library, with that library's ids.
 
-    The file's normaliser is part of encoding: the Pile tokenizer's turns text into NFC, so only
+    The file's normalizer is part of encoding: the Pile tokenizer's turns text into NFC, so only
     text that is NFC comes back byte for byte. Bytes that are not UTF-8 become base byte tokens;
     the Pile's file has none for the 13 that UTF-8 never uses (C0, C1, F5 ... FF), so those are
     refused. The text of an added token, such as "<|endoftext|>", encodes to that token.
@@ -147,7 +147,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def _spells_block(self, ids: list[int], char: str) -> bool:
-        """Whether the ids hold _BLOCK characters, each normalised alone, none in an added token."""
+        """Whether the ids hold _BLOCK characters, each normalized alone, none in an added token."""
         normalizer = self._library.normalizer
         single, triple = (
             normalizer.normalize_str(text) if normalizer else text for text in (char, char * 3)
@@ -193,7 +193,7 @@ def _only_character(text: str, start: int) -> str:
 
 
 def _repeats_runs(spec: dict[str, Any]) -> bool:
-    """Whether normaliser, pre-tokenizer and model are ones that never count characters."""
+    """Whether normalizer, pre-tokenizer and model are ones that never count characters."""
     options = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     return (
         (spec.get("normalizer") or {"type": "NFC"})["type"] == "NFC"

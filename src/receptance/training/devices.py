@@ -95,7 +95,7 @@ def by_torch_name(name: str) -> Device | None:
 
 
 def mfu(tokens_per_second: float, config: ModelConfig, peak: float) -> float:
-    """Model FLOPs utilisation (PaLM, arXiv 2204.02311): the share of the peak spent on the model.
+    """Model FLOPs utilization (PaLM, arXiv 2204.02311): the share of the peak spent on the model.
 
     What is computed a second time to save memory does not count. peak is that of all devices that
     make these tokens. On a CPU that multiplies bfloat16 faster than float32 it can exceed 1.

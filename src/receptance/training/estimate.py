@@ -16,7 +16,7 @@ from receptance.training.options import TrainOptions
 
 # From RWKV-LM's README: 1.5B with context 1024, 106,000 tokens/s on 8 A100 of 312 TFLOP/s each.
 # Its 14B run (114,000 tokens/s on 64 of them, with recomputation) reached 0.476.
-DEFAULT_UTILISATION = 0.36
+DEFAULT_UTILIZATION = 0.36
 
 _SECONDS_PER_DAY = 86_400
 _FLOAT32 = 4
@@ -58,7 +58,7 @@ class Estimate:
     ranks: int
     positions: tuple[int, int]
     """Rows, and tokens of each, that a rank holds at a time."""
-    utilisation: float
+    utilization: float
     """Share of the device's peak that goes into the model (MFU); recomputation lowers it."""
     memory: Memory
     """Per rank."""
@@ -99,7 +99,7 @@ class Estimate:
     def tokens_per_second(self) -> float:
         """Of all ranks together."""
         peak = self.ranks * self.device.flops
-        return peak * self.utilisation / self.flops_per_token
+        return peak * self.utilization / self.flops_per_token
 
     @property
     def days(self) -> float:
@@ -122,14 +122,14 @@ def estimate(
     offload: bool = False,
     trained: int | None = None,
     device_name: str = THIS_MACHINE,
-    utilisation: float = DEFAULT_UTILISATION,
+    utilization: float = DEFAULT_UTILIZATION,
 ) -> Estimate:
     """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
 
     context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
     (FSDP); offload: those are in the host's memory, which is not counted; trained: parameters of an
     adapter, which are trained instead of the model's. ValueError on a device that is not known, and
-    on ranks or a utilisation that cannot be.
+    on ranks or a utilization that cannot be.
     """
     if context_ranks < 1 or ranks % context_ranks:
         raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
@@ -139,8 +139,8 @@ def estimate(
             f"ranks is {ranks}; it must be between 1 and the batch ({options.batch}), times "
             f"context_ranks ({context_ranks})"
         )
-    if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation is {utilisation}; it must be over 0 and at most 1")
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization is {utilization}; it must be over 0 and at most 1")
     rows, time = math.ceil(options.batch / groups), math.ceil(options.context / context_ranks)
     piece = min(options.micro_batch or rows, rows), min(options.chunk or time, time)
     on_cpu = device_name == THIS_MACHINE and not torch.cuda.is_available()
@@ -155,7 +155,7 @@ def estimate(
     if offload:
         found = replace(found, parameters=0, gradients=0, moments=0)
     device = find_device(device_name)
-    return Estimate(config, options, device, ranks, piece, utilisation, found, trained)
+    return Estimate(config, options, device, ranks, piece, utilization, found, trained)
 
 
 def memory(
@@ -256,7 +256,7 @@ def table(found: Estimate) -> Table:
         note = f"  ({rows} × {time:,} tokens)" if name == "activations" else ""
         lines.add_row(f"  {name}", f"{_size(size)}{note}")
     lines.add_row("time", f"{_duration(found.days)} on {found.ranks} × {device.name}")
-    share = f"{found.tokens_per_second:,.0f} tokens/s, {found.utilisation:.0%} of"
+    share = f"{found.tokens_per_second:,.0f} tokens/s, {found.utilization:.0%} of"
     lines.add_row("", f"at {share} {device.flops / 1e12:,.3g} TFLOP/s each")
     return lines
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+
+from receptance.atomic import written
 
 Value = float | int | str
 METRICS = "metrics.jsonl"
@@ -197,14 +198,10 @@ def _jsonable(value: Value) -> Value | None:
 
 def _forget_after(path: Path, step: int) -> None:
     """Keep the records up to a step; a line that is no record, half written say, goes as well."""
-    partial = path.with_name(path.name + ".partial")
-    with path.open("rb") as lines, partial.open("wb") as kept:
+    with path.open("rb") as lines, written(path) as kept:
         for line in lines:
             if (found := _step(line)) is not None and found <= step:
                 kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(partial, path)
 
 
 def _step(line: bytes) -> int | None:
@@ -228,7 +225,6 @@ def _run_id(folder: Path) -> str:
     """The id of the folder's W&B run, a new one the first time."""
     path = folder / "wandb-id"
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(secrets.token_hex(8))
-        os.replace(partial, path)
+        with written(path) as file:
+            file.write(secrets.token_hex(8).encode())
     return path.read_text().strip()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from receptance.data import TokenFiles
-from receptance.directories import expanded
+from receptance.storage.directories import expanded
 from receptance.training.options import StartOptions
 from receptance.training.saving import read_training
 

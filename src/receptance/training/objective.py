@@ -1,7 +1,7 @@
 """The objective: cross entropy through the head, without ever holding all logits.
 
-Both penalties keep the softmax's normaliser in check: RWKV-LM's L2Wrap pulls the largest logit of
-a position towards zero, PaLM's z-loss (arXiv 2204.02311) the logarithm of the normaliser.
+Both penalties keep the softmax's normalizer in check: RWKV-LM's L2Wrap pulls the largest logit of
+a position towards zero, PaLM's z-loss (arXiv 2204.02311) the logarithm of the normalizer.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class _HeadLoss(torch.autograd.Function):
             if max_logit_penalty:
                 largest, place = logits.max(dim=-1, keepdim=True)
                 penalty += max_logit_penalty / 2 * largest.square().sum()
-            normaliser = logits[:, :1].clone()
+            normalizer = logits[:, :1].clone()
             scores = torch.log_softmax(logits, dim=-1, out=out)
             entropy -= scores.gather(1, wanted).sum()
             if z_loss:
-                normaliser -= scores[:, :1]
-                penalty += z_loss * normaliser.square().sum()
-                pull = 2 * z_loss * normaliser
+                normalizer -= scores[:, :1]
+                penalty += z_loss * normalizer.square().sum()
+                pull = 2 * z_loss * normalizer
             if wants_x or wants_weight:
                 error = scores.exp_()
                 if z_loss:
@@ -134,13 +134,13 @@ def head_loss(
     max_logit_penalty: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """What to minimise, and the cross entropy in it, in nats: two scalars.
+    """What to minimize, and the cross entropy in it, in nats: two scalars.
 
     features [B,T,C], head [V,C], targets [B,T]; mask [B,T] bool chooses the positions that count.
     Sums are divided by total, by default the number of those positions: parts of a batch add up
     when each is given the whole's. Added to the cross entropy are max_logit_penalty / 2 times the
     square of each position's largest logit (RWKV-LM: 1e-4, in the gradient only), and z_loss
-    times that of its log-normaliser (PaLM: 1e-4).
+    times that of its log-normalizer (PaLM: 1e-4).
     """
     x, wanted = features.flatten(0, 1), targets.flatten()
     if mask is not None:

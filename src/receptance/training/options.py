@@ -69,7 +69,7 @@ class TrainOptions:
     """Half of it times the square of each position's largest logit is added to the objective
     (RWKV-LM's L2Wrap); 0 means none."""
     z_loss: float = 0.0
-    """This times the square of the softmax's log-normaliser is added (PaLM: 1e-4)."""
+    """This times the square of the softmax's log-normalizer is added (PaLM: 1e-4)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of activations. Parameters and optimizer stay float32."""
     recompute: bool = False
@@ -175,7 +175,7 @@ class StartOptions:
     offload: bool = False
     """With fsdp: keep the shares in the host's memory."""
     context_ranks: int = 1
-    """With torchrun and ddp: neighbours that share a sequence, each a piece of it."""
+    """With torchrun and ddp: neighbors that share a sequence, each a piece of it."""
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
     train: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
 

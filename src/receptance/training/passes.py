@@ -75,7 +75,7 @@ class Passes:
         return sum(sweep.entropy for sweep in sweeps)
 
     def _in_turns(self, sweeps: list[_Sweep]) -> None:
-        """All micro-batches forward, then all backward, each when the neighbours have done it."""
+        """All micro-batches forward, then all backward, each when the neighbors have done it."""
         before, after = self.ranks.previous, self.ranks.next
         carried = self.options.carry == "gradient"
         for sweep in sweeps:
@@ -110,7 +110,7 @@ class _Sweep:
         """Chunk by chunk, forward and backward, with no gradient between them."""
         for number, chunk in enumerate(self.chunks):
             final = last and number == len(self.chunks) - 1
-            with self.draws.of(number), _synchronised(self.passes.objective, final):
+            with self.draws.of(number), _synchronized(self.passes.objective, final):
                 value, entropy, after = self.passes.objective(chunk, state, self.total)
                 if value.requires_grad:  # a learned first state has no part in later chunks
                     value.backward()
@@ -129,7 +129,7 @@ class _Sweep:
         """grads are those of the state behind; the first state's end up in its tensors."""
         objective = self.passes.objective
         for number in reversed(range(len(self.chunks))):
-            with self.draws.of(number), _synchronised(objective, last and number == 0):
+            with self.draws.of(number), _synchronized(objective, last and number == 0):
                 chunk, state = self.chunks[number], self.states[number]
                 value, entropy, after = objective(chunk, state, self.total)
                 ends, weights = [value], [None]
@@ -172,7 +172,7 @@ def _gradients(state: Tensors) -> Tensors:
     return {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in state.items()}
 
 
-def _synchronised(objective: Objective, last: bool) -> contextlib.AbstractContextManager[None]:
+def _synchronized(objective: Objective, last: bool) -> contextlib.AbstractContextManager[None]:
     """DDP exchanges gradients in the last backward pass of a step only."""
     if isinstance(objective, DistributedDataParallel) and not last:
         return objective.no_sync()

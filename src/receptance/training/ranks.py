@@ -23,7 +23,7 @@ _PATIENCE = datetime.timedelta(hours=4)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process: `rank` of `count`, `time_count` neighbours sharing a row."""
+    """The place of this process: `rank` of `count`, `time_count` neighbors sharing a row."""
 
     rank: int = 0
     count: int = 1
@@ -64,7 +64,7 @@ class Ranks:
             )
 
     def rows(self, batch: int) -> slice:
-        """Our rows of a batch: neighbours, as even as can be."""
+        """Our rows of a batch: neighbors, as even as can be."""
         return _share(batch, self.rank // self.time_count, self.data_count)
 
     def time(self, context: int) -> slice:

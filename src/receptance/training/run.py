@@ -17,12 +17,18 @@ import numpy as np
 from rich.console import Console
 
 from receptance import plots
-from receptance.checkpoint import write_description
-from receptance.data.ondisk import blocks, written
-from receptance.directories import LEAST_KEPT, newest_checkpoint, put_aside, step_directories
-from receptance.generation import generate
+from receptance.atomic import written
+from receptance.data.ondisk import blocks
+from receptance.inference.generation import generate
+from receptance.inference.scoring import bits_per_byte
 from receptance.progress import progress_bar, say
-from receptance.scoring import bits_per_byte
+from receptance.storage.checkpoint import write_description
+from receptance.storage.directories import (
+    LEAST_KEPT,
+    newest_checkpoint,
+    put_aside,
+    step_directories,
+)
 from receptance.training.devices import mfu, peak_flops
 from receptance.training.logs import METRICS, MetricsLog, Value, has_report, open_logs
 from receptance.training.notes import flat, notes

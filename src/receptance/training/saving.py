@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from receptance.checkpoint import read_tensors, write_index, write_tensors
-from receptance.directories import ABOUT, Draft, one_line, prune
-from receptance.manifest import Entries
+from receptance.errors import one_line
+from receptance.storage.checkpoint import read_tensors, write_index, write_tensors
+from receptance.storage.directories import ABOUT, Draft, prune
+from receptance.storage.manifest import Entries
 from receptance.training.ranks import Ranks
 from receptance.training.sharding import assign
 from receptance.training.trainer import Snapshot, Trainer

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from receptance import checkpoint
 from receptance.adapters import Adapter, StateTuningOptions, load_adapter, make_adapter
 from receptance.config import ModelConfig
 from receptance.data import Batches, PrepareOptions, TokenFiles, is_corpus, prepare
-from receptance.directories import step_directories
 from receptance.model import Model, starting_values
+from receptance.storage import checkpoint
+from receptance.storage.directories import step_directories
+from receptance.storage.pairing import check_tokenizer
 from receptance.tokenizer import Tokenizer
 from receptance.training.logs import METRICS
 from receptance.training.notes import located, read_about
@@ -151,7 +152,7 @@ def _trainer(
     ranks: Ranks,
     saved: Path | None = None,
 ) -> Trainer:
-    checkpoint.check_tokenizer(tokenizer, sizes)
+    check_tokenizer(tokenizer, sizes)
     if corpus.tokenizer is not None and corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"the corpus was made with another tokenizer ({corpus.tokenizer.kind}) than the one "

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from receptance.adapters import Adapter
 from receptance.data.batches import Batch, Batches, Prefetcher
+from receptance.inference.scoring import text_rows
 from receptance.model import Model
-from receptance.scoring import text_rows
 from receptance.training.objective import Objective
 from receptance.training.options import TrainOptions, learning_rate
 from receptance.training.passes import Passes

@@ -1,0 +1,307 @@
+"""Directories that are whole or absent: written beside their name, sealed, and renamed.
+
+Every file is forced to disk and read back from there; the manifest comes last; only then does the
+directory get its name, and only then may an older one go.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from receptance.errors import one_line
+from receptance.storage.manifest import (
+    MANIFEST,
+    Entries,
+    check_listing,
+    plain_files,
+    read_manifest,
+    seal_file,
+    sync,
+    verify,
+    write_manifest,
+)
+
+# With a single one, a disk that damages it takes the whole run with it.
+LEAST_KEPT = 2
+# In a checkpoint of a run, what it says about that.
+ABOUT = "training.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def write_directory(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Make a directory appear at path, whole, with the files that `write` puts into it.
+
+    A checkpoint that was there is replaced after the new one has been read back from disk;
+    anything else is never replaced. ValueError when it cannot be written; then what was there is
+    untouched.
+    """
+    draft = Draft.begin(path)
+    try:
+        with one_line(draft.path):
+            write(draft.folder)
+        draft.finish(draft.seal())
+    finally:
+        draft.discard()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A directory that is being written, by one process or by several together.
+
+    One process calls `begin` and tells the others what it got. Each writes files of its own into
+    the folder and seals them; the first one collects what `seal` returned everywhere and calls
+    `finish`, or `discard` if any of them failed.
+    """
+
+    path: Path
+    """The name it will have."""
+    folder: Path
+    """Where it is until then."""
+
+    @staticmethod
+    def begin(path: str | Path) -> Draft:
+        """An empty folder beside path.
+
+        ValueError if nothing can be written there, or if path is anything but a checkpoint.
+        """
+        path = expanded(path)
+        with one_line(path):
+            if path.is_symlink():
+                path = path.resolve()  # the link stays, what it names is replaced
+            _check_replaceable(path)
+            _make_folder(path.parent)
+            _restore(path)
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                if _is_abandoned(leftover):
+                    remove(leftover)
+            folder = _beside(path)
+            folder.mkdir()
+        return Draft(path, folder)
+
+    def seal(self, names: Iterable[str] | None = None) -> Entries:
+        """Force files (None: all there are) to disk, read them back: their manifest entries."""
+        with one_line(self.path):
+            names = plain_files(self.folder) if names is None else names
+            return {name: seal_file(self.folder / name) for name in names}
+
+    def finish(self, entries: Entries) -> None:
+        """Write the manifest of all sealed files and give the directory its name.
+
+        ValueError if one of them is missing or nobody sealed it; then path is untouched.
+        """
+        with one_line(self.path):
+            check_listing(self.folder, entries)
+            write_manifest(self.folder, entries)
+            _check_replaceable(self.path)  # again: writing may have taken hours
+            _replace(self.folder, self.path)
+
+    def discard(self) -> None:
+        """Remove what is left of it: nothing after `finish`."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Re-raise disk errors inside the block as one ValueError: PATH: cannot be read: REASON."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """ValueError if something is at path that may be anything but a checkpoint of ours."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        known = {MANIFEST, *read_manifest(path)}
+    except (OSError, ValueError):
+        if path.is_dir() and _STEP.fullmatch(path.name):
+            return  # a damaged one of a run, whose step has come round again
+        raise ValueError(
+            f"cannot write {path}: what is there is not a checkpoint; choose another name"
+        ) from None
+    if foreign := sorted({item.name for item in path.iterdir()} - known):
+        raise ValueError(
+            f"cannot write {path}: {foreign[0]} in it is not part of the checkpoint; move it "
+            "elsewhere"
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in new:
+        sync(parent.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A new name for what is being written or removed; it tells whose it is."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    return path.with_name(f".{path.name}.{owner}.partial")
+
+
+def _is_abandoned(partial: Path) -> bool:
+    """Whether the process that this folder is named after is known to be gone."""
+    host, _, process = partial.name.rpartition("-")[0].rpartition("-")
+    if not host.endswith(f".{socket.gethostname()}") or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it lives, and belongs to somebody else
+        return False
+    return False
+
+
+def _replace(folder: Path, path: Path) -> None:
+    """Rename the folder to path. What was there has another name until that has happened."""
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    try:
+        os.rename(folder, path)
+    except OSError:
+        _restore(path)
+        raise
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _restore(path: Path) -> None:
+    """Give a checkpoint its name back if the one that was to replace it never came."""
+    if not path.exists() and _old(path).is_dir():
+        os.rename(_old(path), path)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ as its user's folder; that of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
+def existing(path: str | Path) -> Path:
+    """Path, or what had that name when a process was killed in the middle of replacing it."""
+    path = expanded(path)
+    with _reading(path):
+        return _old(path) if not path.exists() and _old(path).is_dir() else path
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, under another name first: nobody finds half of it under its own."""
+    rubbish = _beside(directory)
+    with suppress(OSError):
+        os.rename(directory, rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+# ---- the checkpoints of a run -------------------------------------------------------------------
+
+
+def is_step(path: Path) -> bool:
+    """Whether a checkpoint of a run can have this name."""
+    return _STEP.fullmatch(path.name) is not None
+
+
+def step_number(path: Path) -> int:
+    """The step in the name of a run's checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def step_directories(run: Path) -> list[Path]:
+    """The checkpoints of a training run, oldest first."""
+    with _reading(run):
+        return sorted((p for p in run.iterdir() if is_step(p) and p.is_dir()), key=step_number)
+
+
+def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of a run, and why newer ones were passed over."""
+    run, skipped = Path(run), []
+    found = {*step_directories(run), *filter(is_step, _replaced(run))}
+    for directory in map(existing, sorted(found, key=step_number, reverse=True)):
+        try:
+            verify(directory)
+            _check_step(directory)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            return directory, skipped
+    raise ValueError(f"no whole checkpoint in {run}: {'; '.join(skipped) or 'it has none'}")
+
+
+def _check_step(directory: Path) -> None:
+    """ValueError if a checkpoint was given the name of another step."""
+    file = directory / ABOUT
+    if not file.exists() or not is_step(directory):
+        return
+    about = json.loads(file.read_bytes())
+    step = about.get("step") if isinstance(about, dict) else None
+    if step != step_number(directory):
+        raise ValueError(f"{directory} holds step {step}; give it back the name of that")
+
+
+def put_aside(newest: Path) -> list[Path]:
+    """Rename the checkpoints behind the newest whole one, lest they count as kept: their new names.
+
+    Only for whoever holds the lock of the run.
+    """
+    later = [p for p in step_directories(newest.parent) if step_number(p) > step_number(newest)]
+    moved = []
+    for damaged in later:
+        with suppress(OSError):  # of two of the same step the second one stays
+            moved.append(damaged.rename(damaged.with_name(damaged.name + ".damaged")))
+    return moved
+
+
+def current(path: Path) -> Path:
+    """Path, or of the folder of a run its newest whole checkpoint; a warning names damaged ones."""
+    if not path.is_dir() or (path / "config.json").exists() or not step_directories(path):
+        return path
+    newest, skipped = newest_checkpoint(path)
+    for reason in skipped:
+        warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
+    return newest
+
+
+def prune(newest: Path, keep: int) -> None:
+    """Of the checkpoints up to the one just written, remove all but the last `keep`.
+
+    Later ones are not touched: a run that went back to an older step will write them again.
+    """
+    if keep < LEAST_KEPT:
+        raise ValueError(f"keep is {keep}; a run keeps at least {LEAST_KEPT} checkpoints")
+    steps = [p for p in step_directories(newest.parent) if step_number(p) <= step_number(newest)]
+    for old in steps[:-keep]:
+        remove(old)
+
+
+def clean(run: Path) -> None:
+    """Tidy up after a process that was killed; only for whoever holds the lock of the run."""
+    for path in _replaced(run):
+        _restore(path)
+        with suppress(ValueError):
+            verify(path)
+            shutil.rmtree(_old(path), ignore_errors=True)
+    for partial in run.glob(".step-*.partial"):
+        remove(partial)
+
+
+def _replaced(run: Path) -> list[Path]:
+    """The names of checkpoints that were in the middle of being replaced."""
+    return [run / old.name[1:].removesuffix(".old") for old in run.glob(".step-*.old")]

@@ -1,0 +1,54 @@
+"""Which tokenizer belongs to which weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from receptance.config import ModelConfig
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+# Rows of the embedding that a tokenizer may leave unused: World pads 65,530 ids to 65,536 and
+# others round up to a multiple of 64 or 128. More than that is another vocabulary.
+_MAX_UNUSED_ROWS = 128
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """ValueError if the tokenizer cannot be the one these weights were trained with."""
+    if not _fits(tokenizer, config):
+        raise ValueError(
+            f"wrong tokenizer: {tokenizer.kind} has {tokenizer.vocab_size} ids and these weights "
+            f"{config.vocab_size}; pass the tokenizer that the model was trained with"
+        )
+
+
+def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that a directory holds; ValueError if another one was given."""
+    if given is not None and given.fingerprint != own.fingerprint:
+        raise ValueError(
+            f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was "
+            f"trained with, which is not the {given.kind} one given; leave out --tokenizer"
+        )
+    return own
+
+
+def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
+    """That of the file found beside weights; bytes for 256 ids where none is, or one of others."""
+    found = None if file is None else load_tokenizer(file)
+    own = ByteTokenizer()
+    if config.vocab_size == own.vocab_size and (found is None or not _fits(found, config)):
+        return own
+    return found
+
+
+def _fits(tokenizer: Tokenizer, config: ModelConfig) -> bool:
+    return 0 <= config.vocab_size - tokenizer.vocab_size < _MAX_UNUSED_ROWS
+
+
+def no_tokenizer(config: ModelConfig, source: str | Path) -> ValueError:
+    """What to tell someone whose weights come without a tokenizer."""
+    usual = {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}
+    name = usual.get(config.vocab_size, "its tokenizer file")
+    return ValueError(
+        f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
+        "there or pass it with --tokenizer"
+    )
