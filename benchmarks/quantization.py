@@ -33,7 +33,6 @@ from receptance.data.batches import Batch
 from receptance.inference.measure import machine
 from receptance.inference.scoring import bits_per_byte, negative_log_likelihood, text_rows
 from receptance.model import Model
-from receptance.model.v4 import layouts
 from receptance.quantize import Quantized, quantize
 from receptance.quantize.calibration import Calibration
 from receptance.quantize.packing import pack
@@ -198,7 +197,10 @@ def floats(weight: Tensor | Quantized) -> Tensor:
 
 def bits_per_weight(model: Model, weights: Weights) -> float:
     """Of the matrices as they are packed, padding included."""
-    packed = [pack(weights[name], layout) for name, layout in layouts(model.config).items()]
+    packed = [
+        pack(weights[name], layout)
+        for name, layout in model.config.architecture.layouts(model.config).items()
+    ]
     return 8 * sum(x.nbytes for x in packed) / sum(x.outputs * x.inputs for x in packed)
 
 

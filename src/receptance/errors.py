@@ -8,16 +8,20 @@ from pathlib import Path
 
 
 @contextmanager
-def one_line(path: Path) -> Iterator[None]:
-    """Re-raise disk errors inside the block as one ValueError: cannot write PATH: REASON."""
+def one_line(path: Path, what: str = "") -> Iterator[None]:
+    """Re-raise disk errors inside the block as one ValueError: cannot write PATH: REASON.
+
+    what stands before the path, as "the state to " does.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        said = error.strerror if isinstance(error, OSError) else None
-        reason = said or str(error).partition("\n")[0]
-        raise ValueError(f"cannot write {path}: {reason}") from error
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, OSError) and error.filename == str(path):
+            reason = error.strerror
+        raise ValueError(f"cannot write {what}{path}: {reason}") from error
 
 
 def out_of_memory(error: Exception) -> bool:

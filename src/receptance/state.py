@@ -104,7 +104,7 @@ class State:
             "model": fingerprint,
             "sha256": _digest(tensors),
         }
-        with one_line(path), written(path) as file:
+        with one_line(path, "the state to "), written(path) as file:
             file.write(save(tensors, metadata=about))
 
     @classmethod

@@ -241,7 +241,7 @@ def test_what_gets_its_name_is_on_disk(tmp_path, source, monkeypatch, format_):
         rename(before, after)
         synced.append(after)
 
-    for module in ("conversion.converting", "directories", "manifest"):
+    for module in ("conversion.converting", "storage.directories", "storage.manifest"):
         monkeypatch.setattr(f"receptance.{module}.sync", synced.append)
     monkeypatch.setattr(os, "rename", checked)
     path = turn(source, tmp_path / FORMATS[format_], format=format_)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.model import Model
-from receptance.model.v4 import layouts
 from receptance.quantize import Quantized, quantize
 from receptance.quantize.packing import FLOATS
 
@@ -66,7 +65,7 @@ def widened(matrix: Tensor | Quantized) -> Tensor:
 def rounded(model: Model, kind: str) -> Model:
     """A float32 model with the weights that the engine has."""
     model = copy.deepcopy(model)
-    for name in layouts(model.config):
+    for name in model.config.architecture.layouts(model.config):
         weight = model.get_parameter(name)
         weight.data = widened(narrow(weight.detach(), kind))
     return model

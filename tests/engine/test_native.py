@@ -14,7 +14,6 @@ from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, native_engine
 from receptance.engine.native import POSITIONS
 from receptance.model import Model
-from receptance.model.v4 import layouts
 from receptance.ops import native
 from receptance.quantize import quantize
 from receptance.quantize.packing import FLOATS, Packed, pack
@@ -59,17 +58,22 @@ def engine_of(model: Model, kind: str, **options: object) -> NativeEngine:
 
 def packed(model: Model, kind: str) -> dict[str, Packed]:
     """Its matrices in a type of weights."""
-    weights = {name: model.get_parameter(name).detach() for name in layouts(model.config)}
+    weights = {
+        name: model.get_parameter(name).detach()
+        for name in model.config.architecture.layouts(model.config)
+    }
     return {
         name: pack(w.to(FLOATS[kind]) if kind in FLOATS else quantize(w, kind), layout)
-        for (name, layout), w in zip(layouts(model.config).items(), weights.values(), strict=True)
+        for (name, layout), w in zip(
+            model.config.architecture.layouts(model.config).items(), weights.values(), strict=True
+        )
     }
 
 
 def rounded(model: Model, kind: str) -> Model:
     """A float32 model with the weights that the engine has."""
     model = copy.deepcopy(model)
-    for name in layouts(model.config):
+    for name in model.config.architecture.layouts(model.config):
         weight = model.get_parameter(name)
         narrow = (
             weight.to(FLOATS[kind]).float()
@@ -119,7 +123,7 @@ def test_every_float16_is_widened_as_torch_does():
         model = random_model(config)
         matrices = {
             name: pack((finite if name == "head.weight" else w.half()).contiguous(), layout)
-            for name, layout in layouts(config).items()
+            for name, layout in config.architecture.layouts(config).items()
             for w in [model.get_parameter(name).detach()]
         }
         engine = NativeEngine(

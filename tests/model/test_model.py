@@ -96,12 +96,12 @@ REFUSED = {
     "a state with a part too few": (
         (ids(1, 5), changed(lambda x: None)),
         {},
-        r"numerator of the state is none; wanted \[L,B,C\]",
+        r"numerator of the state is none; wanted \[\d, 1, 8\]",
     ),
     "a state with a flat part": (
         (ids(1, 5), changed(lambda x: x[0])),
         {},
-        r"numerator of the state is \[1, 8\]; wanted \[L,B,C\]",
+        r"numerator of the state is \[1, 8\]; wanted \[\d, 1, 8\]",
     ),
     "a state with a narrow part": (
         (ids(1, 5), changed(lambda x: x[..., :4])),

@@ -12,11 +12,11 @@ import torch
 from tiny import make_model, same_bits, small_bpe
 from torch import Tensor
 
-from receptance.engine import files
 from receptance.model import Model
 from receptance.quantize import Quantized
 from receptance.quantize.packing import unpack
 from receptance.quantize.weights import quantize_tensors
+from receptance.storage import quantized as files
 from receptance.storage.checkpoint import save
 from receptance.storage.directories import write_directory
 from receptance.storage.quantized import (

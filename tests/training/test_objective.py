@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import random_batch, small
 
-from receptance.model import parts
 from receptance.training import head_loss, objective
 
 PENALTIES = [
@@ -89,7 +88,7 @@ def test_torch_finds_the_same_gradients_by_differences(penalties):
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_bfloat16_features_and_an_upstream_scale(scale, fast, monkeypatch):
     """Where products of bfloat16 are fast the gradients' factors are rounded, never the loss."""
-    monkeypatch.setattr(parts, "CPU_MULTIPLIES_BFLOAT16", fast)
+    monkeypatch.setattr(objective, "cpu_multiplies_bfloat16", lambda: fast)
     features, weight, targets = draw(torch.bfloat16)
     value, _ = head_loss(features, weight, targets)
     found = torch.autograd.grad(value * scale, (features, weight))

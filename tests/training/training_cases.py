@@ -17,6 +17,7 @@ from receptance.storage.checkpoint import write_description
 from receptance.tokenizer import ByteTokenizer
 from receptance.training import StepReport, Trainer, TrainOptions
 from receptance.training.ranks import Ranks
+from receptance.training.recomputing import Recomputing
 from receptance.training.saving import Saver
 
 TOKENS = np.frombuffer(TEXT.encode(), np.uint8).astype(np.uint16)
@@ -111,3 +112,29 @@ def random_batch(
         draw(3) > 0 if masked else None,
         draw(6) == 0 if reset else None,
     )
+
+
+class Keeping(Recomputing):
+    """Recomputing, or autograd as it is, that remembers every storage kept for backward passes."""
+
+    def __init__(self, recomputing: bool = True) -> None:
+        super().__init__()
+        self.recomputing, self.kept = recomputing, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if not self.recomputing:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
+
+    def _pack(self, saved):
+        packed = super()._pack(saved)
+        tensors = [packed] if isinstance(packed, torch.Tensor) else packed[0].arguments
+        for x in tensors:
+            if isinstance(x, torch.Tensor):
+                self.kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them, each once."""
+        return sum(storage.nbytes() for storage in self.kept.values())

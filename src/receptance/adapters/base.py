@@ -123,5 +123,5 @@ class Adapter(nn.Module, ABC):
 
         path = Path(path)
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
-        with one_line(path), written(path) as file:
+        with one_line(path, "the adapter to "), written(path) as file:
             file.write(save(tensors, metadata=self.metadata(model_fingerprint)))

@@ -1,8 +1,7 @@
 """State tuning: the state in which every text begins is learned, and nothing else.
 
-A new text begins as if the model had read something, namely a token of which, in each layer,
-the inputs of the mixing are learned (time_shift, channel_shift), and value and key are too:
-numerator e^key value, denominator e^key. That is every state there is of positive weight.
+What is learned stands for a state that the model itself could have arrived at; the version says
+what that is (`Architecture.learnable_state`).
 """
 
 from __future__ import annotations
@@ -34,33 +33,34 @@ class StateTuningOptions:
 
 
 class StateTuning(Adapter):
-    """Four vectors per layer, each [L,C]: 4 L C numbers in all."""
+    """What `Architecture.learnable_state` names, for all layers: each [L,...]."""
 
     kind: ClassVar[str] = "state"
 
     def __init__(self, model: Model, options: StateTuningOptions, *, seed: int = 0) -> None:
         """Nothing is drawn from the seed; it is here because every adapter takes one."""
         super().__init__(options)
-        if model.config.version != 4:
-            raise ValueError(f"state tuning is for version 4, not {model.config.version}")
-        sizes = model.config.num_layers, model.config.width
-        device = model.emb.weight.device
-        self.time_shift = nn.Parameter(torch.zeros(sizes, device=device))
-        self.channel_shift = nn.Parameter(torch.zeros(sizes, device=device))
-        self.value = nn.Parameter(torch.zeros(sizes, device=device))
-        self.key = nn.Parameter(torch.full(sizes, float(options.start_key), device=device))
+        self._config = model.config
+        start = model.config.architecture.learnable_state(model.config, float(options.start_key))
+        for name, value in start.items():
+            self.register_parameter(name, nn.Parameter(value.to(model.device)))
 
     def check_fits(self, model: Model) -> None:
-        """ValueError if layers or width differ."""
-        sizes = (model.config.num_layers, model.config.width)
-        if sizes != tuple(self.value.shape):
+        """ValueError if version, layers or width differ."""
+        own, other = self._config, model.config
+        if (own.version, own.num_layers, own.width) != (
+            other.version,
+            other.num_layers,
+            other.width,
+        ):
             raise ValueError(
-                f"this state is for {self.value.shape[0]} layers of width {self.value.shape[1]}; "
-                f"the model has {sizes[0]} of width {sizes[1]}"
+                f"this state is for {own.num_layers} layers of width {own.width} of "
+                f"RWKV-{own.version}; the model has {other.num_layers} of width {other.width} of "
+                f"RWKV-{other.version}"
             )
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Four tensors [L,C]."""
+        """All of them, each [L,...]."""
         return dict(self.named_parameters())
 
     def initial_state(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> State:
@@ -68,19 +68,12 @@ class StateTuning(Adapter):
 
         Rows that a model resets within a batch (`resets`) begin empty, not here.
         """
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        # The exponent has no gradient anywhere, it cancels (ops.reference); so the key acts
-        # through a factor that is always 1.
-        weight = (self.key - self.key.detach()).exp()
-        layers = {
-            "time_shift": self.time_shift.to(dtype),
-            "channel_shift": self.channel_shift.to(dtype),
-            "numerator": (self.value * weight).to(wide),
-            "denominator": weight.to(wide),
-            "exponent": self.key.detach().to(wide),
-        }
-        tensors = {name: x[:, None].expand(-1, batch, -1) for name, x in layers.items()}
-        return State(tensors, torch.zeros(batch, dtype=torch.int64, device=self.key.device))
+        learned = self.tensors()
+        device = next(iter(learned.values())).device
+        like = torch.empty(0, device=device, dtype=dtype)
+        layers = self._config.architecture.learned_state(learned, like)
+        tensors = {name: x[:, None].expand(-1, batch, *x.shape[1:]) for name, x in layers.items()}
+        return State(tensors, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def fingerprint(self, model_fingerprint: str) -> str:
         """The model's own: where a state came from makes no difference to reading it."""

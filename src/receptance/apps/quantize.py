@@ -70,7 +70,9 @@ def main(argv: list[str]) -> None:
         source=fingerprint(config, tensors),
     )
     console, report = Console(), Report()
-    weights = quantize_tensors(tensors, options.to, options.group, calibration)
+    weights = quantize_tensors(
+        tensors, options.to, options.group, calibration, config.architecture.layouts(config)
+    )
     watched = _watched(console, tensors, weights, report)
     write_quantized(out, config, tokenizer, about, watched)
     report.show(console, out)

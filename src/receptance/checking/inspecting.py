@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from receptance.checking.contents import Contents, find
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.formats.hf import find_tokenizer
+from receptance.formats.names import from_hf
 from receptance.storage.checkpoint import is_ours
 from receptance.storage.manifest import MANIFEST, read_manifest, verify
 
@@ -154,9 +154,9 @@ class _Tally:
             tensor = contents.tensors[name].detach()
             tally.add(name, tensor)
             layer = _BLOCK.search(name)
-            if contents.config and layer and name.endswith(".time_decay"):
-                # exp(-w) of the recurrence, w = exp(time_decay).
-                kept = torch.exp(-tensor.double().flatten().exp())
+            version = contents.config and contents.config.architecture
+            if version and layer and version.is_static_decay(from_hf(name)):
+                kept = version.log_decay(tensor.double().flatten()).exp()
                 tally.retentions[int(layer[1])] = kept.sort(descending=True).values.tolist()
             note(name, tensor.nbytes)
         return tally

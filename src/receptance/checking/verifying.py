@@ -24,7 +24,6 @@ from receptance.engine.native import NativeEngine
 from receptance.formats.names import some
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
-from receptance.model.v4 import layouts
 from receptance.ops import available_backends, native, triton_wkv4
 from receptance.quantize.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
 from receptance.state import State
@@ -45,8 +44,6 @@ GPU_BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02} | dict.fromkeys(
 NARROWED_BOUNDS = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "int4": 0.5}
 """Against logits recorded before the same weights were rounded to one of these types."""
 
-# Model.from_tensors never narrows these.
-_WIDE = ("time_decay", "time_first")
 # More than a chunk of the parallel kernels, so that two of them meet.
 _LENGTH = 40
 _RAGGED = (_LENGTH, 1, 33, 16)
@@ -132,7 +129,7 @@ class Subject:
         else:
             weights = formats.read(found.path)
             config, tensors = weights.config, dict(weights.tensors)
-        kind = common_kind(tensors[name] for name in layouts(config))
+        kind = common_kind(tensors[name] for name in config.architecture.layouts(config))
         whose = fingerprint(config, tensors)
         return cls(found.path, config, tensors, kind, whose, _packed(config, tensors, kind))
 
@@ -143,7 +140,8 @@ class Subject:
 
     def model(self, device: str = "cpu") -> Exact:
         """In torch, with no weight rounded."""
-        kind = common_kind(x for name, x in self.tensors.items() if not name.endswith(_WIDE))
+        wide = self.config.architecture.is_float32
+        kind = common_kind(x for name, x in self.tensors.items() if not wide(name))
         dtype = FLOATS[kind]
         return Exact(Model.from_tensors(self.config, self.tensors, device=device, dtype=dtype))
 
@@ -159,7 +157,7 @@ class Subject:
 
         matrices: Mapping[str, Tensor | Packed] = self.matrices or {
             name: self.tensors[name].to(FLOATS[self.kind])  # type: ignore[index]
-            for name in layouts(self.config)
+            for name in self.config.architecture.layouts(self.config)
         }
         vectors = {name: x for name, x in self.tensors.items() if name not in matrices}
         return GpuEngine(self.config, matrices, vectors, self.fingerprint, device=device)
@@ -228,7 +226,10 @@ def difference(found: Tensor, reference: Tensor) -> float:
 def _packed(config: ModelConfig, tensors: dict[str, Tensor], kind: FloatKind) -> dict[str, Packed]:
     if not native.is_available():
         return {}
-    return {name: pack(tensors[name].to(FLOATS[kind]), to) for name, to in layouts(config).items()}
+    return {
+        name: pack(tensors[name].to(FLOATS[kind]), to)
+        for name, to in config.architecture.layouts(config).items()
+    }
 
 
 def _weights_finite(subject: Subject) -> Check:

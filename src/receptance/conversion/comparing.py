@@ -14,11 +14,9 @@ from receptance.formats.names import tensor_shapes
 from receptance.formats.writing import chunks
 from receptance.model import Model
 from receptance.model.parts import Reading
-from receptance.model.rwkv import VERSIONS
 
 _PROBE = (1, 64)
 _ROWS = 1 << 12  # of the head that are float32 at once
-_WHOLE = Reading(resets=None, lengths=None, backend=None, spare=True)
 
 _SMALLEST_SCALE = 1e-6  # below it, float16 scales of quantized blocks are of few digits
 
@@ -48,9 +46,10 @@ def probe(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor:
         model = Model(config).eval()
     _lend(model, tensors)
     x = tensors["emb.weight"][tokens].float()
+    handed: list[Tensor] = []
     for block in model.blocks:
-        state = VERSIONS[config.version].LayerState.empty(config, len(tokens), x)
-        x, _ = block(x, state, _WHOLE, 0.0)
+        state = config.architecture.empty_layer(config, len(tokens), x)
+        x, _, *handed = block(x, state, Reading(), 0.0, *handed)
     x = model.ln_out(x)
     rows = tensors["head.weight"].split(_ROWS)
     return torch.cat([F.linear(x, part.float()) for part in rows], dim=-1)

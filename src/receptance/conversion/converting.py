@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -30,10 +29,11 @@ from receptance.errors import one_line
 from receptance.formats import ggmf, hf
 from receptance.formats.ggmf import Stored, decay_parameter, stored_decay, stored_kind, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
-from receptance.formats.names import Shape, some, tensor_shapes
+from receptance.formats.names import some, tensor_shapes
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
 from receptance.formats.writing import Layout
+from receptance.model.architecture import Shape
 from receptance.storage.checkpoint import write_description
 from receptance.storage.directories import Draft, existing
 from receptance.storage.manifest import MANIFEST, sync, write_manifest
@@ -55,7 +55,6 @@ _SUFFIXES: dict[str, Format] = {
 }
 _DIRECTORIES = ("hf", "receptance")
 _USUAL_EPSILON = 1e-5
-_DECAYS = (".att.time_decay", ".att.time_first")
 
 # Largest difference of a logit, by the largest there is, that the types excuse.
 _LIMITS = {"Q4_0": 1.0, "Q8_0": 0.2}
@@ -109,7 +108,11 @@ class Target:
             return own
         wanted: torch.dtype = getattr(torch, self.dtype)
         # As when a model is loaded: bfloat16 rounds a decay of 0.999 to 1. Ai00 wants one type.
-        wide = name.endswith(_DECAYS) and own.itemsize >= 4 and self.format != "st"
+        wide = (
+            source.config.architecture.is_float32(name)
+            and own.itemsize >= 4
+            and self.format != "st"
+        )
         return torch.float32 if wide else wanted
 
 
@@ -183,7 +186,7 @@ def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report
         draft.finish(entries)
     else:
         _publish(draft.folder, source, target)
-    rounded = target.format == "ggmf" and _decays_rounded(source.open())
+    rounded = target.format == "ggmf" and _decays_rounded(source)
     return Report(found, size, _matrix_types(target, layout), rounded)
 
 
@@ -264,15 +267,16 @@ def _same(source: Source, target: Target) -> Same:
             stored = stored_kind(name, shape, target.kind(source))
             if stored in KINDS:
                 return near(there, here, BLOCK, _STEPS[stored])
-            if name.endswith(".att.time_decay"):
+            if source.config.architecture.is_static_decay(name):
                 there = decay_parameter(stored_decay(there), name)
         return equal(there, here, dtype)
 
     return same
 
 
-def _decays_rounded(tensors: Mapping[str, Tensor]) -> bool:
-    decays = [(name, tensors[name]) for name in tensors if name.endswith(".att.time_decay")]
+def _decays_rounded(source: Source) -> bool:
+    tensors, version = source.open(), source.config.architecture
+    decays = [(name, tensors[name]) for name in tensors if version.is_static_decay(name)]
     return any(not torch.equal(decay_parameter(stored_decay(x), n), x.float()) for n, x in decays)
 
 

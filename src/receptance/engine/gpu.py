@@ -1,4 +1,4 @@
-"""RWKV-4 on a GPU: decoding by CUDA graphs over Triton kernels, whole passes by large products.
+"""A model on a GPU: decoding by CUDA graphs over Triton kernels, whole passes by large products.
 
 Activations and state are float32; products are summed in it. Rows agree with their solo run to
 float rounding of the weights' type, not to the bit.
@@ -18,7 +18,6 @@ from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import fingerprint
-from receptance.model.v4 import LayerState, layouts
 from receptance.ops.triton_products import Tiles
 from receptance.ops.triton_wkv4 import check_launcher
 from receptance.quantize import quantize
@@ -77,6 +76,10 @@ class GpuEngine(OneCall):
         tiles: Tiles | None = None,
         capture: Callable[[Run], Run] | None = None,
     ) -> None:
+        if config.architecture.gpu_kernels is None:
+            raise ValueError(
+                f"the GPU kernels do not run RWKV-{config.version}; choose the backend torch"
+            )
         # With its number, whatever the current one is later.
         self.config, self.device = config, torch.empty(0, device=device).device
         self._fingerprint, self._tiles = fingerprint, tiles or Tiles()
@@ -135,7 +138,7 @@ class GpuEngine(OneCall):
         batch = len(tokens)
         # Recorded before anything is copied in: recording runs the step.
         buffers, replay = self._graph(1 << (batch - 1).bit_length())
-        parts = [state.tensors[name] for name in LayerState._fields]
+        parts = [state.tensors[name] for name in self.config.architecture.state_fields]
         buffers.tokens[:batch].copy_(tokens)
         if (joined := _joined(parts)) is not None:
             buffers.state[:, :, :batch].copy_(joined)
@@ -144,7 +147,7 @@ class GpuEngine(OneCall):
                 place[:, :batch].copy_(part)
         replay()
         after = buffers.state[:, :, :batch].clone().unbind(0)
-        named = dict(zip(LayerState._fields, after, strict=True))
+        named = dict(zip(self.config.architecture.state_fields, after, strict=True))
         return buffers.features[:batch, None].clone(), State(named, state.tokens + 1)
 
     def _graph(self, rows: int) -> tuple[Buffers, Run]:
@@ -183,12 +186,12 @@ class GpuEngine(OneCall):
 
     def _fresh(self, batch: int) -> State:
         """Rows that have read nothing, without asking the device for an index (State.rows)."""
-        tensors = {n: x.expand(-1, batch, -1) for n, x in self._initial.tensors.items()}
+        tensors = {n: x.expand(-1, batch, *x.shape[2:]) for n, x in self._initial.tensors.items()}
         return State(tensors, self._initial.tokens.expand(batch))
 
     def _empty_state(self) -> State:
-        layer = LayerState.empty(self.config, 1, torch.empty(0, device=self.device))._asdict()
-        tensors = {name: x.expand(self.config.num_layers, *x.shape) for name, x in layer.items()}
+        like = torch.empty(0, device=self.device)
+        tensors = self.config.architecture.empty_state(self.config, 1, like)
         return State(tensors, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
@@ -226,9 +229,9 @@ def gpu_engine(
     kind None is the one that all matrices have, else float32. tensors is emptied on the way.
     """
     whose = own_fingerprint or fingerprint(config, tensors)
-    kind = kind or common_kind(tensors[name] for name in layouts(config))
+    kind = kind or common_kind(tensors[name] for name in config.architecture.layouts(config))
     matrices: dict[str, Matrix] = {}
-    for name in layouts(config):
+    for name in config.architecture.layouts(config):
         weight = tensors.pop(name).detach()
         if kind == "int8" or kind == "int4":
             matrices[name] = quantize(weight, kind, group)

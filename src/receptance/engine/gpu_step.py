@@ -7,7 +7,6 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.engine.gpu_weights import GpuLayer, GpuWeights, times
-from receptance.model.v4 import LayerState
 from receptance.ops import triton_steps as kernels
 from receptance.ops.triton_products import Epilogue, Tiles, product
 from receptance.ops.triton_weights import Weights
@@ -17,14 +16,14 @@ class Buffers:
     """What a step over B rows reads and writes, always at the same addresses."""
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
-        width, parts = config.width, len(LayerState._fields)
+        width, parts = config.width, len(config.architecture.state_fields)
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
         self.tokens = torch.zeros(batch, device=device, dtype=torch.int64)
         self.state = floats(parts, config.num_layers, batch, width)
-        """In the order of LayerState."""
+        """In the order of Architecture.state_fields."""
         self.features = floats(batch, width)
         self.x, self.gated, self.mixed = (floats(n, batch, width) for n in (1, 1, 3))
         self.projected = floats(3, batch, width)
@@ -38,11 +37,11 @@ def step(weights: GpuWeights, to: Buffers, tiles: Tiles) -> None:
     x = to.x[0]
     kernels.embed(weights.embedding, to.tokens, weights.ln0, x)
     for i, layer in enumerate(weights.layers):
-        time_shift, channel_shift, *wkv = to.state[:, i].unbind(0)
-        kernels.mix(x, layer.ln1, time_shift, layer.att_shares, to.mixed)
+        att_last, ffn_last, *wkv = to.state[:, i].unbind(0)
+        kernels.mix(x, layer.ln1, att_last, layer.att_shares, to.mixed)
         time_mix(layer, tuple(wkv), to, tiles)
         multiply(layer.output, to.gated, x, "add", tiles=tiles)
-        kernels.mix(x, layer.ln2, channel_shift, layer.ffn_shares, to.mixed)
+        kernels.mix(x, layer.ln2, ffn_last, layer.ffn_shares, to.mixed)
         multiply(layer.channel, to.mixed, to.channel, "activate", tiles=tiles)
         multiply(layer.value, to.hidden, x, "gate", gate=to.receptance, tiles=tiles)
     kernels.mix(x, weights.ln_out, x, to.mixed[:0], to.features)

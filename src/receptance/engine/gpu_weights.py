@@ -11,15 +11,13 @@ from torch import Tensor, nn
 
 from receptance.config import ModelConfig
 from receptance.model import Model
+from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops.triton_steps import Norm
 from receptance.ops.triton_weights import Weights, dequantize
 from receptance.quantize import Quantized
 from receptance.quantize.packing import FLOATS, Packed, unpack
 
 Matrix = Tensor | Quantized | Packed
-
-# As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
-_FINAL_EPSILON = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,26 +75,35 @@ def gpu_weights(
     def norm(name: str, epsilon: float = config.layer_norm_epsilon) -> Norm:
         return vector(f"{name}.weight"), vector(f"{name}.bias"), epsilon
 
+    version = config.architecture
+    names = version.gpu_kernels
+    assert names is not None
+
     def layer(i: int) -> GpuLayer:
-        att, ffn = f"blocks.{i}.att", f"blocks.{i}.ffn"
+        def vectors_of(field: str) -> Tensor:
+            return torch.stack([vector(f"blocks.{i}.{name}") for name in names[field]])
+
+        def matrices_of(field: str) -> Weights:
+            return stack(*(f"blocks.{i}.{name}" for name in names[field]))
+
         return GpuLayer(
             ln1=norm(f"blocks.{i}.ln1"),
-            att_shares=torch.stack([vector(f"{att}.time_mix_{x}") for x in "kvr"]),
-            projections=stack(f"{att}.key", f"{att}.value", f"{att}.receptance"),
-            log_decay=-vector(f"{att}.time_decay").exp(),
-            bonus=vector(f"{att}.time_first"),
-            output=stack(f"{att}.output"),
+            att_shares=vectors_of("att_shares"),
+            projections=matrices_of("projections"),
+            log_decay=version.log_decay(vectors_of("log_decay")[0]),
+            bonus=vectors_of("bonus")[0],
+            output=matrices_of("output"),
             ln2=norm(f"blocks.{i}.ln2"),
-            ffn_shares=torch.stack([vector(f"{ffn}.time_mix_{x}") for x in "kr"]),
-            channel=stack(f"{ffn}.key", f"{ffn}.receptance"),
-            value=stack(f"{ffn}.value"),
+            ffn_shares=vectors_of("ffn_shares"),
+            channel=matrices_of("channel"),
+            value=matrices_of("value"),
         )
 
     return GpuWeights(
         embedding=stack("emb"),
         ln0=norm("blocks.0.ln0"),
         layers=[layer(i) for i in range(config.num_layers)],
-        ln_out=norm("ln_out", _FINAL_EPSILON),
+        ln_out=norm("ln_out", FINAL_EPSILON),
         head=stack("head"),
     )
 
@@ -194,12 +201,12 @@ def torch_model(
 def _modules(config: ModelConfig, weights: GpuWeights) -> Iterator[tuple[str, nn.Module]]:
     yield "emb", _Rows(weights.embedding)
     yield "head", _Product(weights.head, slice(None))
-    width, hidden = config.width, config.ffn_width
+    names, shapes = config.architecture.gpu_kernels, config.architecture.shapes(config)
+    assert names is not None
     for i, layer in enumerate(weights.layers):
-        for place, name in enumerate(("key", "value", "receptance")):
-            rows = slice(place * width, (place + 1) * width)
-            yield f"blocks.{i}.att.{name}", _Product(layer.projections, rows)
-        yield f"blocks.{i}.att.output", _Product(layer.output, slice(None))
-        yield f"blocks.{i}.ffn.key", _Product(layer.channel, slice(hidden))
-        yield f"blocks.{i}.ffn.receptance", _Product(layer.channel, slice(hidden, None))
-        yield f"blocks.{i}.ffn.value", _Product(layer.value, slice(None))
+        for field in ("projections", "output", "channel", "value"):
+            start = 0
+            for name in (f"blocks.{i}.{own}" for own in names[field]):
+                stop = start + shapes[f"{name}.weight"][0]
+                yield name, _Product(getattr(layer, field), slice(start, stop))
+                start = stop

@@ -18,8 +18,8 @@ from receptance.engine.adapted import AdaptedModel
 from receptance.engine.base import Engine
 from receptance.engine.memory import Arena, room
 from receptance.engine.native import NativeEngine
+from receptance.engine.wide import widen
 from receptance.model.rwkv import fingerprint
-from receptance.model.v4 import layouts
 from receptance.ops import native
 from receptance.quantize import Quantized, check_group, quantize
 from receptance.quantize.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack
@@ -125,7 +125,7 @@ def native_engine(
     """
     whose = own_fingerprint or fingerprint(config, tensors)
     matrices: dict[str, Packed] = {}
-    wanted = layouts(config)
+    wanted = config.architecture.layouts(config)
     kind = kind or common_kind(tensors[name] for name in wanted)
     if kind in FLOATS and group is not None:
         raise ValueError(f"group is {group}; {kind} weights have none, so leave it out")
@@ -210,6 +210,7 @@ def _torch_engine(
         )
     kind = None if dtype is None else FLOATS[dtype]  # type: ignore[index]
     model, found = load(source, tokenizer=tokenizer, device=device, dtype=kind)
+    widen(model)
     if adapter is not None:
         return AdaptedModel(model, load_adapter(adapter, model)), found
     if files.is_quantized(path := existing(source)):

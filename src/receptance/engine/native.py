@@ -1,4 +1,4 @@
-"""RWKV-4 on a CPU in C++ (sources in receptance/native): any weights, float32 activations, state.
+"""A model on a CPU in C++ (sources in receptance/native): any weights, float32 activations, state.
 
 Every row's result is the same to the bit whatever else is in the batch, wherever its sequence is
 cut, however it is padded and however many threads there are: each sum has one fixed order.
@@ -19,13 +19,11 @@ from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
 from receptance.engine.memory import Arena, room
 from receptance.model.inputs import check_features, check_inputs
-from receptance.model.v4 import LayerState, layouts
+from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops import native
 from receptance.quantize.packing import KINDS, Packed
 from receptance.state import State
 
-# As in model/rwkv.py: the official code leaves the last layer norm at torch's default.
-_FINAL_EPSILON = 1e-5
 # What the kernels want vectors padded to: kBlock in product.h.
 _BLOCK = 128
 # Positions in one pass. Memory grows with it, and speed no more.
@@ -33,12 +31,6 @@ POSITIONS = 512
 
 # Some ten microseconds of work.
 _PRODUCTS_PER_THREAD = 1 << 18
-
-# In the order of LayerWeights in rwkv4.h.
-_LAYER_VECTORS = (
-    *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
-    *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
-)
 
 
 class NativeEngine(OneCall):
@@ -64,10 +56,12 @@ class NativeEngine(OneCall):
         instruction_set: str = "",
         copy_before: int | None = None,
     ) -> None:
+        check_supported(config)
         self.config, self.threads = config, threads
         self._fingerprint = fingerprint
+        self._fields = config.architecture.state_fields
         self._initial = initial or _empty_state(config)
-        self._matrices = [matrices[name] for name in layouts(config)]
+        self._matrices = [matrices[name] for name in config.architecture.layouts(config)]
         self._vectors = list(_padded_vectors(config, vectors))
         self._instruction_set = instruction_set
         self._kernels = self._compiled()
@@ -119,13 +113,13 @@ class NativeEngine(OneCall):
             raise ValueError(f"the native kernels read on the CPU, not on {elsewhere[0].device}")
         batch, time = tokens.shape
         state = self._initial.rows([0] * batch) if state is None else state
-        parts = [state.tensors[name].float().contiguous() for name in LayerState._fields]
+        parts = [state.tensors[name].float().contiguous() for name in self._fields]
         step = max(1, POSITIONS // max(batch, 1))
         if lengths is None and resets is None and time <= step:
             starts, ids = _equal_rows(batch, time), tokens.flatten().long().contiguous()
             packed, parts = self._pass(parts, starts, ids, None)
             features = packed.view(batch, time, self.config.width)
-            return features, State(_named(parts), state.tokens + time)
+            return features, State(self._named(parts), state.tokens + time)
         read = torch.full((batch,), time) if lengths is None else lengths.long()
         features = torch.zeros(batch, time, self.config.width)
         for start in range(0, time, step):
@@ -136,7 +130,7 @@ class NativeEngine(OneCall):
             flags = None if resets is None else resets[:, piece][real]
             starts = F.pad(inside.cumsum(0), (1, 0))
             features[:, piece][real], parts = self._pass(parts, starts, ids, flags)
-        return features, State(_named(parts), state.tokens + read)
+        return features, State(self._named(parts), state.tokens + read)
 
     def _pass(
         self, before: list[Tensor], starts: Tensor, ids: Tensor, resets: Tensor | None
@@ -173,6 +167,9 @@ class NativeEngine(OneCall):
                 self._kernels.head(count, *pointers, self._num_threads(count * width * vocabulary))
         return logits
 
+    def _named(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self._fields, parts, strict=True))
+
     def _copy(self) -> None:
         sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in self._matrices)
         arena = Arena(sum(room(*size) for size in sizes))
@@ -190,31 +187,39 @@ class NativeEngine(OneCall):
         return max(1, min(most, products // _PRODUCTS_PER_THREAD))
 
 
-def _named(parts: list[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(LayerState._fields, parts, strict=True))
-
-
 @functools.lru_cache(maxsize=64)
 def _equal_rows(batch: int, time: int) -> Tensor:
     """Where rows of one length start, and the last one ends: [B + 1]."""
     return torch.arange(batch + 1) * time
 
 
+def supports(config: ModelConfig) -> bool:
+    """Whether there are kernels for this version of RWKV, built or not."""
+    return config.architecture.native_kernel is not None
+
+
+def check_supported(config: ModelConfig) -> None:
+    """ValueError if there are no kernels for this version of RWKV."""
+    if not supports(config):
+        raise ValueError(
+            f"the native kernels do not run RWKV-{config.version}; choose the backend torch"
+        )
+
+
 def _empty_state(config: ModelConfig) -> State:
-    layer = LayerState.empty(config, 1, torch.empty(0))._asdict()
-    tensors = {name: x.expand(config.num_layers, *x.shape) for name, x in layer.items()}
+    tensors = config.architecture.empty_state(config, 1, torch.empty(0))
     return State(tensors, torch.zeros(1, dtype=torch.int64))
 
 
 def _padded_vectors(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """All vectors in the order of the kernels: float32, padded with zeros."""
+    """All vectors in the order of the kernels: float32, decays as logarithms, padded with zeros."""
+    version = config.architecture
     for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"):
         yield _padded(vectors[name])
     for layer in range(config.num_layers):
-        for name in _LAYER_VECTORS:
-            vector = vectors[f"blocks.{layer}.{name}"]
-            # The kernels want the logarithm of the decay per token.
-            yield _padded(-vector.float().exp() if name == "att.time_decay" else vector)
+        for name in (f"blocks.{layer}.{own}" for own in version.native_vectors):
+            vector = vectors[name].float()
+            yield _padded(version.log_decay(vector) if version.is_static_decay(name) else vector)
 
 
 def _padded(vector: Tensor) -> Tensor:
@@ -242,12 +247,12 @@ def _kernels(
         )
         for m in matrices
     ]
-    return library.Rwkv4(
+    return getattr(library, str(config.architecture.native_kernel))(
         config.width,
         config.ffn_width,
         config.vocab_size,
         config.layer_norm_epsilon,
-        _FINAL_EPSILON,
+        FINAL_EPSILON,
         [v.data_ptr() for v in vectors],
         fields,
         instruction_set,

@@ -22,8 +22,10 @@ from receptance.config import ModelConfig
 from receptance.errors import one_line
 from receptance.formats.files import check_file
 from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize, quantize
-from receptance.formats.names import Shape, infer_config, some, tensor_shapes
+from receptance.formats.names import infer_config, some, tensor_shapes
 from receptance.formats.writing import chunks, pieces
+from receptance.model.architecture import Shape
+from receptance.model.v4 import log_decay
 
 Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
 """What the matrices of a written file are; vectors are always FP32."""
@@ -89,7 +91,7 @@ class GGMFFile(Mapping[str, Tensor]):
         else:
             values = dequantize(data, entry.kind, old=self.version == _VERSIONS[0])
         tensor = torch.from_numpy(values).view(self._shapes[name])
-        if name.endswith(".att.time_decay"):
+        if self.config.architecture.is_static_decay(name):
             return decay_parameter(tensor, f"{self.path}: {name}")
         return tensor
 
@@ -159,7 +161,10 @@ def write_ggmf(
         sizes = config.vocab_size, config.width, config.num_layers
         file.write(_HEADER.pack(_MAGIC, _VERSIONS[-1], *sizes, _CODES[kind]))
         for name, shape in tensor_shapes(config).items():
-            _write_tensor(file, name, _checked(tensors, name, shape), kind)
+            tensor = _checked(tensors, name, shape)
+            if config.architecture.is_static_decay(name):
+                tensor = stored_decay(tensor)
+            _write_tensor(file, name, tensor, kind)
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -273,21 +278,20 @@ def _check_kind(config: ModelConfig, kind: Stored) -> None:
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """The tensor with the values to store, a vector as a vector."""
+    """The tensor as it is stored, a vector as a vector."""
     if name not in tensors:
         raise ValueError(f"{name} is missing; a whole model is wanted")
     tensor = tensors[name].detach().cpu()
     if tensor.numel() != math.prod(shape):
         raise ValueError(f"{name} is {list(tensor.shape)}; the configuration wants {list(shape)}")
     vector = shape[:-1] in ((), (1, 1))
-    tensor = tensor.reshape(-1) if vector else tensor.reshape(shape)
-    return stored_decay(tensor) if name.endswith(".att.time_decay") else tensor
+    return tensor.reshape(-1) if vector else tensor.reshape(shape)
 
 
 def stored_decay(parameter: Tensor) -> Tensor:
     """What a file has in place of the parameter `time_decay`: its -exp, [C] -> [C] float32."""
     # By way of float64, so that it is the same on every machine, and reading can tell.
-    return (-parameter.double().exp()).float()
+    return log_decay(parameter.double()).float()
 
 
 def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:

@@ -1,4 +1,4 @@
-"""The tensors of RWKV-4: their official names, their names in transformers, their shapes.
+"""The tensors of RWKV: their names in official files and in transformers, and whose they are.
 
 Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py. Other versions' files are
 recognized by the names in its siblings RWKV-v2-RNN to RWKV-v7, in the transformers ports of RWKV-5
@@ -16,40 +16,13 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
+from receptance.model.architecture import Shape
+from receptance.model.versions import architecture
 
-Shape = tuple[int, ...]
+# The version of files that nothing marks as another one.
+_VERSION = 4
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# One letter per axis: C width, V vocabulary, F feed-forward width, 1 an axis of one.
-_ONCE = {
-    "emb.weight": "VC",
-    "blocks.0.ln0.weight": "C",
-    "blocks.0.ln0.bias": "C",
-    "ln_out.weight": "C",
-    "ln_out.bias": "C",
-    "head.weight": "VC",
-}
-_PER_BLOCK = {
-    "ln1.weight": "C",
-    "ln1.bias": "C",
-    "ln2.weight": "C",
-    "ln2.bias": "C",
-    "att.time_decay": "C",
-    "att.time_first": "C",
-    "att.time_mix_k": "11C",
-    "att.time_mix_v": "11C",
-    "att.time_mix_r": "11C",
-    "att.key.weight": "CC",
-    "att.value.weight": "CC",
-    "att.receptance.weight": "CC",
-    "att.output.weight": "CC",
-    "ffn.time_mix_k": "11C",
-    "ffn.time_mix_r": "11C",
-    "ffn.key.weight": "FC",
-    "ffn.receptance.weight": "CC",
-    "ffn.value.weight": "CF",
-}
 
 # Where transformers names a part differently. All but the head also get the prefix `rwkv.` there.
 _HF_PARTS = {
@@ -94,40 +67,39 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of a model of this configuration, by official name, with its shape."""
-    sizes = {"V": config.vocab_size, "C": config.width, "F": config.ffn_width, "1": 1}
-    layout = _layout(config.num_layers)
-    return {name: tuple(sizes[axis] for axis in axes) for name, axes in layout.items()}
+    return config.architecture.shapes(config)
 
 
 def infer_config(shapes: Mapping[str, Shape]) -> ModelConfig:
     """The configuration of the model whose tensors, by official name, have these shapes.
 
-    Wants exactly the 18L + 6 tensors of RWKV-4. `time_mix_*` may be [1,1,C], as officially, or [C].
-    ValueError names the tensors that are missing, unexpected or of a wrong shape, or says what the
-    tensors are instead: another version, a variant, an adapter, no RWKV at all.
+    Parameters that are vectors may be [1,1,C] or [C]. ValueError names the tensors that are
+    missing, unexpected or of a wrong shape, or says what the tensors are instead: a version or
+    variant that is not built, an adapter, no RWKV at all.
     """
     _refuse_others(shapes)
     _check_names(shapes)
-    vocab_size, width = _matrix(shapes, "emb.weight", "(vocabulary, width)")
-    ffn_width, _ = _matrix(shapes, "blocks.0.ffn.key.weight", "(feed-forward width, width)")
-    config = ModelConfig(
-        vocab_size=vocab_size,
-        width=width,
-        num_layers=_num_layers(shapes),
-        ffn_width=ffn_width,
-    )
+    config = ModelConfig(**architecture(_VERSION).infer(shapes))
     _check_shapes(shapes, tensor_shapes(config))
     return config
 
 
-def conform(tensors: Mapping[str, Tensor], source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def conform(
+    tensors: Mapping[str, Tensor], source: Path, config: ModelConfig | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Checked tensors under official names in official shapes, as views, and their configuration.
 
-    Takes official names or those of transformers. ValueError starts with the source.
+    Takes official names or those of transformers. The configuration is inferred unless it is
+    given. ValueError starts with the source.
     """
     try:
         official = to_official(tensors)
-        config = infer_config({name: tuple(tensor.shape) for name, tensor in official.items()})
+        shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
+        if config is None:
+            config = infer_config(shapes)
+        else:
+            _check_whole(config, shapes)
+            _check_shapes(shapes, tensor_shapes(config))
         _check_dtypes(official)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
@@ -143,39 +115,30 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"
 
 
-def _layout(num_layers: int) -> dict[str, str]:
-    blocks = {
-        f"blocks.{layer}.{name}": axes
-        for layer in range(num_layers)
-        for name, axes in _PER_BLOCK.items()
-    }
-    return _ONCE | blocks
-
-
 def _num_layers(names: Iterable[str]) -> int:
-    # Counted, not read off the largest index: a file could name a block 10**12.
+    # Layers are counted, not read off the largest index: a file could name a block 10**12.
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
 def _check_names(shapes: Mapping[str, Shape]) -> None:
-    layout = _layout(_num_layers(shapes))
+    """ValueError unless these are the names of a whole model, whatever its sizes."""
+    layers = max(1, _num_layers(shapes))
+    anything = ModelConfig(version=_VERSION, vocab_size=1, width=1, num_layers=layers)
+    _check_whole(anything, shapes)
+
+
+def _check_whole(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+    wanted = tensor_shapes(config)
     found = []
-    if missing := [name for name in layout if name not in shapes]:
+    if missing := [name for name in wanted if name not in shapes]:
         found.append(f"missing are {some(missing)}")
-    if unexpected := [name for name in shapes if name not in layout]:
+    if unexpected := [name for name in shapes if name not in wanted]:
         found.append(f"unexpected are {some(unexpected)}")
     if found:
         raise ValueError(
-            f"the tensors are not those of a whole RWKV-4 model: {'; '.join(found)}; "
-            f"with {_num_layers(shapes)} blocks there are {len(layout)} tensors"
+            f"the tensors are not those of a whole RWKV-{config.version} model: "
+            f"{'; '.join(found)}; with {config.num_layers} blocks there are {len(wanted)} tensors"
         )
-
-
-def _matrix(shapes: Mapping[str, Shape], name: str, wanted: str) -> tuple[int, int]:
-    shape = shapes[name]
-    if len(shape) != 2:
-        raise ValueError(f"{name} has the shape {shape}; it must be {wanted}")
-    return shape[0], shape[1]
 
 
 def _check_shapes(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:

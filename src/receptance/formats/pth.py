@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from receptance.formats.files import check_file, reason
-from receptance.formats.names import Shape, some
+from receptance.formats.names import some
 from receptance.formats.pickles import MAX_INDEX, PROTOCOL, Refused, Scan
 from receptance.formats.writing import Layout, pieces
+from receptance.model.architecture import Shape
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER

@@ -15,8 +15,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-# Those that add to the residual stream.
-_OUTPUTS = ("att.output.weight", "ffn.value.weight")
+from receptance.model.versions import architecture
+
+# transformers has this only for RWKV-4.
+_OUTPUTS = tuple(f"{name}.weight" for name in architecture(4).residual_outputs)
 # How far a step between neighbors may be from a factor of 2, or of 1, as a power of two.
 _MARGIN = 0.4
 

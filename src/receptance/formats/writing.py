@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from receptance.formats.names import Shape
+from receptance.model.architecture import Shape
 
 Layout = Mapping[str, tuple[torch.dtype, Shape]]
 """The tensors of a file by name, in the order in which they are written: type and shape."""

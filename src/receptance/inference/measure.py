@@ -146,25 +146,15 @@ def random_tensors(
     config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Weights that keep activations in their usual ranges, none of them zero, by official name."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, matrices = torch.Generator().manual_seed(seed), config.architecture.layouts(config)
     return {
-        name: _random(name, shape, generator).to(dtype)
+        name: (
+            torch.randn(shape, generator=generator).div_(math.sqrt(shape[-1]))
+            if name in matrices
+            else config.architecture.example_vector(name, shape, generator)
+        ).to(dtype)
         for name, shape in tensor_shapes(config).items()
     }
-
-
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) == 2:
-        return noise.div_(math.sqrt(shape[-1]))
-    line = torch.linspace(0, 1, shape[-1]).expand(shape)
-    # The ranges of v4.TimeMix.initialize.
-    if name.endswith("time_decay"):
-        return 8 * line - 5 + 0.1 * noise
-    if "time_mix" in name:
-        return (line + 0.01 * noise).clamp(0.01, 1)
-    center = {"time_first": math.log(0.3), "weight": 1.0, "bias": 0.0}[name.rpartition(".")[2]]
-    return center + 0.1 * noise
 
 
 def _ids(engine: Engine, count: int) -> Tensor:

@@ -1,8 +1,243 @@
-"""What the rest of the package asks of a version of RWKV."""
+"""What the rest of the package asks of a version of RWKV.
+
+A version is one module beside this one, v4.py for example. It holds the version's mathematics,
+`TimeMix` and `ChannelMix`, and an `Architecture` that answers every question about it: which
+parameters there are, what its state holds, how kernels want its weights. Nobody else knows these.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
 
 Layout = Literal["tiles", "rows", "embedding"]
 """How kernels want a matrix to lie in memory; see quantize.packing."""
+
+
+class Sizes(Protocol):
+    """What a version reads of a ModelConfig."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """C."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        ...
+
+    @property
+    def ffn_width(self) -> int:
+        """F."""
+        ...
+
+    @property
+    def layer_norm_epsilon(self) -> float:
+        """Epsilon of the layer norms of the blocks."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, int]:
+        """Sizes that only this version has, by name."""
+        ...
+
+
+class Architecture(ABC):
+    """A version of RWKV: an embedding, blocks of time mixing and channel mixing, a head.
+
+    Names of parameters within a block are relative to it: "att.key.weight" is
+    "blocks.3.att.key.weight" in block 3. What a version does not have stays at the value here.
+    """
+
+    number: ClassVar[int]
+    """The version, as in `ModelConfig.version`."""
+    time_mix: ClassVar[type[Any]]
+    """The module in attention's place: time_mix(sizes, layer).
+
+    Called as (x [B,T,C], layer state, Reading, *handed) it returns (out [B,T,C], layer state,
+    *handed). What is handed on reaches the next block: nothing at all in most versions, the first
+    layer's value in RWKV-7.
+    """
+    channel_mix: ClassVar[type[Any]]
+    """The module in the feed-forward network's place: channel_mix(sizes, layer).
+
+    Called as (x [B,T,C], layer state, Reading) it returns (out [B,T,C], layer state).
+    """
+    layer_state: ClassVar[type[Any]]
+    """A NamedTuple with the parts of one layer's state, each [B,...]; see `empty_layer`."""
+    matrices: ClassVar[Mapping[str, Layout]]
+    """The matrices of a block that are packed and quantized, and the layout of each."""
+    residual_outputs: ClassVar[tuple[str, ...]]
+    """The matrices of a block whose products are added to the residual stream."""
+    float32_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters of a block that are never narrower than float32."""
+    static_decay: ClassVar[str | None] = None
+    """The parameter of a block that alone decides how fast its channels forget, if there is one."""
+    native_kernel: ClassVar[str | None] = None
+    """The class in the native library that runs this version; None if there is none."""
+    native_vectors: ClassVar[tuple[str, ...]] = ()
+    """What that class reads of a block besides `matrices`, in its order."""
+    gpu_kernels: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
+    """What the Triton engine reads together, by the fields of engine.gpu_weights.GpuLayer."""
+
+    # ---- parameters ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def block_shapes(self, sizes: Sizes, layer: int) -> dict[str, Shape]:
+        """Every parameter of a block's `att` and `ffn` by its name in the block."""
+
+    def shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """Every tensor of a model by official name, with its shape."""
+        vocab_size, width = sizes.vocab_size, sizes.width
+        found: dict[str, Shape] = {"emb.weight": (vocab_size, width)}
+        for norm in ("blocks.0.ln0", "ln_out"):
+            found |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+        found["head.weight"] = (vocab_size, width)
+        norms: dict[str, Shape] = {f"{n}.{part}": (width,) for n in _NORMS for part in _NORM_PARTS}
+        for layer in range(sizes.num_layers):
+            block = norms | self.block_shapes(sizes, layer)
+            found |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+        return found
+
+    def layouts(self, sizes: Sizes) -> dict[str, Layout]:
+        """The matrices of a model that are packed and quantized, by official name."""
+        found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
+        for layer in range(sizes.num_layers):
+            for name, layout in self.matrices.items():
+                found[f"blocks.{layer}.{name}.weight"] = layout
+        return found
+
+    def is_float32(self, name: str) -> bool:
+        """Whether the parameter of this official name is never narrower than float32."""
+        return name.endswith(self.float32_parameters) if self.float32_parameters else False
+
+    def is_static_decay(self, name: str) -> bool:
+        """Whether this is the official name of a parameter that `log_decay` takes."""
+        return self.static_decay is not None and name.endswith(f".{self.static_decay}")
+
+    def log_decay(self, parameter: Tensor) -> Tensor:
+        """The (negative) logarithm of what a channel keeps per token, of `static_decay`."""
+        raise NotImplementedError(f"RWKV-{self.number} has no static decay")
+
+    def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
+        """Whether weight decay acts on a parameter: on matrices."""
+        return sum(size > 1 for size in shape) >= 2
+
+    # ---- sizes ---------------------------------------------------------------------------------
+
+    def default_extras(self, width: int) -> dict[str, int]:
+        """The sizes that only this version has, with their usual values."""
+        return {}
+
+    def default_ffn_width(self, width: int) -> int:
+        """F of a model whose configuration does not say."""
+        return 4 * width
+
+    def check(self, sizes: Sizes) -> None:  # noqa: B027 most versions have nothing to add
+        """ValueError for sizes that this version cannot have."""
+
+    def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+        """The fields of the ModelConfig whose tensors, by official name, have these shapes."""
+        vocab_size, width = _matrix(shapes, "emb.weight", "(vocabulary, width)")
+        ffn_width, _ = _matrix(shapes, "blocks.0.ffn.key.weight", "(feed-forward width, width)")
+        # Layers are counted, not read off the largest index: a file could name a block 10**12.
+        layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+        return {
+            "version": self.number,
+            "vocab_size": vocab_size,
+            "width": width,
+            "num_layers": layers,
+            "ffn_width": ffn_width,
+        }
+
+    def num_parameters(self, sizes: Sizes) -> int:
+        """The exact number of values in all tensors."""
+        return sum(map(math.prod, self.shapes(sizes).values()))
+
+    def forward_flops_per_token(self, sizes: Sizes) -> int:
+        """Two for every weight of a matrix but the embedding, which is looked up."""
+        shapes = self.shapes(sizes)
+        matrices = (
+            math.prod(s) for name, s in shapes.items() if len(s) == 2 and name != _EMBEDDING
+        )
+        return 2 * sum(matrices)
+
+    @abstractmethod
+    def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
+        """Bytes that a block keeps of one position for its backward pass.
+
+        element_bytes is the size of an activation. inputs: whether the elementwise inputs of
+        matrices are kept as well, instead of being recomputed in the backward pass.
+        """
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    @property
+    def state_fields(self) -> tuple[str, ...]:
+        """The names of a state's tensors, in order."""
+        fields: tuple[str, ...] = self.layer_state._fields
+        return fields
+
+    @abstractmethod
+    def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """The shape of each of a state's tensors behind [L,B]."""
+
+    @abstractmethod
+    def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> Any:
+        """The `layer_state` of rows that have read nothing, on the device of `like`.
+
+        Parts that are activations have the dtype of `like`, the others float32 or wider.
+        """
+
+    def empty_state(self, sizes: Sizes, batch: int, like: Tensor) -> dict[str, Tensor]:
+        """The same of all layers, by name: each [L,B,...]."""
+        layer = self.empty_layer(sizes, batch, like)
+        return {
+            name: part.expand(sizes.num_layers, *part.shape)
+            for name, part in zip(self.state_fields, layer, strict=True)
+        }
+
+    def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
+        """Starting values of what state tuning learns in place of the empty state: each [L,...].
+
+        strength is the logarithm of the weight that a learned key has against those of the text,
+        for versions whose state is normalized by the sum of these weights.
+        """
+        like = torch.empty(0)
+        return {n: x[:, 0].clone() for n, x in self.empty_state(sizes, 1, like).items()}
+
+    def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """The state [L,...] that learned values stand for, in the types of `empty_layer`."""
+        return {name: x.to(like.dtype) for name, x in learned.items()}
+
+    # ---- values for measurements ---------------------------------------------------------------
+
+    def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
+        """Values in the range of trained models for a parameter that is no matrix."""
+        center = 1.0 if name.endswith("weight") else 0.0
+        return center + 0.1 * torch.randn(shape, generator=generator)
+
+
+_EMBEDDING = "emb.weight"
+_NORMS = ("ln1", "ln2")
+_NORM_PARTS = ("weight", "bias")
+
+
+def _matrix(shapes: Mapping[str, Shape], name: str, wanted: str) -> tuple[int, int]:
+    shape = shapes[name]
+    if len(shape) != 2:
+        raise ValueError(f"{name} has the shape {shape}; it must be {wanted}")
+    return shape[0], shape[1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from receptance.config import ModelConfig
-from receptance.model.v4 import LayerState
+from receptance.model.config import ModelConfig
 from receptance.state import State
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -67,30 +68,31 @@ def check_ids(tokens: Tensor, known: int) -> None:
 
 def _check_state(config: ModelConfig, tokens: Tensor, state: State) -> None:
     """Every tensor of it: kernels believe whatever they are told."""
-    wanted = (config.num_layers, tokens.shape[0], config.width)
-    for name in LayerState._fields:
+    for name, shape in config.architecture.state_shapes(config).items():
         part = state.tensors.get(name)
+        wanted = (config.num_layers, tokens.shape[0], *shape)
         if part is None or part.shape != wanted or part.device != tokens.device:
-            raise ValueError(_misfit(config, tokens, name, part))
+            raise ValueError(_misfit(tokens, name, part, wanted))
 
 
-def _misfit(config: ModelConfig, tokens: Tensor, name: str, part: Tensor | None) -> str:
+def _misfit(tokens: Tensor, name: str, part: Tensor | None, wanted: tuple[int, ...]) -> str:
     """What is wrong with a tensor of a state."""
-    if part is None or part.dim() != 3:
+    if part is None or part.dim() != len(wanted):
         found = "none" if part is None else list(part.shape)
-        return f"{name} of the state is {found}; wanted [L,B,C], so it is damaged"
-    layers, batch, width = part.shape
-    if (layers, width) != (config.num_layers, config.width):
+        return f"{name} of the state is {found}; wanted {list(wanted)}, so it is damaged"
+    layers, batch, *shape = part.shape
+    if (layers, *shape) != (wanted[0], *wanted[2:]):
         return (
-            f"this state belongs to a model of {layers} layers and width {width}; this one has "
-            f"{config.num_layers} layers and width {config.width}"
+            f"this state belongs to a model of {layers} layers and width {_width(shape)}; this one "
+            f"has {wanted[0]} layers and width {_width(wanted[2:])}"
         )
-    if batch != tokens.shape[0]:
-        return (
-            f"the state holds {batch} rows and tokens {tokens.shape[0]}; select rows with "
-            "State.rows()"
-        )
+    if batch != wanted[1]:
+        return f"the state holds {batch} rows and tokens {wanted[1]}; select rows with State.rows()"
     return f"the state is on {part.device} and tokens on {tokens.device}; move it with State.to()"
+
+
+def _width(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _check_values(config: ModelConfig, tokens: Tensor, lengths: Tensor | None) -> None:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from receptance.config import ModelConfig
-from receptance.model import v4
+from receptance.model.config import ModelConfig
 from receptance.model.inputs import check_inputs
 from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
 
-VERSIONS = {4: v4}
-
 # The official code leaves the last layer norm at torch's default.
-_FINAL_EPSILON = 1e-5
+FINAL_EPSILON = 1e-5
 _HEAD_SCALE = 0.5
 _FINGERPRINT_SAMPLES = 4096
 
@@ -39,30 +36,26 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        version = VERSIONS[config.version]
-        # A number of its own would have torch.compile make a program for every block.
+        # A bool and not the layer's number: an int that differs from block to block makes
+        # torch.compile specialize on it and compile every block again.
         self.first = layer == 0
         if self.first:
             self.ln0 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.ln1 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.ln2 = LayerNorm(config.width, config.layer_norm_epsilon)
-        self.att = version.TimeMix(config, layer)
-        self.ffn = version.ChannelMix(config, layer)
+        self.att = config.architecture.time_mix(config, layer)
+        self.ffn = config.architecture.channel_mix(config, layer)
 
     def forward(
-        self,
-        x: Tensor,
-        state: v4.LayerState,
-        reading: Reading,
-        dropout: float,
-    ) -> tuple[Tensor, v4.LayerState]:
-        """[B,T,C] -> [B,T,C], and the layer's state after it."""
+        self, x: Tensor, state: Any, reading: Reading, dropout: float, *handed: Tensor
+    ) -> tuple[Any, ...]:
+        """[B,T,C] -> [B,T,C], the layer's state after it, and what goes on to the next block."""
         if self.first:
             x = self.ln0(x)
-        mixed, state = self.att(self.ln1(x), state, reading)
+        mixed, state, *handed_on = self.att(self.ln1(x), state, reading, *handed)
         x = F.dropout(x + mixed, dropout, self.training)
         mixed, state = self.ffn(self.ln2(x), state, reading)
-        return F.dropout(x + mixed, dropout, self.training), state
+        return F.dropout(x + mixed, dropout, self.training), state, *handed_on
 
 
 def starting_values(
@@ -82,7 +75,7 @@ def starting_values(
         block.ffn.initialize(generator)
         for name, value in block.named_parameters(f"blocks.{layer}"):
             yield name, value.detach()
-    for name, value in LayerNorm(config.width, _FINAL_EPSILON).named_parameters("ln_out"):
+    for name, value in LayerNorm(config.width, FINAL_EPSILON).named_parameters("ln_out"):
         yield name, value.detach()
     head = Linear(config.width, config.vocab_size)
     head.orthogonal_(_HEAD_SCALE, generator)
@@ -95,9 +88,10 @@ class Model(nn.Module):
     A new model has the official starting values, drawn from `seed`; `embedding_bound` is the
     official first learning rate (see starting_values). `dropout` acts in training mode only: after
     the embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a
-    WKV kernel (see ops.available_backends), None takes the fastest; with `recompute` a backward
-    pass computes each block again instead of keeping what is inside it. `origin` is the fingerprint
-    of the model that the weights were quantized from, if its states are to go on here.
+    kernel of the recurrence (see ops.available_backends), None takes the fastest; with `recompute`
+    the backward pass computes each block a second time instead of keeping what is inside it.
+    `origin` is the fingerprint of the model that the weights were quantized from, if its states are
+    to go on here.
     """
 
     batch_invariant = False  # torch sums in another order when a batch has another shape
@@ -115,7 +109,6 @@ class Model(nn.Module):
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
         self.config = config
         self.dropout = dropout
-        self.backend: str | None = None
         self.recompute = False
         self.origin: str | None = None
         self.emb = nn.Embedding(
@@ -124,7 +117,7 @@ class Model(nn.Module):
             _weight=torch.empty(config.vocab_size, config.width),
         )
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.ln_out = LayerNorm(config.width, _FINAL_EPSILON)
+        self.ln_out = LayerNorm(config.width, FINAL_EPSILON)
         self.head = Linear(config.width, config.vocab_size)
         if self.emb.weight.device.type != "meta":
             values = starting_values(config, seed=seed, embedding_bound=embedding_bound)
@@ -135,6 +128,16 @@ class Model(nn.Module):
     @property
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
+
+    @property
+    def backend(self) -> str | None:
+        """The kernel of the recurrence that all blocks use; None for the fastest."""
+        return cast(str | None, self._blocks[0].att.backend)
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        for block in self._blocks:
+            block.att.backend = name
 
     @property
     def device(self) -> torch.device:
@@ -165,12 +168,12 @@ class Model(nn.Module):
         dtype = dtype or tensors["emb.weight"].dtype
         exact = {}
         for name, want in wanted.items():
-            if tensors[name].numel() != want.numel():
+            if not _squeezed_alike(tensors[name].shape, want.shape):
                 raise ValueError(
                     f"{name} is {list(tensors[name].shape)}; the sizes of this model want "
                     f"{list(want.shape)}"
                 )
-            keep = name.endswith(("time_decay", "time_first")) and dtype.itemsize < 4
+            keep = config.architecture.is_float32(name) and dtype.itemsize < 4
             exact[name] = (
                 tensors[name].reshape(want.shape).to(device, torch.float32 if keep else dtype)
             )
@@ -189,9 +192,7 @@ class Model(nn.Module):
     def empty_state(self, batch: int = 1, *, dtype: torch.dtype | None = None) -> State:
         """The state of rows that have read nothing."""
         like = torch.empty(0, device=self.emb.weight.device, dtype=dtype or self.emb.weight.dtype)
-        layer = VERSIONS[self.config.version].LayerState.empty(self.config, batch, like)
-        layers = self.config.num_layers
-        tensors = {n: x.expand(layers, *x.shape) for n, x in layer._asdict().items()}
+        tensors = self.config.architecture.empty_state(self.config, batch, like)
         return State(tensors, torch.zeros(batch, dtype=torch.int64, device=like.device))
 
     def forward(
@@ -231,22 +232,20 @@ class Model(nn.Module):
         check_inputs(self.config, tokens, state, lengths, resets)
         if state is None:
             state = self.empty_state(tokens.shape[0], dtype=dtype)
-        version = VERSIONS[self.config.version]
+        architecture = self.config.architecture
         x = F.dropout(self.emb(tokens).to(dtype), self.dropout, self.training)
-        names = version.LayerState._fields
-        spare = not (self.recompute and torch.is_grad_enabled())
-        reading = Reading(resets, lengths, self.backend, spare)
-        before = zip(*(state.tensors[name].unbind(0) for name in names), strict=True)
-        after = []
+        reading = Reading(resets, lengths)
+        before = zip(*(state.tensors[n].unbind(0) for n in architecture.state_fields), strict=True)
+        after, handed = [], ()
         for block, parts in zip(self._blocks, before, strict=True):
-            layer = version.LayerState(*parts)
-            arguments = (x, layer, reading, self.dropout)
-            if spare:
-                x, layer = block(*arguments)
+            arguments = x, architecture.layer_state(*parts), reading, self.dropout, *handed
+            if self.recompute and torch.is_grad_enabled():
+                x, layer, *handed = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x, layer = checkpoint(block, *arguments, use_reentrant=False)
+                x, layer, *handed = block(*arguments)
             after.append(layer)
-        tensors = {n: torch.stack([getattr(layer, n) for layer in after]) for n in names}
+        fields = zip(architecture.state_fields, zip(*after, strict=True), strict=True)
+        tensors = {name: torch.stack(parts) for name, parts in fields}
         read = tokens.shape[1] if lengths is None else lengths
         return self.ln_out(x), State(tensors, state.tokens + read)
 
@@ -264,3 +263,8 @@ def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _squeezed_alike(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes differ by axes of size 1 at most."""
+    return [n for n in one if n != 1] == [n for n in other if n != 1]

@@ -11,15 +11,14 @@ differently: its zero key matrix would leave channel mixing without a gradient f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from receptance.config import ModelConfig
-from receptance.model.architecture import Layout
-from receptance.model.parts import Linear, Reading, apply, mix, squared_relu, token_shift
+from receptance.model.architecture import Architecture, Shape, Sizes
+from receptance.model.parts import Linear, Reading, mix, token_shift
 from receptance.ops import WKVState, wkv4
 
 
@@ -32,22 +31,20 @@ class LayerState(NamedTuple):
     denominator: Tensor
     exponent: Tensor
 
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, like: Tensor) -> LayerState:
-        """The state of rows that have read nothing, shifts in the dtype of `like`."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        shift = torch.zeros(batch, config.width, device=like.device, dtype=like.dtype)
-        wkv = WKVState.empty(batch, config.width, device=like.device, dtype=dtype)
-        return cls(shift, shift, *wkv)
+    @property
+    def wkv(self) -> WKVState:
+        """The part that the recurrence reads and writes."""
+        return WKVState(self.numerator, self.denominator, self.exponent)
 
 
 class TimeMix(nn.Module):
     """Attention's place: a decaying average of values, weighted by keys, gated by receptance."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
-        width = config.width
-        self.depth = (layer, config.num_layers)
+        width = sizes.width
+        self.depth = (layer, sizes.num_layers)
+        self.backend: str | None = None
         self.time_decay = nn.Parameter(torch.empty(width))  # log(-log of the decay per token)
         self.time_first = nn.Parameter(torch.empty(width))  # the bonus u
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, width))
@@ -57,6 +54,25 @@ class TimeMix(nn.Module):
         self.value = Linear(width, width)
         self.receptance = Linear(width, width)
         self.output = Linear(width, width)
+
+    def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
+        """[B,T,C] -> [B,T,C], and the state after it."""
+        previous, last = token_shift(x, state.time_shift, reading)
+        r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 11
+        k = self.key(mix(x, previous, self.time_mix_k))  # equation 12
+        v = self.value(mix(x, previous, self.time_mix_v))  # equation 13
+        average, wkv = wkv4(  # equation 16
+            log_decay(self.time_decay),
+            self.time_first,
+            k,
+            v,
+            state.wkv,
+            resets=reading.resets,
+            lengths=reading.lengths,
+            backend=self.backend,
+        )
+        out = self.output(torch.sigmoid(r) * average)  # equation 17
+        return out, LayerState(last, state.channel_shift, *wkv)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -79,29 +95,6 @@ class TimeMix(nn.Module):
         """Multipliers that differ from 1 (RWKV-v4neo, layerwise_lr)."""
         return {"time_decay": 2.0, "time_first": 3.0}
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState,
-        reading: Reading,
-    ) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
-        previous, x, last = token_shift(x, state.time_shift, reading)
-        receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
-        wkv = WKVState(state.numerator, state.denominator, state.exponent)
-        average, wkv = wkv4(
-            -self.time_decay.exp(),
-            self.time_first,
-            apply(self.key, reading, mix, previous, x, self.time_mix_k),
-            apply(self.value, reading, mix, previous, x, self.time_mix_v),
-            wkv,
-            resets=reading.resets,
-            lengths=reading.lengths,
-            backend=reading.backend,
-        )
-        state = LayerState(last, state.channel_shift, *wkv)
-        return apply(self.output, reading, torch.mul, receptance, average), state
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeMix:
         # bfloat16 rounds a decay of 0.999 to 1, and the state would never forget: whatever the
         # model is cast to, these two move to its device but are never narrower than float32.
@@ -117,15 +110,23 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """The feed-forward network: squared relu, gated by receptance."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
-        width, hidden = config.width, config.ffn_width
-        self.depth = (layer, config.num_layers)
+        width, hidden = sizes.width, sizes.ffn_width
+        self.depth = (layer, sizes.num_layers)
         self.time_mix_k = nn.Parameter(torch.empty(1, 1, width))
         self.time_mix_r = nn.Parameter(torch.empty(1, 1, width))
         self.key = Linear(width, hidden)
         self.receptance = Linear(width, width)
         self.value = Linear(hidden, width)
+
+    def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
+        """[B,T,C] -> [B,T,C], and the state after it."""
+        previous, last = token_shift(x, state.channel_shift, reading)
+        r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 14
+        k = self.key(mix(x, previous, self.time_mix_k))  # equation 15
+        out = torch.sigmoid(r) * self.value(torch.relu(k).square())  # equation 18
+        return out, LayerState(state.time_shift, last, *state.wkv)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -143,19 +144,10 @@ class ChannelMix(nn.Module):
         """Multipliers that differ from 1: none."""
         return {}
 
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState,
-        reading: Reading,
-    ) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
-        previous, x, last = token_shift(x, state.channel_shift, reading)
-        receptance = apply(self.receptance, reading, mix, previous, x, self.time_mix_r).sigmoid_()
-        key = apply(self.key, reading, mix, previous, x, self.time_mix_k)
-        value = apply(self.value, reading, squared_relu, key)
-        # Not _replace, which torch.compile of torch 2.11 cannot follow.
-        return receptance * value, LayerState(state.time_shift, last, *state[2:])
+
+def log_decay(time_decay: Tensor) -> Tensor:
+    """The logarithm w of what a channel keeps per token, from its parameter; never positive."""
+    return -time_decay.exp()
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
@@ -163,17 +155,112 @@ def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
     return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
 
 
-_LAYER_MATRICES = (
-    *("att.key", "att.value", "att.receptance", "att.output"),
-    *("ffn.key", "ffn.receptance", "ffn.value"),
-)
+# ---- what others ask ----------------------------------------------------------------------------
 
 
-def layouts(config: ModelConfig) -> dict[str, Layout]:
-    """The layout that each matrix is wanted in, by official name."""
-    found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
-    for layer in range(config.num_layers):
-        for name in _LAYER_MATRICES:
-            layout: Layout = "rows" if name == "ffn.value" else "tiles"
-            found[f"blocks.{layer}.{name}.weight"] = layout
-    return found
+class RWKV4(Architecture):
+    """The answers of version 4."""
+
+    number = 4
+    time_mix, channel_mix, layer_state = TimeMix, ChannelMix, LayerState
+    matrices = {  # noqa: RUF012 nobody changes it
+        **dict.fromkeys(("att.key", "att.value", "att.receptance", "att.output"), "tiles"),
+        **dict.fromkeys(("ffn.key", "ffn.receptance"), "tiles"),
+        "ffn.value": "rows",  # Most of its inputs are zero, and rows let kernels skip them.
+    }
+    residual_outputs = ("att.output", "ffn.value")
+    float32_parameters = ("att.time_decay", "att.time_first")
+    static_decay = "att.time_decay"
+    native_kernel = "Rwkv4"
+    native_vectors = (
+        *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
+        *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
+    )
+    gpu_kernels = {  # noqa: RUF012
+        "att_shares": ("att.time_mix_k", "att.time_mix_v", "att.time_mix_r"),
+        "projections": ("att.key", "att.value", "att.receptance"),
+        "log_decay": ("att.time_decay",),
+        "bonus": ("att.time_first",),
+        "output": ("att.output",),
+        "ffn_shares": ("ffn.time_mix_k", "ffn.time_mix_r"),
+        "channel": ("ffn.key", "ffn.receptance"),
+        "value": ("ffn.value",),
+    }
+
+    def block_shapes(self, sizes: Sizes, layer: int) -> dict[str, Shape]:
+        """Shapes as in RWKV-LM, RWKV-v4neo/src/model.py."""
+        width, hidden = sizes.width, sizes.ffn_width
+        return {
+            **dict.fromkeys(("att.time_decay", "att.time_first"), (width,)),
+            **{f"att.time_mix_{x}": (1, 1, width) for x in "kvr"},
+            **{f"att.{x}.weight": (width, width) for x in _ATT_MATRICES},
+            **{f"ffn.time_mix_{x}": (1, 1, width) for x in "kr"},
+            "ffn.key.weight": (hidden, width),
+            "ffn.receptance.weight": (width, width),
+            "ffn.value.weight": (width, hidden),
+        }
+
+    def log_decay(self, parameter: Tensor) -> Tensor:
+        """w of equation 16."""
+        return log_decay(parameter)
+
+    def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
+        """Time mixing keeps 6 vectors of C: the inputs of its layer norm and of the token shift,
+        gate, key, value, average; channel mixing 4 and one of its hidden width F. With inputs,
+        what the matrices multiply and the shifted inputs are kept as well. WKV adds three vectors
+        of C in float32 for every 16 positions.
+        """
+        vectors = 10 * sizes.width + sizes.ffn_width
+        if inputs:
+            vectors += 8 * sizes.width + sizes.ffn_width
+        return element_bytes * vectors + 3 * 4 * sizes.width / 16
+
+    def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
+        """Five vectors of C."""
+        return dict.fromkeys(LayerState._fields, (sizes.width,))
+
+    def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
+        """Zero shifts in the dtype of `like`, and the empty WKVState."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
+        wkv = WKVState.empty(batch, sizes.width, device=like.device, dtype=dtype)
+        return LayerState(shift, shift, *wkv)
+
+    def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
+        """Both shifts, and the value and key of one token that seems to have been read: [L,C].
+
+        The weighted average of that token alone is its value, and every state with a positive
+        denominator is that of some value and key.
+        """
+        zeros = torch.zeros(sizes.num_layers, sizes.width)
+        learned = {name: zeros.clone() for name in ("time_shift", "channel_shift", "value")}
+        return learned | {"key": torch.full_like(zeros, strength)}
+
+    def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """numerator e^key value, denominator e^key."""
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = learned["key"]
+        # The exponent has no gradient anywhere, it cancels (ops.reference); so the key acts
+        # through a factor that is always 1.
+        weight = (key - key.detach()).exp()
+        return {
+            "time_shift": learned["time_shift"].to(like.dtype),
+            "channel_shift": learned["channel_shift"].to(like.dtype),
+            "numerator": (learned["value"] * weight).to(wide),
+            "denominator": weight.to(wide),
+            "exponent": key.detach().to(wide),
+        }
+
+    def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
+        """The ranges of TimeMix.initialize."""
+        line = torch.linspace(0, 1, shape[-1]).expand(shape)
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("time_decay"):
+            return 8 * line - 5 + 0.1 * noise
+        if "time_mix" in name:
+            return (line + 0.01 * noise).clamp(0.01, 1)
+        center = {"time_first": math.log(0.3), "weight": 1.0, "bias": 0.0}
+        return center[name.rpartition(".")[2]] + 0.1 * noise
+
+
+_ATT_MATRICES = ("key", "value", "receptance", "output")

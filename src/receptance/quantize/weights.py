@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ def quantize_tensors(
     kind: QuantizedKind,
     group: int | None = None,
     calibration: Calibration | None = None,
+    matrices: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Quantized | Tensor]]:
     """A model's tensors by official name: matrices as codes, all else as float32.
 
     One at a time, so that more than the largest is never in memory beside what the caller keeps.
     group None means 128 for int8 and 64 for int4. ValueError names a tensor with numbers that are
-    not finite.
+    not finite. matrices are the names of those to quantize (`Architecture.layouts`); None: all
+    tensors with two axes.
     """
+    if matrices is None:
+        matrices = {name for name, x in tensors.items() if x.dim() == 2}
     group = check_group(kind, group)
     if calibration and kind == "int8":
         raise ValueError("int8 is exact enough without a text to calibrate with; leave it out")
@@ -32,19 +36,25 @@ def quantize_tensors(
     for name in names:
         tensor = tensors[name].detach().cpu()
         try:
-            yield name, _quantize(name, tensor, kind, group, calibration)
+            if name in matrices:
+                yield name, _quantize(name, tensor, kind, group, calibration)
+            else:
+                yield name, _as_float32(tensor)
         except ValueError as error:
             raise ValueError(f"{name} cannot be quantized: {error}") from None
 
 
 def _quantize(
     name: str, tensor: Tensor, kind: QuantizedKind, group: int, calibration: Calibration | None
-) -> Quantized | Tensor:
-    if tensor.dim() != 2:  # time mixes, decay, bonus, norms: small, and what all else rests on
-        if not tensor.isfinite().all():
-            raise ValueError("it has numbers that are infinite or none")
-        return tensor.to(torch.float32)
+) -> Quantized:
     moments = calibration.moments(name) if calibration else None
     if moments is None:
         return quantize(tensor, kind, group)
     return quantize_with_feedback(tensor, moments, group)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    """What is no matrix is small, and everything else depends on it: it stays a float."""
+    if not tensor.isfinite().all():
+        raise ValueError("it has numbers that are infinite or none")
+    return tensor.to(torch.float32)

@@ -23,7 +23,6 @@ from receptance.formats.files import reason
 from receptance.formats.names import some, tensor_shapes
 from receptance.formats.safetensors import read_safetensors, write_safetensors
 from receptance.formats.writing import Layout as Plan
-from receptance.model.v4 import layouts
 from receptance.quantize import Quantized, QuantizedKind, check_group
 from receptance.quantize.packing import Packed, dtypes, pack, shapes, unpack
 from receptance.storage.directories import existing, write_directory
@@ -123,7 +122,7 @@ def open_quantized(directory: Path) -> QuantizedModel:
     _check(directory / WEIGHTS, tensors, _plan(config, about))
     wanted = tensor_shapes(config)
     matrices = {}
-    for name, layout in layouts(config).items():
+    for name, layout in config.architecture.layouts(config).items():
         outputs, inputs = wanted[name]
         parts = tensors[name], tensors[name + _PARAMS]
         matrices[name] = Packed(about.kind, layout, outputs, inputs, about.group, *parts)
@@ -159,7 +158,7 @@ def dequantized_tensors(
 
 def _plan(config: ModelConfig, about: About) -> Plan:
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    layout_of = layouts(config)
+    layout_of = config.architecture.layouts(config)
     for name, shape in tensor_shapes(config).items():
         if (layout := layout_of.get(name)) is None:
             plan[name] = torch.float32, shape
@@ -176,7 +175,7 @@ def _plan(config: ModelConfig, about: About) -> Plan:
 def _packed(
     config: ModelConfig, weights: Iterable[tuple[str, Quantized | Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    layout_of = layouts(config)
+    layout_of = config.architecture.layouts(config)
     for name, weight in weights:
         if isinstance(weight, Tensor):
             yield name, weight

@@ -184,24 +184,10 @@ def memory(
     )
 
 
-def block_activations(config: ModelConfig, element_bytes: int, *, spare: bool = True) -> float:
-    """Bytes that a block keeps of one position for its backward pass.
-
-    Time mixing keeps 6 vectors of C: the inputs of its layer norm and of the token shift, gate,
-    key, value, average; channel mixing 4 and one of its hidden width F. A block that is computed a
-    second time (not spare) keeps what its matrices multiply as well, and the shifted inputs. WKV
-    adds three of C in float32 for every 16 positions.
-    """
-    vectors = 10 * config.width + config.ffn_width
-    if not spare:
-        vectors += 6 * config.width + config.ffn_width
-    return element_bytes * vectors + 3 * _FLOAT32 * config.width / 16
-
-
 def _activations(config: ModelConfig, options: TrainOptions, positions: int) -> float:
     element, layers = _element_bytes(options), config.num_layers
-    spare = not options.recompute
-    block, kept = block_activations(config, element, spare=spare), element * config.width
+    block = config.architecture.kept_per_position(config, element, inputs=options.recompute)
+    kept = element * config.width
     ends = 2 * element * config.width  # inputs of the first and of the last layer norm
     blocks = layers * kept + block if options.recompute else layers * block
     return positions * (blocks + ends)
@@ -212,7 +198,8 @@ def _weights(config: ModelConfig, options: TrainOptions, *, sharded: bool) -> fl
 
     Under FSDP a cast is what travels, and lives as long as its block is in use.
     """
-    block = 5 * config.width**2 + 2 * config.width * config.ffn_width
+    shapes = config.architecture.block_shapes(config, config.num_layers - 1)
+    block = sum(math.prod(shapes[f"{name}.weight"]) for name in config.architecture.matrices)
     element = _element_bytes(options)
     if sharded:
         ends = 2 * config.vocab_size * config.width

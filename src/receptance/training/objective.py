@@ -6,15 +6,18 @@ a position towards zero, PaLM's z-loss (arXiv 2204.02311) the logarithm of the n
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from receptance.data.batches import Batch
-from receptance.model import Model, parts
+from receptance.engine.wide import cpu_multiplies_bfloat16, widen
+from receptance.model import Model
 from receptance.state import State
 from receptance.training.options import TrainOptions
+from receptance.training.recomputing import Recomputing
 
 # How many logits exist at one time: on a CPU few, for its caches. On a GPU every piece reads and
 # writes the gradient of the whole head, so that pieces want to be large: 0.27 GB in float32.
@@ -46,7 +49,7 @@ class _HeadLoss(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         # A CPU's products are no wider than their factors: the logits take the float32 masters. So
         # do the gradients where bfloat16 is multiplied slowly.
-        narrow = not x.is_cpu or (x.dtype == torch.bfloat16 and parts.CPU_MULTIPLIES_BFLOAT16)
+        narrow = not x.is_cpu or (x.dtype == torch.bfloat16 and cpu_multiplies_bfloat16())
         matrix = weight.to(x.dtype) if narrow else weight
         scorer = weight if x.is_cpu else matrix
         grad_x = x.new_empty(x.shape, dtype=matrix.dtype) if wants_x else None
@@ -158,7 +161,10 @@ class Objective(nn.Module):
 
     def __init__(self, model: Model, options: TrainOptions) -> None:
         super().__init__()
+        widen(model)
         self.model = model
+        # torch.compile chooses itself what it saves.
+        self.recomputes = not options.compile
         self.dtype = getattr(torch, options.dtype)
         self.penalties = {
             "max_logit_penalty": options.max_logit_penalty,
@@ -177,9 +183,11 @@ class Objective(nn.Module):
         if state is not None:
             tokens = torch.zeros(len(batch.inputs), dtype=torch.int64, device=batch.inputs.device)
             before = State(state, tokens)
-        features, after = self.model.features(
-            batch.inputs, before, resets=batch.resets, dtype=self.dtype
-        )
+        watching = self.recomputes and torch.is_grad_enabled()
+        with Recomputing() if watching else contextlib.nullcontext():
+            features, after = self.model.features(
+                batch.inputs, before, resets=batch.resets, dtype=self.dtype
+            )
         if total is None:
             nothing = features.new_zeros(())
             return nothing, nothing, after.tensors

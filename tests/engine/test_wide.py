@@ -1,13 +1,16 @@
-"""The parts that all versions share, one by one."""
+"""Products of bfloat16 in float32."""
 
 import pytest
 import torch
+from tiny import make_model
 
-from receptance.model.parts import (
+from receptance.engine import wide
+from receptance.engine.wide import (
     _WIDE_ROWS,
-    _cpu_multiplies_bfloat16,
+    WideLinear,
     _WideProduct,
-    squared_relu,
+    cpu_multiplies_bfloat16,
+    widen,
 )
 
 
@@ -25,23 +28,26 @@ from receptance.model.parts import (
 )
 def test_where_bfloat16_is_multiplied_fast(monkeypatch, capability, amx, avx512_bf16, name, fast):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    found = {"cpu_name": name}
+    found = {"cpu_name": name, "amx_tile": amx, "avx512_bf16": avx512_bf16}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert _cpu_multiplies_bfloat16() == fast
+    assert cpu_multiplies_bfloat16.__wrapped__() == fast
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_squared_relu_is_what_autograd_makes_of_it(dtype):
-    x = torch.randn(3, 50, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    x[0, :2] = torch.tensor([0.0, -0.0])
-    x, grad = x.requires_grad_(), torch.linspace(-2, 2, 150).view(3, 50).to(dtype)
-    wanted = x.relu().square()
-    found = squared_relu(x)
-    assert torch.equal(found, wanted)
-    (of_found,), (of_wanted,) = (torch.autograd.grad(y, x, grad) for y in (found, wanted))
-    assert torch.equal(of_found, of_wanted)
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_model_is_widened_only_where_that_is_faster(monkeypatch, fast):
+    monkeypatch.setattr(wide, "cpu_multiplies_bfloat16", lambda: fast)
+    model = make_model()
+    names = list(model.state_dict())
+    tokens = torch.arange(40).view(2, 20)
+    before = model(tokens)[0]
+    widen(model)
+    widen(model)
+    assert isinstance(model.head, WideLinear) != fast
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(tokens)[0], before)  # nothing changes in float32
+    narrow = model.bfloat16()(tokens)[0]
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), before, atol=0.2, rtol=0.1)
 
 
 @pytest.mark.parametrize("rows", [0, 1, _WIDE_ROWS, _WIDE_ROWS + 1, 3 * _WIDE_ROWS - 1])

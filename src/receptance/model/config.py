@@ -1,0 +1,112 @@
+"""What a model is: its version and sizes, and what they cost.
+
+Shapes everywhere in this package use one alphabet: B batch, T time, C channels (the model's width),
+L layers, V vocabulary, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from receptance.model.architecture import Architecture
+from receptance.model.versions import architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The sizes that decide a model's tensors. Checked here, once."""
+
+    vocab_size: int
+    """V, the number of token ids; `emb` and `head` have this many rows."""
+    width: int
+    """C, the number of channels of the residual stream."""
+    num_layers: int
+    """L, the number of blocks."""
+    version: int = 4
+    """The RWKV architecture."""
+    ffn_width: int = 0
+    """F, the hidden width of channel mixing; 0 means the usual multiple of the width."""
+    layer_norm_epsilon: float = 1e-5
+    """Epsilon of every layer norm but the last, which the official code leaves at 1e-5."""
+    extras: dict[str, int] = field(default_factory=dict, hash=False)
+    """Sizes that only some versions have, such as ranks, by name; those left out are the usual
+    ones. Version 4 has none."""
+
+    def __post_init__(self) -> None:
+        version = architecture(self.version)
+        for name in ("vocab_size", "width", "num_layers"):
+            _check_size(name, getattr(self, name))
+        if self.ffn_width == 0:
+            object.__setattr__(self, "ffn_width", version.default_ffn_width(self.width))
+        _check_size("ffn_width", self.ffn_width)
+        epsilon = self.layer_norm_epsilon
+        if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+            found = reprlib.repr(epsilon)
+            raise ValueError(f"layer_norm_epsilon is {found}; it must lie between 0 and 1")
+        object.__setattr__(self, "extras", self._all_extras())
+        version.check(self)
+
+    def _all_extras(self) -> dict[str, int]:
+        """Those given, and the usual values of the others; ValueError if there is none so named."""
+        if not isinstance(self.extras, dict):
+            raise ValueError(f"extras are a {type(self.extras).__name__}; wanted sizes by name")
+        usual = self.architecture.default_extras(self.width)
+        for name, value in self.extras.items():
+            if name not in usual:
+                known = ", ".join(usual) or "none"
+                raise ValueError(f"RWKV-{self.version} has no size {name!r}; it has {known}")
+            _check_size(name, value)
+        return usual | self.extras
+
+    @property
+    def architecture(self) -> Architecture:
+        """Everything that depends on the version."""
+        return architecture(self.version)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Exact count; of version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
+        return self.architecture.num_parameters(self)
+
+    @cached_property
+    def forward_flops_per_token(self) -> int:
+        """Matrix multiplications only, the embedding look-up not counted.
+
+        Of version 4 with F = 4C it is 2(VD + 13D²L), the formula behind every entry of the
+        paper's table 2.
+        """
+        return self.architecture.forward_flops_per_token(self)
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """Forward and backward; the backward pass costs about twice the forward pass."""
+        return 3 * self.forward_flops_per_token
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, ready for JSON; without `extras` where the version has none."""
+        fields = dataclasses.asdict(self)
+        return fields if self.extras else {n: x for n, x in fields.items() if n != "extras"}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> ModelConfig:
+        """The inverse of to_dict; ValueError names fields that are missing or unknown."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"the sizes of the model are a {type(fields).__name__}, not named")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(
+                f"unknown model fields {reprlib.repr(unknown)}; known ones are {sorted(known)}"
+            )
+        if missing := sorted({"vocab_size", "width", "num_layers"} - set(fields)):
+            raise ValueError(f"model fields {missing} are missing")
+        return cls(**fields)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = reprlib.repr(value)
+        raise ValueError(f"{name} is {found}; it must be a whole number of at least 1")
