@@ -163,7 +163,7 @@ def _check_replaceable(path: Path) -> None:
     except (SafetensorError, OSError):
         pass
     raise ValueError(
-        f"{path} exists and is not a state, so it is not overwritten; choose another name"
+        f"cannot write the state to {path}: what is there is not a state; choose another name"
     )
 
 

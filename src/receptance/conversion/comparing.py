@@ -18,7 +18,8 @@ from receptance.model.parts import Reading
 _PROBE = (1, 64)
 _ROWS = 1 << 12  # of the head that are float32 at once
 
-_SMALLEST_SCALE = 1e-6  # below it, float16 scales of quantized blocks are of few digits
+# What rounding moves the smallest float16 numbers, which scales of quantized blocks may be.
+_SCALE_ERROR = 2.0**-25
 
 Same = Callable[[str, Tensor, Tensor], bool]
 """Whether two tensors of this name are the same, as far as the type of the second one allows."""
@@ -103,6 +104,6 @@ def near(there: Tensor, here: Tensor, block: int, share: float) -> bool:
     for x, y in zip(chunks(there), chunks(here), strict=True):
         blocks = x.float().view(-1, block)
         error = (blocks - y.view(-1, block)).abs().amax(1)
-        if not (error <= share * blocks.abs().amax(1) + _SMALLEST_SCALE).all():
+        if not (error <= share * blocks.abs().amax(1) + _SCALE_ERROR / share).all():
             return False
     return True
