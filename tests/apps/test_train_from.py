@@ -1,5 +1,7 @@
 """receptance train: what it can begin with, and what it refuses to go on with."""
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from receptance.storage.checkpoint import load, read_tensors, save
 from receptance.storage.directories import newest_checkpoint, step_directories
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import ByteTokenizer
+from receptance.training import run as training_run
 from receptance.training import start
 from receptance.training.notes import read_about
 from receptance.training.run import Run
@@ -463,10 +466,15 @@ class TestBadSteps:
         assert newest_checkpoint("new")[0].name == "step-00000006"
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
-    def test_even_on_a_full_disk(self, broken, train):
+    def test_even_on_a_full_disk(self, broken, train, monkeypatch):
         broken.add(3)
-        Path("new").mkdir()
-        Path("new/bad-step-00000003.npz.partial").symlink_to("/dev/full")
+
+        @contextlib.contextmanager
+        def full(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            yield
+
+        monkeypatch.setattr(training_run, "written", full)
         result = train("--steps", 4, "--skip-bad-steps")
         assert result.code == 0, result.err
         assert "cannot be written: No space left" in " ".join(result.out.split())

@@ -334,7 +334,7 @@ def test_nothing_read_leaves_the_state_as_it_is():
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """Whatever there is, load_engine takes it for a GPU."""
-    monkeypatch.setattr(load, "_choose", lambda backend, device: "triton")
+    monkeypatch.setattr(load, "_choose", lambda *_: "triton")
     if not ON_GPU:
         monkeypatch.setattr(gpu, "cuda_graph", fake_graph)
 

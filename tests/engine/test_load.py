@@ -11,7 +11,7 @@ from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptio
 from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, load_engine, native_engine
 from receptance.engine.adapted import AdaptedModel
-from receptance.engine.load import _MAPPED_PASSES, _choose
+from receptance.engine.load import _MAPPED_PASSES, check_backend
 from receptance.inference.generation import generate
 from receptance.model import Model
 from receptance.ops import native
@@ -159,7 +159,7 @@ def test_what_cannot_be_had_is_refused(saved, options, message):
 
 def test_the_native_kernels_are_for_the_cpu():
     with pytest.raises(ValueError, match="run on the CPU, not on cuda"):
-        _choose("native", "cuda")
+        check_backend("native", torch.device("cuda"))
 
 
 @needs_kernels

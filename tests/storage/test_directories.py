@@ -19,7 +19,6 @@ from receptance.storage import directories, manifest
 from receptance.storage.directories import (
     Draft,
     clean,
-    current,
     existing,
     newest_checkpoint,
     prune,
@@ -28,6 +27,7 @@ from receptance.storage.directories import (
     write_directory,
 )
 from receptance.storage.manifest import verify
+from receptance.storage.opening import open_path
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -409,12 +409,12 @@ class TestPruning:
 def test_the_current_one_of_a_run_says_what_was_passed_over(tmp_path):
     for step in (1, 2):
         save(tmp_path / f"run/step-{step}")
-    assert current(tmp_path / "run") == tmp_path / "run/step-2"
-    assert current(tmp_path / "run/step-1") == tmp_path / "run/step-1"
-    assert current(tmp_path / "absent") == tmp_path / "absent"
+    assert open_path(tmp_path / "run").path == tmp_path / "run/step-2"
+    assert open_path(tmp_path / "run/step-1").path == tmp_path / "run/step-1"
+    assert open_path(tmp_path / "absent").path == tmp_path / "absent"
     os.truncate(tmp_path / "run/step-2/a.txt", 1)
     with pytest.warns(UserWarning, match=r"damaged checkpoint: .*step-2/a\.txt has 1 bytes"):
-        assert current(tmp_path / "run") == tmp_path / "run/step-1"
+        assert open_path(tmp_path / "run").path == tmp_path / "run/step-1"
 
 
 def test_home_directories(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from receptance.model import Model
 from receptance.quantize import Quantized
 from receptance.quantize.packing import unpack
 from receptance.quantize.weights import quantize_tensors
-from receptance.storage import quantized as files
+from receptance.storage import opening
 from receptance.storage.checkpoint import save
 from receptance.storage.directories import write_directory
 from receptance.storage.quantized import (
@@ -223,5 +223,5 @@ class TestWriting:
 
     def test_what_was_written_can_be_described(self, pristine):
         fields = json.loads((pristine / "config.json").read_text())
-        assert fields["format"] == files.FORMAT
+        assert fields["format"] == opening.QUANTIZED_FORMAT
         assert fields["quantisation"] == dataclasses.asdict(read_quantized(pristine).about)

@@ -17,9 +17,7 @@ from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
 from receptance.formats.files import reason
 from receptance.model import Model
 from receptance.storage.directories import expanded, newest_checkpoint, step_directories
-
-ADAPTER_FILE = "adapter.safetensors"
-"""The name in a directory, where `load_adapter` looks for it."""
+from receptance.storage.opening import ADAPTER_FILE
 
 Options = LoRAOptions | StateTuningOptions
 _OPTIONS: dict[str, type[Options]] = {

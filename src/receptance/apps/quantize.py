@@ -24,6 +24,7 @@ from receptance.quantize.calibration import LEAST_TOKENS, Calibration
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage.checkpoint import read_model
 from receptance.storage.directories import existing, expanded
+from receptance.storage.pairing import no_tokenizer
 from receptance.storage.quantized import About, is_quantized, write_quantized
 from receptance.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
     out = expanded(options.out)
     _check(options, out)
     config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)
+    if options.calibrate is not None and tokenizer is None:
+        raise no_tokenizer(config, options.model)
     calibration = _calibration(options, config, tensors, tokenizer)
     about = About(
         kind=options.to,
@@ -97,9 +100,12 @@ def _check(options: Options, out: Path) -> None:
 
 
 def _calibration(
-    options: Options, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+    options: Options,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
 ) -> Calibration | None:
-    if options.calibrate is None:
+    if options.calibrate is None or tokenizer is None:
         return None
     rows = sample_text(options.calibrate, tokenizer, options.calibration_tokens)
     return Calibration(Model.from_tensors(config, tensors), rows)

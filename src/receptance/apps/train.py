@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     if options.resume and not out.is_dir():
         raise ValueError(f"no run in {out} to resume")
     place = _place(out, options, argv)
-    checkpoint.check_device(place.device)
+    checkpoint.resolve_device(place.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_line())
         ranks, device = stack.enter_context(joined(place.device, place.context_ranks))

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from receptance import state
-from receptance.adapters import ADAPTER_FILE
 from receptance.adapters import base as adapters
 from receptance.config import ModelConfig
 from receptance.formats import hf, hub, read_pth, read_safetensors
@@ -22,8 +21,9 @@ from receptance.formats.files import check_file, reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf
 from receptance.formats.names import conform, other_version, to_official
 from receptance.storage import quantized
-from receptance.storage.checkpoint import FORMAT, read_tensors
-from receptance.storage.directories import current, existing, step_directories
+from receptance.storage.checkpoint import read_tensors
+from receptance.storage.directories import existing, step_directories
+from receptance.storage.opening import ADAPTER_FILE, Opened, is_run, look, open_path
 
 _TRAINING = "training.json"
 _PICKLES = (b"PK\x03\x04", b"\x80")
@@ -55,6 +55,10 @@ class Contents:
     """The kind of the tokenizer in the directory, where it says so itself."""
     about: str | None = None
     """What else there is to know."""
+    named: Path = Path()
+    """What was asked for: `path`, or the folder of the run that it lies in."""
+    verified: bool = False
+    """Whether the directory was compared with its manifest."""
 
 
 def find(source: str | Path) -> Contents:
@@ -63,7 +67,12 @@ def find(source: str | Path) -> Contents:
         path = existing(source)
         if isinstance(source, str) and not path.exists() and hub.is_hub_id(source):
             path = hub.resolve(source)
-        return _in_directory(path) if path.is_dir() else _in_file(path)
+        if is_run(path):
+            newest = open_path(path, optimizer=True)
+            about = f"the newest whole one of {len(step_directories(path))} in {path}"
+            return replace(_in_directory(newest), about=about, named=path, verified=True)
+        found = _in_directory(look(path)) if path.is_dir() else _in_file(path)
+        return replace(found, named=path)
     except OSError as error:
         raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
 
@@ -71,17 +80,14 @@ def find(source: str | Path) -> Contents:
 # ---- directories --------------------------------------------------------------------------------
 
 
-def _in_directory(path: Path) -> Contents:
-    fields = _fields(path / "config.json")
-    if fields.get("format") == FORMAT and not (path / ADAPTER_FILE).is_file():
-        return _checkpoint(path, fields)
-    if fields.get("format") == quantized.FORMAT:
-        return _quantized(path, fields)
-    if (path / ADAPTER_FILE).is_file():
+def _in_directory(opened: Opened) -> Contents:
+    path = opened.path
+    if opened.kind == "checkpoint":
+        return _checkpoint(opened)
+    if opened.kind == "quantized":
+        return _quantized(opened)
+    if opened.kind == "adapter":
         return replace(_in_file(path / ADAPTER_FILE), path=path)
-    if (newest := current(path)) != path:
-        count = len(step_directories(path))
-        return replace(_in_directory(newest), about=f"the newest whole one of {count} in {path}")
     if (path / "config.json").is_file():
         return _transformers(path)
     return _in_file(_only_file(path))
@@ -96,7 +102,8 @@ def _fields(file: Path) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _checkpoint(path: Path, fields: dict[str, Any]) -> Contents:
+def _checkpoint(opened: Opened) -> Contents:
+    path, fields = opened.path, opened.fields
     tensors = read_tensors(path, "model")
     training = _fields(path / _TRAINING)
     return _weights(
@@ -112,13 +119,14 @@ def _checkpoint(path: Path, fields: dict[str, Any]) -> Contents:
     )
 
 
-def _kind(fields: dict[str, Any]) -> str | None:
+def _kind(fields: Mapping[str, Any]) -> str | None:
     tokenizer = fields.get("tokenizer")
     return str(tokenizer.get("kind")) if isinstance(tokenizer, dict) else None
 
 
-def _quantized(path: Path, fields: dict[str, Any]) -> Contents:
-    found = quantized.open_quantized(path)
+def _quantized(opened: Opened) -> Contents:
+    path, fields = opened.path, opened.fields
+    found = quantized.open_quantized(opened)
     about = found.about
     parts = {f"{name} (codes)": packed.data for name, packed in found.matrices.items()}
     scales = {
@@ -135,7 +143,7 @@ def _quantized(path: Path, fields: dict[str, Any]) -> Contents:
         config=found.config,
         version=f"RWKV-{found.config.version}",
         stored=f"{about.kind} in groups of {about.group}, vectors float32",
-        tokenizer=found.tokenizer.kind,
+        tokenizer=None if found.tokenizer is None else found.tokenizer.kind,
         about=f"made from model {about.source[:12]}",
     )
 

@@ -21,8 +21,8 @@ from receptance.checking.contents import Contents, find
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.formats.hf import find_tokenizer
 from receptance.formats.names import from_hf
-from receptance.storage.checkpoint import is_ours
 from receptance.storage.manifest import MANIFEST, read_manifest, verify
+from receptance.storage.opening import look
 
 HALF_LIVES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Borders of the histogram, in tokens."""
@@ -87,7 +87,7 @@ class Inspection:
 def inspect(source: str | Path, *, note: Note = lambda what, size: None) -> Inspection:
     """Look at everything at a path or hub id. ValueError if it is nothing that is known."""
     contents = find(source)
-    damage = _damage(contents.path)
+    damage = _damage(contents)
     tally = _Tally.of(contents, note)
     vocabulary, width, layers = _sizes(contents)
     config = contents.config
@@ -210,8 +210,10 @@ def _tokenizer(contents: Contents, vocabulary: int | None) -> str:
 # ---- files --------------------------------------------------------------------------------------
 
 
-def _damage(path: Path) -> str | None:
-    if not is_ours(path):
+def _damage(contents: Contents) -> str | None:
+    """What is not as the manifest of a directory of ours has it."""
+    path = contents.path
+    if contents.verified or not path.is_dir() or not look(path).sealed:
         return None
     try:
         verify(path)

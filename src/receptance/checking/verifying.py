@@ -27,7 +27,8 @@ from receptance.model.rwkv import fingerprint
 from receptance.ops import available_backends, native, triton_wkv4
 from receptance.quantize.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
 from receptance.state import State
-from receptance.storage.checkpoint import check_device, read_model
+from receptance.storage.checkpoint import read_opened, resolve_device
+from receptance.storage.opening import look, open_path
 from receptance.storage.quantized import dequantized_tensors, read_quantized
 
 if TYPE_CHECKING:  # imports Triton
@@ -104,6 +105,7 @@ class Subject:
     """The model that is looked at."""
 
     path: Path
+    """What was named: a file, a directory, or the folder of a run."""
     config: ModelConfig
     tensors: dict[str, Tensor]
     """By official name, as floats."""
@@ -123,15 +125,17 @@ class Subject:
         if found.kind == "quantized weights":
             model = read_quantized(found.path)
             kept = model.config, dequantized_tensors(model), model.about.kind, model.about.source
-            return cls(found.path, *kept, model.matrices)
+            return cls(found.named, *kept, model.matrices)
         if "checkpoint" in found.kind:
-            config, tensors, _ = read_model(found.path)
+            verified = look(found.path, verified=True) if found.verified else None
+            opened = verified or open_path(found.path)
+            config, tensors, _ = read_opened(opened, found.path, None)
         else:
             weights = formats.read(found.path)
             config, tensors = weights.config, dict(weights.tensors)
         kind = common_kind(tensors[name] for name in config.architecture.layouts(config))
         whose = fingerprint(config, tensors)
-        return cls(found.path, config, tensors, kind, whose, _packed(config, tensors, kind))
+        return cls(found.named, config, tensors, kind, whose, _packed(config, tensors, kind))
 
     @property
     def tokens(self) -> Tensor:
@@ -182,7 +186,7 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
 
     file has recorded logits; None: that beside the model, if there is one.
     """
-    check_device(device)
+    resolve_device(device)
     if file is None and recorded.beside(subject.path).is_file():
         file = recorded.beside(subject.path)
     known = None if file is None else recorded.read(file)  # first: it may be damaged

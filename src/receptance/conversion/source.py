@@ -18,10 +18,9 @@ from receptance.formats import hf
 from receptance.formats.ggmf import GGMFFile
 from receptance.formats.pth import is_mapped
 from receptance.formats.rescaling import Unscaled, looks_rescaled
-from receptance.storage.checkpoint import is_ours, read_model, read_tensors
-from receptance.storage.directories import current, existing
+from receptance.storage.checkpoint import read_opened, read_tensors
+from receptance.storage.opening import Opened, open_path
 from receptance.storage.pairing import check_tokenizer, found_tokenizer
-from receptance.storage.quantized import is_quantized
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str, int], object]
@@ -71,10 +70,11 @@ def open_source(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    path = current(existing(source))
-    if is_ours(path):
-        return _own(path, tokenizer, revision)
-    weights = formats.read(path if path.exists() else str(source), revision=revision)
+    opened = open_path(source)
+    if opened.sealed:
+        return _own(opened, source, tokenizer, revision)
+    path = opened.path
+    weights = formats.read(path if path.exists() else source, revision=revision)
     if tokenizer is None:
         tokenizer = found_tokenizer(weights.tokenizer, weights.config)
     if tokenizer is not None:
@@ -97,12 +97,14 @@ def _opener(weights: formats.Weights) -> Callable[[], Mapping[str, Tensor]]:
     return lambda: formats.read(source).tensors
 
 
-def _own(path: Path, tokenizer: Tokenizer | None, revision: str | None) -> Source:
-    config, tensors, found = read_model(path, tokenizer=tokenizer, revision=revision)
-    # Opened again without comparing it with its manifest again.
-    if is_quantized(path):
-        return Source(path, config, _dtypes(tensors), lambda: tensors, found)
-    dtypes = _dtypes(tensors)
+def _own(
+    opened: Opened, source: str | Path, tokenizer: Tokenizer | None, revision: str | None
+) -> Source:
+    config, tensors, found = read_opened(opened, source, tokenizer, revision)
+    dtypes, path = _dtypes(tensors), opened.path
+    if opened.kind == "quantized":
+        return Source(path, config, dtypes, lambda: tensors, found)
+    # Tensors are mapped again without comparing the directory with its manifest again.
     return Source(path, config, dtypes, lambda: read_tensors(path, "model"), found)
 
 

@@ -230,6 +230,8 @@ def gpu_engine(
     """
     whose = own_fingerprint or fingerprint(config, tensors)
     kind = kind or common_kind(tensors[name] for name in config.architecture.layouts(config))
+    if kind in FLOATS and group is not None:
+        raise ValueError(f"group is {group}; {kind} weights have none, so leave it out")
     matrices: dict[str, Matrix] = {}
     for name in config.architecture.layouts(config):
         weight = tensors.pop(name).detach()

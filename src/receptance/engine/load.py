@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -17,22 +15,23 @@ from receptance.config import ModelConfig
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.base import Engine
 from receptance.engine.memory import Arena, room
-from receptance.engine.native import NativeEngine
+from receptance.engine.native import NativeEngine, check_supported, supports
 from receptance.engine.wide import widen
+from receptance.model import Model
 from receptance.model.rwkv import fingerprint
 from receptance.ops import native
 from receptance.quantize import Quantized, check_group, quantize
 from receptance.quantize.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack
 from receptance.state import State
-from receptance.storage import quantized as files
-from receptance.storage.checkpoint import check_device, load, read_model
-from receptance.storage.directories import existing
-from receptance.storage.pairing import check_same
+from receptance.storage.checkpoint import as_model, read_opened, resolve_device
+from receptance.storage.opening import Opened, open_path
+from receptance.storage.pairing import chosen_tokenizer, no_tokenizer
+from receptance.storage.quantized import QuantizedModel, open_quantized, quantization_of
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Backend = Literal["auto", "native", "triton", "torch"]
-# Passes over a mapped file. A copy takes as long as some tokens, where fresh memory is slow as
-# dozens: whoever wants one or two need not wait for it.
+# Passes in which the weights of a mapped file are read where they are. Only then are they copied
+# to huge pages: where fresh memory is slow, the copy costs as much as generating dozens of tokens.
 _MAPPED_PASSES = 8
 _TORCH_DTYPES = ("float32", "bfloat16")
 MOST_THREADS = 1024
@@ -40,14 +39,16 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What every command that runs a model lets its user choose: the arguments of load_engine."""
+    """What runs a model, and how: the arguments of load_engine, and options of every command."""
 
     tokenizer: str | None = None
     """A tokenizer file, or "bytes", instead of the one beside the weights."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, ..."""
+    device: str = "auto"
+    """Where to run: cpu, cuda, ...; auto takes a GPU where there is one."""
     dtype: Kind | None = None
     """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
+    group: int | None = None
+    """Weights that share a scale in int4 made on the fly: 32, 64 or 128; 64 if not given."""
     backend: Backend = "auto"
     """What computes: auto takes the native kernels on a CPU where they were built, and those in
     Triton on an NVIDIA GPU."""
@@ -56,9 +57,21 @@ class EngineOptions:
     adapter: Path | None = None
     """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
 
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in KINDS:
+            raise ValueError(f"dtype is {self.dtype!r}; wanted one of {', '.join(KINDS)}")
+        if self.group is not None:
+            if self.dtype in FLOATS:
+                raise ValueError(f"group is {self.group}; {self.dtype} weights have none")
+            check_group(self.dtype or "int4", self.group)
+        check_threads(self.threads)
+
     def load(self, source: str | Path) -> tuple[Engine, Tokenizer]:
-        """What they choose, and the model's tokenizer."""
-        return load_engine(source, **vars(self))
+        """The engine that they choose, and the model's tokenizer; ValueError if it has none."""
+        engine, tokenizer = load_engine(source, **vars(self))
+        if tokenizer is None:
+            raise no_tokenizer(engine.config, source)
+        return engine, tokenizer
 
 
 def load_engine(
@@ -71,35 +84,42 @@ def load_engine(
     adapter: Path | None = None,
     backend: Backend = "auto",
     threads: int | None = None,
-) -> tuple[Engine, Tokenizer]:
+) -> tuple[Engine, Tokenizer | None]:
     """What runs a model, and its tokenizer; source is whatever `receptance.load` opens.
 
     On a CPU the native kernels, where they were built, on an NVIDIA GPU those in Triton; elsewhere,
-    or with backend "torch", a torch `Model`. dtype is that of the weights, None that of the file;
-    int8 and int4 are made here unless `receptance quantize` has made them (int4 with one scale for
-    `group` inputs). An adapter becomes part of the engine. ValueError says in one line what is
-    wrong.
+    for versions of RWKV that they do not know, or with backend "torch", a torch `Model`. dtype is
+    that of the weights, None that of the file; int8 and int4 are made here unless `receptance
+    quantize` has made them (int4 with one scale for `group` inputs). An adapter becomes part of the
+    engine. ValueError says in one line what is wrong, also of options that would have no effect.
     """
-    check_device(device)
-    if dtype is not None and dtype not in KINDS:
-        raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(KINDS)}")
-    check_threads(threads)
-    chosen = _choose(backend, device)
+    options = EngineOptions(
+        device=str(device),
+        dtype=dtype,
+        group=group,
+        adapter=adapter,
+        backend=backend,
+        threads=threads,
+    )
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    place = resolve_device(device)
+    check_backend(backend, place)
+    opened = open_path(source)
+    if opened.kind == "quantized":
+        _check_quantized(opened, options)
+        if adapter is None:
+            packed = open_quantized(opened)
+            if (chosen := _choose(backend, place, packed.config)) != "torch":
+                _check_effect(options, chosen)
+                found = chosen_tokenizer(opened.path, packed.tokenizer, tokenizer)
+                return _packed_engine(packed, chosen, place, options), found
+    config, tensors, found = read_opened(opened, source, tokenizer)
+    chosen = _choose(backend, place, config)
+    _check_effect(options, chosen)
     if chosen == "torch":
-        return _torch_engine(source, tokenizer, device, dtype, adapter)
-    make: Callable[..., Engine] = partial(native_engine, threads=threads)
-    if chosen == "triton":
-        from receptance.engine.gpu import gpu_engine  # imports Triton
-
-        make = partial(gpu_engine, device=device)
-    if adapter is not None:
-        return _adapted(source, tokenizer, dtype, group, adapter, make)
-    path = existing(source)
-    if files.is_quantized(path):
-        on_gpu = device if chosen == "triton" else None
-        return _quantized(path, dtype, group, tokenizer, threads, on_gpu)
-    config, tensors, found = read_model(source, tokenizer=tokenizer)
-    return make(config, tensors, dtype, group=group), found
+        return _torch_engine(opened, config, tensors, place, options), found
+    return _kernel_engine(config, tensors, chosen, place, options), found
 
 
 def check_threads(threads: int | None) -> None:
@@ -150,94 +170,140 @@ def _quantize(name: str, weight: Tensor, kind: Kind, group: int) -> Quantized:
         raise ValueError(f"{name} cannot be quantized: {error}") from None
 
 
-def _choose(backend: Backend, device: torch.device | str) -> Backend:
-    on_cpu = torch.device(device).type == "cpu"
-    if backend == "native" and not (on_cpu and native.is_available()):
-        reason = f"run on the CPU, not on {device}" if not on_cpu else "were not built"
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """ValueError if a backend that was named cannot run on this machine's device."""
+    if backend == "native" and not (device.type == "cpu" and native.is_available()):
+        reason = "were not built" if device.type == "cpu" else f"run on the CPU, not on {device}"
         raise ValueError(f"the native kernels {reason}; `receptance doctor` says more")
-    on_gpu, has_triton = torch.device(device).type == "cuda", find_spec("triton") is not None
-    if backend == "triton" and not (on_gpu and has_triton):
-        reason = f"run on an NVIDIA GPU, not on {device}" if not on_gpu else "want Triton"
+    if backend == "triton" and not (device.type == "cuda" and _has_triton()):
+        reason = (
+            "want Triton" if device.type == "cuda" else f"run on an NVIDIA GPU, not on {device}"
+        )
         raise ValueError(f"the GPU kernels {reason}; `receptance doctor` says more")
-    if backend == "auto" and on_cpu:
-        return "native" if native.is_available() else "torch"
-    if backend == "auto":
-        return "triton" if on_gpu and has_triton else "torch"
-    return backend
 
 
-def _quantized(
-    path: Path,
-    dtype: Kind | None,
-    group: int | None,
-    tokenizer: str | Path | Tokenizer | None,
-    threads: int | None,
-    on_gpu: torch.device | str | None,
-) -> tuple[Engine, Tokenizer]:
-    found = files.read_quantized(path)
-    if dtype not in (None, found.about.kind):
+def _choose(backend: Backend, device: torch.device, config: ModelConfig) -> Backend:
+    """What runs a model; a backend that was named refuses versions that it does not know."""
+    if backend == "native":
+        check_supported(config)
+    if backend != "auto":
+        return backend
+    if device.type == "cpu":
+        return "native" if native.is_available() and supports(config) else "torch"
+    knows = config.architecture.gpu_kernels is not None
+    return "triton" if device.type == "cuda" and _has_triton() and knows else "torch"
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _check_effect(options: EngineOptions, chosen: Backend) -> None:
+    """ValueError for options that this engine would not heed."""
+    if options.threads is not None and chosen != "native":
         raise ValueError(
-            f"{path} holds {found.about.kind} weights and {dtype} was asked for; leave the type "
-            "out, or begin from the model that was quantized"
+            f"threads is {options.threads}; only the native kernels count their own, and this "
+            f"model runs with {chosen}: leave it out"
         )
-    if group not in (None, found.about.group):
+    if chosen == "torch" and options.group is not None:
+        raise ValueError(f"group is {options.group}; torch runs no integer weights, leave it out")
+    if chosen == "torch" and options.dtype not in (None, *_TORCH_DTYPES):
         raise ValueError(
-            f"{path} has groups of {found.about.group} and {group} was asked for; leave that out"
+            f"{options.dtype} weights want the native kernels on a CPU (`receptance doctor` says "
+            f"whether they are there); torch takes {' and '.join(_TORCH_DTYPES)}"
         )
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
-    check_same(path, found.tokenizer, tokenizer)
-    if on_gpu is not None:
-        from receptance.engine.gpu import GpuEngine
 
-        parts = found.config, found.matrices, found.vectors, found.about.source
-        return GpuEngine(*parts, device=on_gpu), found.tokenizer
+
+def _check_quantized(opened: Opened, options: EngineOptions) -> None:
+    """ValueError if other weights were asked for than a quantized directory holds."""
+    opened.check_version()
+    about = quantization_of(opened)
+    if options.adapter is not None:
+        if options.dtype is None:
+            raise ValueError(
+                f"{opened.path} holds {about.kind} weights, which become floats when an adapter "
+                "is added; say so with a dtype, or begin from the model that was quantized"
+            )
+        return
+    if options.backend != "torch" and options.dtype not in (None, about.kind):
+        raise ValueError(
+            f"{opened.path} holds {about.kind} weights and {options.dtype} was asked for; leave "
+            "the type out, or begin from the model that was quantized"
+        )
+    if options.group not in (None, about.group):
+        raise ValueError(
+            f"{opened.path} has groups of {about.group} and {options.group} was asked for; leave "
+            "that out"
+        )
+
+
+def _packed_engine(
+    found: QuantizedModel, chosen: Backend, device: torch.device, options: EngineOptions
+) -> Engine:
     parts = found.config, found.matrices, found.vectors, found.about.source
-    return NativeEngine(*parts, threads=threads, copy_before=_MAPPED_PASSES + 1), found.tokenizer
+    if chosen == "native":
+        return NativeEngine(*parts, threads=options.threads, copy_before=_MAPPED_PASSES + 1)
+    from receptance.engine.gpu import GpuEngine  # It imports Triton.
+
+    return GpuEngine(*parts, device=device)
 
 
 def _torch_engine(
-    source: str | Path,
-    tokenizer: str | Path | Tokenizer | None,
-    device: torch.device | str,
-    dtype: Kind | None,
-    adapter: Path | None,
-) -> tuple[Engine, Tokenizer]:
-    if dtype is not None and dtype not in _TORCH_DTYPES:
-        raise ValueError(
-            f"{dtype} weights want the native kernels on a CPU (`receptance doctor` says whether "
-            f"they are there); torch takes {' and '.join(_TORCH_DTYPES)}"
-        )
-    kind = None if dtype is None else FLOATS[dtype]  # type: ignore[index]
-    model, found = load(source, tokenizer=tokenizer, device=device, dtype=kind)
+    opened: Opened,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    device: torch.device,
+    options: EngineOptions,
+) -> Engine:
+    dtype = None if options.dtype is None else FLOATS[options.dtype]  # type: ignore[index]
+    model = as_model(config, tensors, device, dtype)
     widen(model)
-    if adapter is not None:
-        return AdaptedModel(model, load_adapter(adapter, model)), found
-    if files.is_quantized(path := existing(source)):
-        model.origin = files.source_of(path)
-    return model, found
+    if options.adapter is not None:
+        return AdaptedModel(model, load_adapter(options.adapter, model))
+    if opened.kind == "quantized":
+        model.origin = quantization_of(opened).source
+    return model
 
 
-def _adapted(
-    source: str | Path,
-    tokenizer: str | Path | Tokenizer | None,
-    dtype: Kind | None,
-    group: int | None,
-    adapter: Path,
-    make: Callable[..., Engine],
-) -> tuple[Engine, Tokenizer]:
-    model, found = load(source, tokenizer=tokenizer)
-    tuned = load_adapter(adapter, model)
-    own = tuned.fingerprint(model.fingerprint())
-    initial = tuned.initial_state()
-    if initial is None:
-        model = tuned.merge(model)
-    engine = make(
-        model.config,
-        dict(model.state_dict()),
-        dtype,
-        group=group,
-        initial=None if initial is None else initial.detach(),
-        own_fingerprint=own,
+def _kernel_engine(
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    chosen: Backend,
+    device: torch.device,
+    options: EngineOptions,
+) -> Engine:
+    initial = whose = None
+    if options.adapter is not None:
+        model, whose, initial = _tuned(as_model(config, tensors), options.adapter)
+        tensors = dict(model.state_dict())
+    if chosen == "native":
+        return native_engine(
+            config,
+            tensors,
+            options.dtype,
+            group=options.group,
+            threads=options.threads,
+            initial=initial,
+            own_fingerprint=whose,
+        )
+    from receptance.engine.gpu import gpu_engine  # It imports Triton.
+
+    return gpu_engine(
+        config,
+        tensors,
+        options.dtype,
+        group=options.group,
+        device=device,
+        initial=initial,
+        own_fingerprint=whose,
     )
-    return engine, found
+
+
+def _tuned(model: Model, adapter: Path) -> tuple[Model, str, State | None]:
+    """A model with an adapter in its weights, or with the state that rows begin from; and whose
+    the states are that both make."""
+    tuned = load_adapter(adapter, model)
+    whose, initial = tuned.fingerprint(model.fingerprint()), tuned.initial_state()
+    if initial is None:
+        return tuned.merge(model), whose, None
+    return model, whose, initial.detach()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,7 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(config.width, config.layer_norm_epsilon)
         self.att = config.architecture.time_mix(config, layer)
         self.ffn = config.architecture.channel_mix(config, layer)
+        self._float32 = config.architecture.float32_parameters
 
     def forward(
         self, x: Tensor, state: Any, reading: Reading, dropout: float, *handed: Tensor
@@ -56,6 +57,17 @@ class Block(nn.Module):
         x = F.dropout(x + mixed, dropout, self.training)
         mixed, state = self.ffn(self.ln2(x), state, reading)
         return F.dropout(x + mixed, dropout, self.training), state, *handed_on
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        # bfloat16 rounds a decay of 0.999 to 1, and the state would never forget: whatever the
+        # model is cast to, some parameters move to its device but are never narrower than float32.
+        kept = {name: self.get_parameter(name).detach() for name in self._float32}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(parameter.device, torch.float32)
+        return self
 
 
 def starting_values(

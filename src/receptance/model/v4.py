@@ -11,7 +11,7 @@ differently: its zero key matrix would leave channel mixing without a gradient f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -94,17 +94,6 @@ class TimeMix(nn.Module):
     def learning_rate_scales(self) -> dict[str, float]:
         """Multipliers that differ from 1 (RWKV-v4neo, layerwise_lr)."""
         return {"time_decay": 2.0, "time_first": 3.0}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TimeMix:
-        # bfloat16 rounds a decay of 0.999 to 1, and the state would never forget: whatever the
-        # model is cast to, these two move to its device but are never narrower than float32.
-        kept = {name: getattr(self, name).detach() for name in ("time_decay", "time_first")}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = before.to(parameter.device, torch.float32)
-        return self
 
 
 class ChannelMix(nn.Module):

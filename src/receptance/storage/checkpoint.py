@@ -6,11 +6,8 @@ How a directory becomes one that loses nothing is told in directories.py and man
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,56 +17,48 @@ from receptance.config import ModelConfig
 from receptance.formats import hf
 from receptance.formats.names import conform
 from receptance.model import Model
-from receptance.storage.directories import current, existing, is_step, write_directory
-from receptance.storage.manifest import MANIFEST, verify
+from receptance.storage.directories import write_directory
+from receptance.storage.opening import CHECKPOINT_FORMAT, FORMAT_VERSION, Opened, open_path
 from receptance.storage.pairing import (
-    check_same,
     check_tokenizer,
+    chosen_tokenizer,
     found_tokenizer,
-    no_tokenizer,
+    stored_with,
+    tokenizer_in,
 )
-from receptance.storage.quantized import dequantized_tensors, is_quantized, open_quantized
-from receptance.tokenizer import Tokenizer, load_tokenizer, stored_tokenizer
-
-FORMAT = "receptance"
-FORMAT_VERSION = 1
+from receptance.storage.quantized import dequantized_tensors, open_quantized
+from receptance.tokenizer import Tokenizer, load_tokenizer
 
 
-def save(model: Model, directory: str | Path, tokenizer: Tokenizer) -> None:
-    """Write a model and its tokenizer as a directory that `load` opens."""
+def save(model: Model, directory: str | Path, tokenizer: Tokenizer | None) -> None:
+    """Write a model and its tokenizer, if it has one, as a directory that `load` opens."""
     write_directory(directory, lambda partial: write_model(model, partial, tokenizer))
 
 
-def write_model(model: Model, directory: Path, tokenizer: Tokenizer) -> None:
+def write_model(model: Model, directory: Path, tokenizer: Tokenizer | None) -> None:
     """Put a model's files into a directory that is being written (see write_directory)."""
     write_description(model.config, directory, tokenizer)
     write_tensors(model.state_dict(), directory, "model")
 
 
-def write_description(config: ModelConfig, directory: Path, tokenizer: Tokenizer) -> None:
+def write_description(config: ModelConfig, directory: Path, tokenizer: Tokenizer | None) -> None:
     """Put everything about a model but its tensors into a directory that is being written."""
-    check_tokenizer(tokenizer, config)
     about = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "format_version": FORMAT_VERSION,
         "model": config.to_dict(),
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "files": tokenizer.save(directory),
-            "fingerprint": tokenizer.fingerprint,
-        },
+        "tokenizer": stored_with(config, directory, tokenizer),
     }
     (directory / "config.json").write_text(json.dumps(about, indent=1))
 
 
-def read_description(directory: Path) -> tuple[ModelConfig, Tokenizer]:
-    """What `write_description` wrote. Whoever calls this has verified the directory."""
-    config = _own_config(directory)
-    if config is None:
-        raise ValueError(f"{directory} holds no model of ours")
-    return ModelConfig.from_dict(config.get("model")), _own_tokenizer(
-        directory, config.get("tokenizer"), None
-    )
+def read_description(opened: Opened) -> tuple[ModelConfig, Tokenizer | None]:
+    """What `write_description` wrote."""
+    if opened.kind != "checkpoint":
+        raise ValueError(f"{opened.path} holds no model of ours")
+    opened.check_version()
+    config = ModelConfig.from_dict(opened.fields.get("model"))
+    return config, tokenizer_in(opened.path, opened.fields.get("tokenizer"))
 
 
 def write_tensors(
@@ -121,22 +110,33 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     revision: str | None = None,
-) -> tuple[Model, Tokenizer]:
+) -> tuple[Model, Tokenizer | None]:
     """A model, ready to run, and its tokenizer, from a path or a hub id.
 
     Reads a directory of ours or the run folder of a training (its newest whole checkpoint; a
     warning says why newer ones were passed over), an official .pth, a Hugging Face directory, or
-    an id such as "RWKV/rwkv-4-169m-pile".
+    an id such as "hf:RWKV/rwkv-4-169m-pile".
     tokenizer (a file, a directory, "bytes" or an object) overrides the one found beside the
-    weights; a directory of ours accepts no other than its own. dtype None keeps that of the
-    file, but widens float16, in which RWKV-4 overflows, to float32.
+    weights; a directory of ours accepts no other than its own. None comes back where there is
+    none. dtype None keeps that of the file, but widens float16, in which RWKV-4 overflows, to
+    float32. device "auto" is a GPU where there is one.
     ValueError says in one line what is wrong.
     """
-    check_device(device)
-    sizes, tensors, found = read_model(source, tokenizer=tokenizer, revision=revision)
+    device = resolve_device(device)
+    config, tensors, found = read_model(source, tokenizer=tokenizer, revision=revision)
+    return as_model(config, tensors, device, dtype), found
+
+
+def as_model(
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """A model of tensors as they were stored; dtype None as for `load`."""
     if dtype is None and tensors["emb.weight"].dtype == torch.float16:
         dtype = torch.float32
-    return Model.from_tensors(sizes, tensors, device=device, dtype=dtype), found
+    return Model.from_tensors(config, tensors, device=device, dtype=dtype)
 
 
 def read_model(
@@ -144,84 +144,64 @@ def read_model(
     *,
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
-) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer]:
+) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
     """Sizes, tensors as they are stored (mapped where that can be) and tokenizer, as for `load`.
 
     What `receptance quantize` wrote comes as float32.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
-    found = existing(source)
-    path = current(found)
-    if is_ours(path):
+    return read_opened(open_path(source), source, tokenizer, revision)
+
+
+def read_opened(
+    opened: Opened, source: str | Path, tokenizer: Tokenizer | None, revision: str | None = None
+) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
+    """The same of what `open_path` found at the source."""
+    path = opened.path
+    if opened.sealed:
         formats.check_local(path, revision)
-        if path == found:  # that of a run has been verified
-            verify(path)
-    if (path / "adapter.safetensors").is_file():
+    if opened.kind == "adapter":
         raise ValueError(
-            f"{path} holds an adapter; name the model that it was trained on, and this one with "
-            "--adapter"
+            f"{path} holds an adapter; name the model that it was trained on, and this one as its "
+            "adapter"
         )
-    if is_quantized(path):
-        quantized = open_quantized(path)
-        tensors = dequantized_tensors(quantized)
-        return quantized.config, tensors, check_same(path, quantized.tokenizer, tokenizer)
-    if (config := _own_config(path)) is not None:
-        sizes = ModelConfig.from_dict(config.get("model"))
-        tensors = _belonging(path, sizes, read_tensors(path, "model"))
-        tokenizer = _own_tokenizer(path, config.get("tokenizer"), tokenizer)
+    if opened.kind == "quantized":
+        quantized = open_quantized(opened)
+        found = chosen_tokenizer(path, quantized.tokenizer, tokenizer)
+        return quantized.config, dequantized_tensors(quantized), found
+    if opened.kind == "checkpoint":
+        config, own = read_description(opened)
+        tensors = _belonging(path, config, read_tensors(path, "model"))
+        found = chosen_tokenizer(path, own, tokenizer)
     else:
-        weights = formats.read(path if path.exists() else str(source), revision=revision)
-        sizes, tensors = weights.config, dict(weights.tensors)
-        tokenizer = tokenizer or found_tokenizer(weights.tokenizer, sizes)
-        if tokenizer is None:
-            raise no_tokenizer(sizes, source)
-    check_tokenizer(tokenizer, sizes)
-    return sizes, tensors, tokenizer
+        weights = formats.read(path if path.exists() else source, revision=revision)
+        config, tensors = weights.config, dict(weights.tensors)
+        found = tokenizer or found_tokenizer(weights.tokenizer, config)
+    if found is not None:
+        check_tokenizer(found, config)
+    return config, tensors, found
 
 
-def is_ours(path: Path) -> bool:
-    """Whether this is a directory that we wrote, in whatever condition."""
-    # First: a damaged config must not make it look like another format.
-    known = (path / MANIFEST).is_file() or is_step(path) or is_quantized(path)
-    return path.is_dir() and (known or _own_config(path) is not None)
-
-
-def _belonging(path: Path, sizes: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _belonging(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors; ValueError unless they have these sizes, before a model is made that has."""
-    found, official = conform(tensors, path)
-    if replace(found, layer_norm_epsilon=sizes.layer_norm_epsilon) != sizes:
-        raise ValueError(f"{path}: config.json and the tensors beside it do not belong together")
-    return official
-
-
-def _own_config(directory: Path) -> dict[str, Any] | None:
-    """The config.json of a directory that we wrote, else None."""
-    file = directory / "config.json"
-    if not file.is_file():
-        return None
     try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        return None
-    if (version := config.get("format_version")) != FORMAT_VERSION:
+        return conform(tensors, path, config)[1]
+    except ValueError as error:
         raise ValueError(
-            f"{file} has format version {reprlib.repr(version)}; this release reads "
-            f"{FORMAT_VERSION}, so update receptance"
-        )
-    return config
+            f"{error}; config.json and the tensors beside it do not belong together"
+        ) from None
 
 
-def _own_tokenizer(directory: Path, about: Any, given: Tokenizer | None) -> Tokenizer:
-    return check_same(directory, stored_tokenizer(directory, about), given)
+def resolve_device(device: torch.device | str) -> torch.device:
+    """The device of that name, "auto" being a GPU where there is one, else the CPU.
 
-
-def check_device(device: torch.device | str) -> None:
-    """ValueError if nothing can be computed there."""
+    ValueError if nothing can be computed there.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        torch.zeros((), device=device).item()
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+    return torch.device(name)

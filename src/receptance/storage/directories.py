@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import socket
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -230,13 +229,16 @@ def step_directories(run: Path) -> list[Path]:
         return sorted((p for p in run.iterdir() if is_step(p) and p.is_dir()), key=step_number)
 
 
-def newest_checkpoint(run: str | Path) -> tuple[Path, list[str]]:
-    """The newest whole checkpoint of a run, and why newer ones were passed over."""
+def newest_checkpoint(run: str | Path, *, optimizer: bool = True) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of a run, and why newer ones were passed over.
+
+    optimizer: as for `manifest.verify`.
+    """
     run, skipped = Path(run), []
     found = {*step_directories(run), *filter(is_step, _replaced(run))}
     for directory in map(existing, sorted(found, key=step_number, reverse=True)):
         try:
-            verify(directory)
+            verify(directory, optimizer=optimizer)
             _check_step(directory)
         except ValueError as error:
             skipped.append(str(error))
@@ -267,16 +269,6 @@ def put_aside(newest: Path) -> list[Path]:
         with suppress(OSError):  # of two of the same step the second one stays
             moved.append(damaged.rename(damaged.with_name(damaged.name + ".damaged")))
     return moved
-
-
-def current(path: Path) -> Path:
-    """Path, or of the folder of a run its newest whole checkpoint; a warning names damaged ones."""
-    if not path.is_dir() or (path / "config.json").exists() or not step_directories(path):
-        return path
-    newest, skipped = newest_checkpoint(path)
-    for reason in skipped:
-        warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=3)
-    return newest
 
 
 def prune(newest: Path, keep: int) -> None:

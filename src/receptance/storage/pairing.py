@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from receptance.config import ModelConfig
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored_tokenizer
 
 # Rows of the embedding that a tokenizer may leave unused: World pads 65,530 ids to 65,536 and
 # others round up to a multiple of 64 or 128. More than that is another vocabulary.
 _MAX_UNUSED_ROWS = 128
+# What config.json says of a model that was saved without a tokenizer.
+_NO_TOKENIZER = {"kind": "none"}
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -21,14 +24,38 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
-def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that a directory holds; ValueError if another one was given."""
-    if given is not None and given.fingerprint != own.fingerprint:
-        raise ValueError(
-            f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was "
-            f"trained with, which is not the {given.kind} one given; leave out --tokenizer"
-        )
-    return own
+def chosen_tokenizer(
+    directory: Path, own: Tokenizer | None, given: Tokenizer | None
+) -> Tokenizer | None:
+    """The tokenizer that a directory holds, or the one given where it holds none.
+
+    ValueError if another one was given.
+    """
+    if own is None or given is None or given.fingerprint == own.fingerprint:
+        return own or given
+    raise ValueError(
+        f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was trained "
+        f"with, which is not the {given.kind} one given; leave that out"
+    )
+
+
+def stored_with(
+    config: ModelConfig, directory: Path, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Put a model's tokenizer into its directory: what `tokenizer_in` has to know of it."""
+    if tokenizer is None:
+        return dict(_NO_TOKENIZER)
+    check_tokenizer(tokenizer, config)
+    files = tokenizer.save(directory)
+    return {"kind": tokenizer.kind, "files": files, "fingerprint": tokenizer.fingerprint}
+
+
+def tokenizer_in(directory: Path, about: Any) -> Tokenizer | None:
+    """The tokenizer that `stored_with` put there; None if the model was saved without one.
+
+    ValueError if it is another one by now.
+    """
+    return None if about == _NO_TOKENIZER else stored_tokenizer(directory, about)
 
 
 def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
@@ -50,5 +77,5 @@ def no_tokenizer(config: ModelConfig, source: str | Path) -> ValueError:
     name = usual.get(config.vocab_size, "its tokenizer file")
     return ValueError(
         f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
-        "there or pass it with --tokenizer"
+        "there or pass tokenizer=FILE"
     )

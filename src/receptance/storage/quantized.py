@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,11 @@ from receptance.formats.safetensors import read_safetensors, write_safetensors
 from receptance.formats.writing import Layout as Plan
 from receptance.quantize import Quantized, QuantizedKind, check_group
 from receptance.quantize.packing import Packed, dtypes, pack, shapes, unpack
-from receptance.storage.directories import existing, write_directory
-from receptance.storage.manifest import verify
-from receptance.storage.pairing import check_tokenizer
-from receptance.tokenizer import Tokenizer, stored_tokenizer
+from receptance.storage.directories import write_directory
+from receptance.storage.opening import FORMAT_VERSION, QUANTIZED_FORMAT, Opened, look, open_path
+from receptance.storage.pairing import check_tokenizer, stored_with, tokenizer_in
+from receptance.tokenizer import Tokenizer
 
-FORMAT = "receptance-quantised"
-FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
 _PARAMS = ":params"
 
@@ -60,7 +58,7 @@ class QuantizedModel(NamedTuple):
     """A directory's content; tensors stay mapped to its file."""
 
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     matrices: dict[str, Packed]
     """By official name."""
     vectors: dict[str, Tensor]
@@ -71,7 +69,7 @@ class QuantizedModel(NamedTuple):
 def write_quantized(
     directory: str | Path,
     config: ModelConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     about: About,
     weights: Iterable[tuple[str, Quantized | Tensor]],
 ) -> None:
@@ -79,20 +77,17 @@ def write_quantized(
 
     The directory appears whole or not at all (see write_directory).
     """
-    check_tokenizer(tokenizer, config)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config)
     plan = _plan(config, about)
 
     def write(folder: Path) -> None:
         write_safetensors(folder / WEIGHTS, plan, _packed(config, weights))
         fields = {
-            "format": FORMAT,
+            "format": QUANTIZED_FORMAT,
             "format_version": FORMAT_VERSION,
             "model": config.to_dict(),
-            "tokenizer": {
-                "kind": tokenizer.kind,
-                "files": tokenizer.save(folder),
-                "fingerprint": tokenizer.fingerprint,
-            },
+            "tokenizer": stored_with(config, folder, tokenizer),
             "quantisation": asdict(about),
         }
         (folder / "config.json").write_text(json.dumps(fields, indent=1))
@@ -102,17 +97,16 @@ def write_quantized(
 
 def read_quantized(directory: str | Path) -> QuantizedModel:
     """What `write_quantized` wrote; ValueError if a bit of it differs or it is something else."""
-    directory = existing(directory)
-    verify(directory)
-    return open_quantized(directory)
+    return open_quantized(open_path(directory))
 
 
-def open_quantized(directory: Path) -> QuantizedModel:
-    """The same for a directory that has been verified."""
-    fields = _read_config(directory)
+def open_quantized(opened: Opened) -> QuantizedModel:
+    """The same of what `open_path` found."""
+    directory, fields = opened.path, opened.fields
+    _check_kind(opened)
     try:
-        config, about = ModelConfig.from_dict(fields["model"]), About(**fields["quantisation"])
-        tokenizer = stored_tokenizer(directory, fields["tokenizer"])
+        config, about = ModelConfig.from_dict(fields["model"]), quantization_of(opened)
+        tokenizer = tokenizer_in(directory, fields["tokenizer"])
     except (KeyError, TypeError) as error:
         file = directory / "config.json"
         raise ValueError(f"{file}: a field is wrong: {reason(error)}") from None
@@ -130,18 +124,17 @@ def open_quantized(directory: Path) -> QuantizedModel:
     return QuantizedModel(config, tokenizer, matrices, vectors, about)
 
 
-def source_of(directory: Path) -> str:
-    """The fingerprint of the model that was quantized; the directory has been verified."""
-    return About(**_read_config(directory)["quantisation"]).source
+def quantization_of(opened: Opened) -> About:
+    """What the codes in a directory are, and whose; TypeError or KeyError if it does not say."""
+    return About(**opened.fields["quantisation"])  # The files are older than this spelling.
 
 
 def is_quantized(directory: str | Path) -> bool:
     """Whether there is a directory that `write_quantized` wrote, in whatever condition."""
     try:
-        fields = json.loads((Path(directory) / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return look(Path(directory)).kind == "quantized"
+    except ValueError:
         return False
-    return isinstance(fields, dict) and fields.get("format") == FORMAT
 
 
 def dequantized_tensors(
@@ -186,17 +179,10 @@ def _packed(
         yield name + _PARAMS, packed.params
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    if not is_quantized(directory):
-        raise ValueError(f"{directory} holds no model that `receptance quantize` wrote")
-    fields: dict[str, Any] = json.loads(file.read_bytes())
-    if (version := fields.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {reprlib.repr(version)}; this release reads "
-            f"{FORMAT_VERSION}, so update receptance"
-        )
-    return fields
+def _check_kind(opened: Opened) -> None:
+    if opened.kind != "quantized":
+        raise ValueError(f"{opened.path} holds no model that `receptance quantize` wrote")
+    opened.check_version()
 
 
 def _check(file: Path, tensors: dict[str, Tensor], plan: Plan) -> None:

@@ -16,7 +16,8 @@ from receptance.data import Batches, PrepareOptions, TokenFiles, is_corpus, prep
 from receptance.model import Model, starting_values
 from receptance.storage import checkpoint
 from receptance.storage.directories import step_directories
-from receptance.storage.pairing import check_tokenizer
+from receptance.storage.opening import look
+from receptance.storage.pairing import check_tokenizer, no_tokenizer
 from receptance.tokenizer import Tokenizer
 from receptance.training.logs import METRICS
 from receptance.training.notes import located, read_about
@@ -55,6 +56,8 @@ def begin(
     tokenizer = options.named_tokenizer()
     if options.init is not None:
         sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=tokenizer)
+        if tokenizer is None and not (len(data) == 1 and is_corpus(data[0])):
+            raise no_tokenizer(sizes, options.init)
         options.check_sizes(sizes)
         given = tensors.items()
     else:
@@ -129,12 +132,14 @@ def resume(
     if corpus.fingerprint != about.fingerprint:
         raise ValueError(f"{path} is not the corpus that the run began with; give the path to that")
     if options.tune == "all":
-        sizes, tokenizer = checkpoint.read_description(directory)
+        sizes, tokenizer = checkpoint.read_description(look(directory, verified=True))
         tensors = checkpoint.read_tensors(directory, "model")
     else:
         assert options.init is not None
         named = options.named_tokenizer()
         sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=named)
+    if tokenizer is None:
+        raise no_tokenizer(sizes, directory)
     trainer = _trainer(sizes, tensors.items(), corpus, tokenizer, options, ranks, directory)
     restore(trainer, directory, parameters=False)
     return Start(trainer, tokenizer, corpus, options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,26 +35,34 @@ _VALIDATION_CHUNK, _VALIDATION_ROWS = 256, 16
 
 
 def make_optimizer(
-    parameters: Iterable[tuple[str, Tensor]], scales: dict[str, float], options: TrainOptions
+    parameters: Iterable[tuple[str, Tensor]],
+    scales: dict[str, float],
+    options: TrainOptions,
+    is_decayed: Callable[[str, torch.Size], bool] = lambda name, shape: _is_matrix(shape),
 ) -> torch.optim.AdamW:
     """AdamW with one group per (learning-rate scale, decayed or not).
 
     scales are multipliers of the learning rate by parameter name, 1 where there is none.
+    is_decayed says of a name and shape whether weight decay acts there: on matrices if not given.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in parameters:
-        is_matrix = sum(size > 1 for size in parameter.shape) >= 2
-        groups.setdefault((scales.get(name, 1.0), is_matrix), []).append(parameter)
+        decayed = is_decayed(name, parameter.shape)
+        groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": group, "scale": scale, "weight_decay": options.weight_decay * is_matrix}
-            for (scale, is_matrix), group in groups.items()
+            {"params": group, "scale": scale, "weight_decay": options.weight_decay * decayed}
+            for (scale, decayed), group in groups.items()
         ],
         lr=options.learning_rate,
         betas=options.betas,
         eps=options.epsilon,
         fused=True,
     )
+
+
+def _is_matrix(shape: torch.Size) -> bool:
+    return sum(size > 1 for size in shape) >= 2
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,9 @@ class Trainer:
             scales = model.learning_rate_scales() if options.layerwise_rates else {}
         else:
             self.parameters.update(adapter.tensors())
-        self.optimizer = make_optimizer(self.parameters.items(), scales, options)
+        is_decayed = model.config.architecture.is_weight_decayed
+        rules = () if adapter else (is_decayed,)
+        self.optimizer = make_optimizer(self.parameters.items(), scales, options, *rules)
         random = options.dropout > 0 or adapter is not None  # an adapter may drop as well
         self._passes = Passes(self.objective, self._empty_state, options, self.ranks, random=random)
         self._base = model.fingerprint() if adapter else ""
