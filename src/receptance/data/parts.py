@@ -25,7 +25,7 @@ class PartReport:
     index: int
     part: str
     """train, validation or drawn; see sources.Piece."""
-    tokens: int
+    num_tokens: int
     text_bytes: int
     masked: bool
     """Whether not every token is to be learned."""
@@ -36,6 +36,8 @@ class PartReport:
     skipped: int = 0
     """Records that could not be used."""
     first_skipped: str = ""
+    ranges_left_out: int = 0
+    """Parts of files that were not read, because the files are no text."""
 
 
 class Part:
@@ -46,7 +48,7 @@ class Part:
     ) -> None:
         self._tokens, self._open_mask, self._dtype = tokens, open_mask, dtype
         self._mask: BinaryIO | None = None
-        self.tokens = self.text_bytes = 0
+        self.num_tokens = self.text_bytes = 0
 
     @property
     def masked(self) -> bool:
@@ -57,11 +59,11 @@ class Part:
         """Append ids, and for each whether it is to be learned; None: all are."""
         if mask is not None and self._mask is None:
             self._mask = self._open_mask()
-            self._mask.write(b"\1" * self.tokens)
+            self._mask.write(b"\1" * self.num_tokens)
         self._tokens.write(np.array(ids, self._dtype).tobytes())
         if self._mask is not None:
             self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
-        self.tokens += len(ids)
+        self.num_tokens += len(ids)
 
 
 @contextmanager
@@ -83,8 +85,8 @@ def finished_part(folder: Path, index: int, dtype: np.dtype) -> PartReport | Non
     """The report of a part that is whole on disk, else None."""
     try:
         report = PartReport(**json.loads(_file(folder, index, "json").read_bytes()))
-        sizes = {"tokens": report.tokens * dtype.itemsize}
-        sizes |= {"mask": report.tokens} if report.masked else {}
+        sizes = {"tokens": report.num_tokens * dtype.itemsize}
+        sizes |= {"mask": report.num_tokens} if report.masked else {}
         whole = all(_file(folder, index, n).stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError, TypeError):
         return None

@@ -5,6 +5,7 @@ Pieces depend on the sources alone, never on the number of workers or on what wa
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import os
 import zlib
@@ -16,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from receptance.data import hub, parquet
-from receptance.data.files import choose, find_files
+from receptance.data.files import LeftOut, choose, file_kind, find_files
 from receptance.data.parts import PartReport
 
 PIECE_BYTES = 4 << 20
@@ -28,9 +29,8 @@ _STREAM_ROWS = 1000
 # So far back a good place to cut is looked for.
 _WINDOW = 1 << 16
 _SPACE = b" \t\n\r\v\f"
-_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 # Taken from folders although they are binary; other .gz files may be anything, so must be named.
-_BINARY = (".txt.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
+_BINARY = (".txt.gz", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Source:
 
     path: str
     kind: str
-    """text, lines (of JSON), parquet, rows (a saved data set) or stream (one of unknown size)."""
+    """text, lines (of JSON), json (a list of objects), parquet, rows (a saved data set) or stream
+    (a data set of unknown size)."""
     size: int
     """Bytes; rows for "rows"; 0 for "stream"."""
     changed: int
@@ -61,6 +62,8 @@ class Range:
     weight: int
     """About as many bytes of input."""
     ends_document: bool = True
+    left_out: bool = False
+    """Whether its source is not to be read, because it turned out to be no text."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,19 @@ class Piece:
 
 
 def find_sources(
-    names: Sequence[str], exclude: Sequence[str] = (), output: Path | None = None
+    names: Sequence[str],
+    exclude: Sequence[str] = (),
+    output: Path | None = None,
+    left_out: LeftOut = lambda path, instead: None,
 ) -> list[Source]:
     """The sources behind paths, folders, globs and hf:NAME[:CONFIG][:SPLIT]; files first.
 
-    Each is taken once, and nothing that a folder or glob has in the folder output. ValueError names
-    what is not there, cannot be read, or is empty altogether.
+    Each is taken once, and nothing that a folder or glob has in the folder output. left_out is told
+    which of their files are no text (see `find_files`). ValueError names what is not there, cannot
+    be read, or is empty altogether.
     """
     paths = [name for name in names if not name.startswith("hf:")]
-    found = [_file(path) for path in find_files(paths, exclude, _BINARY, output)]
+    found = [_file(path) for path in find_files(paths, exclude, _BINARY, output, left_out)]
     for name in dict.fromkeys(name for name in names if name.startswith("hf:")):
         found.append(Source(name, *hub.describe(name)))
     if all(source.size == 0 and source.kind != "stream" for source in found):
@@ -106,11 +113,9 @@ def find_sources(
 def _file(path: Path) -> Source:
     try:
         about = path.stat()
+        return Source(str(path), file_kind(path), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    kind = "lines" if path.name.lower().endswith(_LINES) else "text"
-    kind = "parquet" if path.suffix.lower() == ".parquet" else kind
-    return Source(str(path), kind, about.st_size, about.st_mtime_ns)
 
 
 def open_unchanged(source: Source) -> BinaryIO:
@@ -186,7 +191,7 @@ def _text_ranges(source: Source, begin: int, end: int) -> Iterator[Range]:
 
 
 def _record_ranges(source: Source) -> Iterator[Range]:
-    if source.compressed:
+    if source.compressed or source.kind == "json":
         yield Range(source, 0, source.size, source.size)
     elif source.kind == "lines":
         yield from _line_ranges(source)
@@ -288,14 +293,23 @@ def chunks(read: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_range(span: Range) -> Iterator[bytes]:
-    """The bytes of a range of text, decompressed, in order; ValueError if some are missing."""
+    """The bytes of a range of text, decompressed, in order, without the file's byte-order mark.
+
+    ValueError if some are missing.
+    """
     with open_unchanged(span.source) as file:
         if span.source.compressed:
             with gzip.open(file) as inner:
-                yield from _blocks(inner, None, span.source.path)
+                yield from _unmarked(_blocks(inner, None, span.source.path))
             return
         file.seek(span.begin)
-        yield from _blocks(file, span.end - span.begin, span.source.path)
+        blocks = _blocks(file, span.end - span.begin, span.source.path)
+        yield from blocks if span.begin else _unmarked(blocks)
+
+
+def _unmarked(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield next(blocks, b"").removeprefix(codecs.BOM_UTF8)
+    yield from blocks
 
 
 def _blocks(file: BinaryIO | gzip.GzipFile, size: int | None, path: str) -> Iterator[bytes]:
@@ -313,8 +327,13 @@ def _blocks(file: BinaryIO | gzip.GzipFile, size: int | None, path: str) -> Iter
 
 
 def _cut_near(source: Source, cut: int) -> int:
-    """A cut of a text at the last line that ends before `cut`, if that is near."""
+    """A cut of a text at the last line that ends before `cut`, or else between two characters."""
     start = max(cut // 2, cut - (1 << 20))
     with open_unchanged(source) as file:
         file.seek(start)
-        return start + (file.read(cut - start).rfind(b"\n") + 1 or cut - start)
+        text = file.read(cut - start + 3)
+    at = cut - start
+    if newline := text.rfind(b"\n", 0, at) + 1:
+        return start + newline
+    near = (n for n in (at, at - 1, at - 2, at - 3, at + 1, at + 2, at + 3) if 0 < n <= len(text))
+    return start + next((n for n in near if text[n : n + 1] < b"\x80" or text[n] >= 0xC0), at)
