@@ -92,7 +92,7 @@ class Batches:
         elif len(tokens) <= context:
             raise ValueError(
                 f"the text has {len(tokens)} tokens and the context is {context}; "
-                "give more text or a shorter --context"
+                "give more text or a shorter context"
             )
         self.windows = len(self._rows[0]) if self._rows else (len(tokens) - 1) // context
         if not self.windows:

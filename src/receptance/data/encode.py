@@ -79,7 +79,7 @@ def tokenize_piece(
                 work.text(span)
             else:
                 work.records(read_rows(span, options.only_field))
-        work.records(_stream_rows(piece))
+        work.records(stream_rows(piece))
     report = PartReport(
         index=piece.index,
         part=piece.part,
@@ -121,13 +121,10 @@ class _PieceWork:
         """Each record as a document; those without any text are left out."""
         for row in rows:
             try:
-                self._record(_parsed(row.content))
+                self._record(parse(row.content))
             except ValueError as error:
                 if not self.options.skip_bad:
-                    raise ValueError(
-                        f"{row.where()}: {error}; repair it, or set skip_bad to leave such records "
-                        "out"
-                    ) from None
+                    raise bad_record(row, error) from None
                 self.first_skipped = self.first_skipped or f"{row.where()}: {error}"
                 self.skipped += 1
             self.progress(row.size)
@@ -140,6 +137,12 @@ class _PieceWork:
         elif ids:
             self.part.add([*ids, end])
         self.part.text_bytes += size
+
+
+def bad_record(row: Row, error: ValueError) -> ValueError:
+    """The error for a record that cannot be used, where nobody asked to leave such records out."""
+    advice = "repair it, or set skip_bad to leave such records out"
+    return ValueError(f"{row.where()}: {error}; {advice}")
 
 
 def encode_document(
@@ -192,7 +195,8 @@ def _text(record: Mapping[str, Any], field: str) -> bytes:
     return text.encode("utf-8", errors="surrogatepass")
 
 
-def _parsed(content: bytes | Mapping[str, Any] | ValueError) -> Mapping[str, Any]:
+def parse(content: bytes | Mapping[str, Any] | ValueError) -> Mapping[str, Any]:
+    """The fields of a record as it was found; ValueError says why it has none."""
     if isinstance(content, ValueError):
         raise content
     return _object(_from_json(content)) if isinstance(content, bytes) else content
@@ -255,7 +259,8 @@ def _item(record: Any) -> Mapping[str, Any] | ValueError:
         return error
 
 
-def _stream_rows(piece: Piece) -> Iterator[Row]:
+def stream_rows(piece: Piece) -> Iterator[Row]:
+    """The records of a stream that a piece holds, and where each was found."""
     for number, row in enumerate(piece.rows, start=piece.first_row + 1):
         yield Row(row, functools.partial(_name_row, piece.stream, number))
 
@@ -295,13 +300,13 @@ def texts(piece: Piece, options: ReadOptions) -> Iterator[str]:
             yield from (chunk.decode("utf-8", "replace") for chunk in chunks(read_range(span)))
         else:
             yield from _strings(read_rows(span, options.text_field), options.text_field)
-    yield from _strings(_stream_rows(piece), options.text_field)
+    yield from _strings(stream_rows(piece), options.text_field)
 
 
 def _strings(rows: Iterable[Row], field: str) -> Iterator[str]:
     for row in rows:
         try:
-            record = _parsed(row.content)
+            record = parse(row.content)
         except ValueError:
             continue
         yield from _inside(record.get(field, record))

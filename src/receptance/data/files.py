@@ -90,7 +90,7 @@ def find_files(
 def describe_left_out(files: Mapping[Path, str]) -> str:
     """How many files were left out, what they are instead of text, and the first of them."""
     counts = ", ".join(f"{kind}: {n:,}" for kind, n in Counter(files.values()).items())
-    return f"files left out: {len(files):,} ({counts}), the first: {next(iter(files))}"
+    return f"files left out: {len(files):,} ({counts}), the first is {next(iter(files))}"
 
 
 def _texts_inside(

@@ -133,7 +133,5 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            "hf: sources need the datasets library: pip install 'receptance[data]'"
-        ) from None
+        raise ValueError("hf: sources need the datasets library: pip install datasets") from None
     return datasets

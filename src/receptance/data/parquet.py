@@ -53,7 +53,7 @@ def _open(path: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path}: parquet needs the pyarrow library: pip install 'receptance[data]'"
+            f"{path}: parquet needs the pyarrow library: pip install pyarrow"
         ) from None
     try:
         return pyarrow.parquet.ParquetFile(path)

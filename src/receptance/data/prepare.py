@@ -29,7 +29,7 @@ from receptance.data.parts import PartReport, finished_part, map_part
 from receptance.data.plan import Plan, PrepareOptions, begin, digest, make_plan, sample
 from receptance.data.pool import in_processes, job
 from receptance.data.sources import Piece, Source, cut_pieces, find_sources, stream_pieces
-from receptance.data.tokens import TokenFiles, is_corpus, read_about
+from receptance.data.tokens import TokenFiles, read_about
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
@@ -54,8 +54,6 @@ def prepare(
     begun. With workers, a program of one's own needs `if __name__ == "__main__"` around the call.
     """
     folder = expanded(folder)
-    if tokenized := [name for name in names if is_corpus(name)]:
-        raise ValueError(f"{tokenized[0]} holds tokens already; receptance data merge takes those")
     if isinstance(tokenizer, str) and _bpe_size(tokenizer) is None:
         tokenizer = load_tokenizer(tokenizer)
     left_out: dict[Path, str] = {}
@@ -68,11 +66,12 @@ def prepare(
     try:
         parts.mkdir(parents=True, exist_ok=True)
         with RunLock(parts):
-            if (folder / "data.json").exists():  # another process has finished it meanwhile
-                return _opened(folder, plan, console)
-            work = _Preparation(folder, plan, sources, left_out, options, console)
-            work.tokenize(tokenizer)
-            corpus = work.assemble()
+            if (folder / "data.json").exists():  # another process has made it meanwhile
+                corpus = _opened(folder, plan, console)
+            else:
+                work = _Preparation(folder, plan, sources, left_out, options, console)
+                work.tokenize(tokenizer)
+                corpus = work.assemble()
             shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         where = error.filename or folder

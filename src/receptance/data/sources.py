@@ -19,6 +19,7 @@ import numpy as np
 from receptance.data import hub, parquet
 from receptance.data.files import LeftOut, choose, file_kind, find_files
 from receptance.data.parts import PartReport
+from receptance.data.tokens import is_corpus
 
 PIECE_BYTES = 4 << 20
 """Work for some seconds: what an interruption costs at most, per worker."""
@@ -96,8 +97,10 @@ def find_sources(
 
     Each is taken once, and nothing that a folder or glob has in the folder output. left_out is told
     which of their files are no text (see `find_files`). ValueError names what is not there, cannot
-    be read, or is empty altogether.
+    be read, holds tokens already, or is empty altogether.
     """
+    if tokenized := [name for name in names if is_corpus(name)]:
+        raise ValueError(f"{tokenized[0]} holds tokens already; receptance data merge takes those")
     paths = [name for name in names if not name.startswith("hf:")]
     found = [_file(path) for path in find_files(paths, exclude, _BINARY, output, left_out)]
     for name in dict.fromkeys(name for name in names if name.startswith("hf:")):
@@ -153,7 +156,7 @@ def cut_pieces(sources: Sequence[Source], validation_share: float, seed: int) ->
         spans["train"] += _text_ranges(source, 0, middle)
         spans["validation"] += _text_ranges(source, middle, source.size)
     for source in others:
-        spans["drawn"] += _record_ranges(source)
+        spans["drawn"] += record_ranges(source)
     groups = ((part, group) for part, ranges in spans.items() for group in _packed(ranges))
     return [Piece(index, part, group) for index, (part, group) in enumerate(groups)]
 
@@ -190,7 +193,8 @@ def _text_ranges(source: Source, begin: int, end: int) -> Iterator[Range]:
         yield Range(source, begin, end, end - begin)
 
 
-def _record_ranges(source: Source) -> Iterator[Range]:
+def record_ranges(source: Source) -> Iterator[Range]:
+    """The ranges in which the records of a source are read, in order; not for text or streams."""
     if source.compressed or source.kind == "json":
         yield Range(source, 0, source.size, source.size)
     elif source.kind == "lines":

@@ -13,7 +13,6 @@ With the layout "binidx" the ids are in train.bin and train.idx, validation.bin 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import reprlib
@@ -111,16 +110,6 @@ class TokenFiles:
                 f"{self.end_of_text}; put it together again with `receptance data merge`, which "
                 "adds it"
             )
-
-    @functools.cached_property
-    def validation_bytes(self) -> int:
-        """Bytes of text behind the validation tokens, for bits per byte; needs the tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("the tokenizer of this corpus is not known, nor are its bytes of text")
-        size = self.tokenizer.vocab_size
-        lengths = np.array([len(self.tokenizer.decode_bytes([id])) for id in range(size)])
-        lengths[self.end_of_text] = 0
-        return sum(int(lengths[block].sum()) for block in blocks(self.validation))
 
 
 def is_corpus(path: str | Path) -> bool:
