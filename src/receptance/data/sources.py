@@ -22,15 +22,16 @@ from receptance.data.parts import PartReport
 from receptance.data.tokens import is_corpus
 
 PIECE_BYTES = 4 << 20
-"""Work for some seconds: what an interruption costs at most, per worker."""
+"""The size of a piece, which takes seconds: an interruption costs each worker at most one piece."""
 CHUNK_BYTES = 1 << 18
-"""Text that is tokenized at a time: a BPE takes 140 bytes of memory for each of its bytes."""
-# Records of a stream that are tokenized at a time.
+"""At most this much text is tokenized at a time: a BPE takes 140 bytes of memory for each byte."""
+# At most this many records of a stream are tokenized at a time.
 _STREAM_ROWS = 1000
-# So far back a good place to cut is looked for.
+# A good place to cut is looked for in this many bytes before the latest possible one.
 _WINDOW = 1 << 16
 _SPACE = b" \t\n\r\v\f"
-# Taken from folders although they are binary; other .gz files may be anything, so must be named.
+# A folder's files that end so are taken although they are binary. Other .gz files may hold anything,
+# so they are taken only when they are named themselves.
 _BINARY = (".txt.gz", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
@@ -61,7 +62,7 @@ class Range:
     begin: int
     end: int
     weight: int
-    """About as many bytes of input."""
+    """About how many bytes of input the range has."""
     ends_document: bool = True
     left_out: bool = False
     """Whether its source is not to be read, because it turned out to be no text."""
@@ -73,17 +74,17 @@ class Piece:
 
     index: int
     part: str
-    """train, validation, or drawn: its documents are drawn for validation at the end."""
+    """train, validation, or drawn: some of its documents are drawn for validation at the end."""
     ranges: tuple[Range, ...]
     stream: str = ""
-    """The stream that it is from instead."""
+    """The name of the stream that the piece is from, if it has no ranges."""
     first_row: int = 0
     rows: tuple[dict, ...] = ()
-    """The stream's records from number first_row on; a worker could not read them again."""
+    """The stream's records from number first_row on, which a worker could not read again."""
 
     @property
     def weight(self) -> int:
-        """About as many bytes of input."""
+        """About how many bytes of input the piece has."""
         return sum(piece.weight for piece in self.ranges)
 
 
@@ -124,7 +125,7 @@ def _file(path: Path) -> Source:
 def open_unchanged(source: Source) -> BinaryIO:
     """Open a file of the plan; ValueError if it is not what it was when the work was planned."""
     try:
-        file = open(source.path, "rb")  # noqa: SIM115 the caller closes it
+        file = open(source.path, "rb")  # noqa: SIM115 (the caller closes the file)
     except OSError as error:
         raise ValueError(f"cannot read {source.path}: {error.strerror}") from None
     about = os.fstat(file.fileno())
@@ -166,7 +167,7 @@ def _is_plain(source: Source) -> bool:
 
 
 def _packed(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
-    """Neighbors together until they weigh enough for a piece."""
+    """Neighboring ranges put together until they weigh enough for a piece."""
     group: list[Range] = []
     weight = 0
     for one in ranges:
@@ -180,7 +181,7 @@ def _packed(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
 
 
 def _text_ranges(source: Source, begin: int, end: int) -> Iterator[Range]:
-    """The bytes begin ... end of a text, cut where cutting changes no token, if there is such."""
+    """The bytes from begin to end of a text, cut where that changes no token, if possible."""
     if end - begin > PIECE_BYTES:
         with open_unchanged(source) as file:
             while end - begin > PIECE_BYTES:
@@ -210,7 +211,7 @@ def _line_ranges(source: Source) -> Iterator[Range]:
     with open_unchanged(source) as file:
         while begin < source.size:
             file.seek(begin + PIECE_BYTES - 1)
-            file.readline()  # to the end of the line that this byte belongs to
+            file.readline()  # the range ends with the line that this byte belongs to
             end = min(file.tell(), source.size)
             yield Range(source, begin, end, end - begin)
             begin = end
@@ -222,7 +223,10 @@ def stream_pieces(
     first: int,
     finished: Callable[[int], PartReport | None],
 ) -> Iterator[Piece]:
-    """The pieces of all streams, numbered from `first`; those finished at the front come empty."""
+    """The pieces of all streams, numbered from `first`.
+
+    Those at the front that are finished already come without their records.
+    """
     index = first
     for source in sources:
         if source.kind != "stream":
@@ -237,7 +241,7 @@ def stream_pieces(
 
 
 def _grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Rows together until they are many or large."""
+    """Rows put together until they are many or large."""
     group: list[dict] = []
     size = 0
     for row in rows:
@@ -251,11 +255,12 @@ def _grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def good_cut(text: bytes) -> int:
-    """Where to cut all but the last byte of a text, from its end backwards, at least 1.
+    """Where to cut a text so that it has at most all its bytes but the last, and at least 1.
 
-    Between two lines, so that a newline alone stands between characters that are no space of
-    Unicode: there a byte-level BPE never merges, and the halves' tokens are those of the whole.
-    Without such a place after any newline, and without a newline at the beginning of a character.
+    The best place is behind the last newline that stands alone between two characters which Unicode
+    does not call spaces: there a byte-level BPE never merges, so the tokens of the halves are those
+    of the whole. Without such a newline the cut is behind the last newline of any kind, and without
+    a newline it is in front of the last character.
     """
     limit = len(text) - 1
     newline = text.rfind(b"\n", 0, limit)
@@ -270,19 +275,21 @@ def good_cut(text: bytes) -> int:
 
 
 def _stands_alone(text: bytes, newline: int) -> bool:
-    """Whether the characters beside a newline are certainly no spaces, in all of Unicode."""
-    if text[newline - 1] in _SPACE or text[newline + 1] in _SPACE:  # mostly, and at once
+    """Whether the characters on both sides of a newline are certainly no spaces of Unicode."""
+    # This decides most cases without decoding anything.
+    if text[newline - 1] in _SPACE or text[newline + 1] in _SPACE:
         return False
     sides = (text[max(0, newline - 4) : newline], -1), (text[newline + 1 : newline + 5], 0)
     for near, place in sides:
         character = near.decode("utf-8", "replace")[place]
-        if character.isspace() or (character == "\ufffd" and len(near) < 4):  # perhaps cut off
+        # At the border of the text the character may be cut off, and could be any.
+        if character.isspace() or (character == "\ufffd" and len(near) < 4):
             return False
     return True
 
 
 def chunks(read: Iterable[bytes]) -> Iterator[bytes]:
-    """A text that comes in any pieces, in pieces of at most CHUNK_BYTES, cut by `good_cut`."""
+    """The same text in pieces of at most CHUNK_BYTES that `good_cut` has cut."""
     rest = b""
     for more in read:
         rest, begin = rest + more, 0
