@@ -153,8 +153,8 @@ def binidx_writer(stem: Path, dtype: np.dtype, end_of_text: int) -> Iterator[App
     ends: list[np.ndarray] = []
     total = 0
     index, tokens = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
-    # Who finds an .idx takes the .bin as whole, so an old .idx is removed before the .bin is written,
-    # and the new one is written after it.
+    # Whoever finds an .idx takes the .bin as whole, so an old .idx is removed before the .bin is
+    # written, and the new one is written after it.
     index.unlink(missing_ok=True)
     with written(tokens) as file:
 

@@ -28,7 +28,7 @@ from receptance.data.templates import find_template
 from receptance.tokenizer import Tokenizer
 
 Progress = Callable[[int], None]
-"""Told how many more bytes of input are done."""
+"""A function that is told how many more bytes of input are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,13 @@ class ReadOptions:
 
     @property
     def only_field(self) -> str | None:
-        """The field to read of each record; None: all, for there may be examples."""
+        """The field to read of each record, or None for all, because there may be examples."""
         return self.text_field if self.template is None else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record as it was found: a line, a mapping, or what is wrong with it; and where."""
+    """A record as it was found, which is a line, a mapping or what is wrong with it; and where."""
 
     content: bytes | Mapping[str, Any] | ValueError
     where: Callable[[], str]
@@ -69,7 +69,7 @@ def tokenize_piece(
     folder: Path,
     progress: Progress = lambda done: None,
 ) -> PartReport:
-    """Write a piece's tokens as a part; ValueError names the file, and the line, that is bad."""
+    """Write a piece's tokens as a part; ValueError names the file and the line that are bad."""
     with part_writer(folder, piece.index, token_dtype(tokenizer.vocab_size)) as part:
         work = _PieceWork(part, tokenizer, options, progress)
         for span in piece.ranges:
@@ -105,7 +105,7 @@ class _PieceWork:
         self.skipped, self.first_skipped = 0, ""
 
     def text(self, span: Range) -> None:
-        """A text, or some of it, as a document, or some of it."""
+        """Add a range of a text, which is a document or a part of one."""
         empty = True
         for chunk in chunks(read_range(span)):
             if self.tokenizer.kind != "bytes":
@@ -118,7 +118,7 @@ class _PieceWork:
             self.part.add([self.tokenizer.end_of_text])
 
     def records(self, rows: Iterable[Row]) -> None:
-        """Each record as a document; those without any text are left out."""
+        """Add each record as a document; records without any text are left out."""
         for row in rows:
             try:
                 self._record(parse(row.content))
@@ -140,7 +140,7 @@ class _PieceWork:
 
 
 def bad_record(row: Row, error: ValueError) -> ValueError:
-    """The error for a record that cannot be used, where nobody asked to leave such records out."""
+    """The error that names a bad record, for when nobody has asked to leave such records out."""
     advice = "repair it, or set skip_bad to leave such records out"
     return ValueError(f"{row.where()}: {error}; {advice}")
 
@@ -148,9 +148,9 @@ def bad_record(row: Row, error: ValueError) -> ValueError:
 def encode_document(
     record: Mapping[str, Any], tokenizer: Tokenizer, options: ReadOptions
 ) -> tuple[list[int], list[int] | None, int]:
-    """Ids of a record without an end of text, their mask if it is an example, its bytes of text.
+    """The ids of a record, their mask if it is an example, and how many bytes of text it has.
 
-    ValueError says what is wrong with the record.
+    No end of text is added. ValueError says what is wrong with the record.
     """
     field = options.text_field
     if options.template is not None and is_example(record):
@@ -177,7 +177,7 @@ def _check_utf8(text: bytes, path: str) -> None:
 
 
 def is_utf8(source: Source) -> bool:
-    """Whether all of a text is UTF-8; reads it."""
+    """Whether a text, all of which is read, is UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for block in read_range(Range(source, 0, source.size, 0)):
@@ -218,9 +218,9 @@ def _object(record: Any) -> Mapping[str, Any]:
 
 
 def read_rows(span: Range, field: str | None) -> Iterator[Row]:
-    """The records of a range, only the field of each where that is possible; where each was found.
+    """The records of a range, each with the place where it was found.
 
-    The field is None where all fields are wanted.
+    Where the format can read a field by itself, only that one is read; None asks for all fields.
     """
     source = span.source
     if source.kind == "lines":
@@ -271,7 +271,8 @@ def _name_row(name: str, number: int) -> str:
 
 def _lines(span: Range) -> Iterator[Row]:
     number = 0
-    begun: list[bytes] = []  # blocks of a line without its end; joined once, for it may be long
+    # The blocks of a line that has not ended yet. They are joined once, because it may be long.
+    begun: list[bytes] = []
     for block in itertools.chain(read_range(span), [b"\n"]):
         begun.append(block)
         if b"\n" not in block:
@@ -285,14 +286,14 @@ def _lines(span: Range) -> Iterator[Row]:
 
 
 def _name_line(span: Range, number: int) -> str:
-    """The lines before the range are counted only now."""
+    """The place of a line; those before the range are counted only now, when it is asked for."""
     before = read_range(Range(span.source, 0, span.begin, 0)) if span.begin else ()
     number += sum(block.count(b"\n") for block in before)
     return f"{span.source.path}, line {number}"
 
 
 def texts(piece: Piece, options: ReadOptions) -> Iterator[str]:
-    """The text of a piece, to train a tokenizer on: bad records and all layout are left out."""
+    """The text of a piece to train a tokenizer on, without bad records and without any layout."""
     for span in piece.ranges:
         if span.left_out:
             continue
@@ -313,9 +314,10 @@ def _strings(rows: Iterable[Row], field: str) -> Iterator[str]:
 
 
 def _inside(value: Any) -> Iterator[str]:
-    """All strings in nested lists and mappings."""
+    """All strings in a value that may be a list or mapping of others."""
     if isinstance(value, str):
-        yield value.encode("utf-8", "replace").decode()  # lone surrogates are no text elsewhere
+        # The trainer refuses lone surrogates, which JSON can hold.
+        yield value.encode("utf-8", "replace").decode()
     elif isinstance(value, list | Mapping):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _inside(inner)

@@ -19,10 +19,10 @@ import torch
 
 from receptance.storage.directories import expanded
 
-# As many bytes at the front of a file decide whether it is text; git uses the same test.
+# This many bytes at the front of a file decide whether it is text; git uses the same test.
 _SNIFFED_BYTES = 8000
 _GZIP = "a gzip file"
-# How files begin that are no text, although they may have no zero byte near the front.
+# Files that begin like this are no text, although they may have no zero byte near the front.
 _MAGIC = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -40,7 +40,7 @@ _SPECIAL = {
     stat.S_IFBLK: "a device",
 }
 _JSON = (".json", ".json.gz")
-# The beginning of a list of objects in JSON, or of an empty list.
+# A list of objects in JSON, or an empty list, begins like this.
 _RECORDS = rb"\[\s*[{\]]"
 _DANGLING = "a link to nothing"
 _NO_FILES = (*_SPECIAL.values(), _DANGLING)
@@ -50,7 +50,7 @@ LIST_BYTES = 1 << 30
 """The largest list in a .json file: it is read whole, and takes some ten times as much memory."""
 
 LeftOut = Callable[[Path, str], object]
-"""Told of each file of a folder or glob that cannot be read as text, and what it is instead."""
+"""A function that is told of each file of a folder or glob that is no text, and what it is."""
 
 
 def find_files(
@@ -69,7 +69,7 @@ def find_files(
     Names that end like one of `also`, in whatever case, are taken although they are binary.
     ValueError names a source that matches nothing or is no text.
     """
-    found: dict[str, Path] = {}  # by real path
+    found: dict[str, Path] = {}  # the key is the real path, so that links do not double a file
     for source in sources:
         path = expanded(source)
         if path.is_dir() or not os.path.lexists(path):
@@ -112,7 +112,7 @@ def _texts_inside(
 
 
 def _lack(path: Path) -> str:
-    """What is wrong with a folder or glob that stands for nothing."""
+    """The beginning of the error for a folder or glob in which there is no text."""
     if path.is_dir():
         return "no text files in folder"
     matched = glob.glob(str(path), recursive=True)
@@ -138,7 +138,7 @@ def _wanted(path: Path, root: Path, exclude: Sequence[str]) -> bool:
 
 def _check_named(path: Path, also: tuple[str, ...]) -> None:
     """ValueError if a file that is named as a path of its own would be read as what it is not."""
-    # A .gz file may have any name when it is named itself; in folders only the names in `also`.
+    # In a folder only .gz files that end like `also` are opened; here a .gz may have any name.
     instead = what_instead(path, (*also, ".gz"))
     if instead.startswith(_UNREADABLE):
         raise ValueError(f"cannot read {path}: {instead.removeprefix(_UNREADABLE)}")
@@ -199,7 +199,8 @@ def _content(start: bytes, name: str, size: int) -> str:
 
 
 def _folder_problem(folder: Path) -> str:
-    if folder.is_symlink():  # it may lead back, so it is not followed
+    # A link may lead back to a folder above it, so links inside a folder are not followed.
+    if folder.is_symlink():
         return "a link to a folder"
     return "" if os.access(folder, os.R_OK | os.X_OK) else f"{_UNREADABLE}Permission denied"
 
@@ -236,13 +237,13 @@ def _beginning(path: Path, *, packed: bool = False) -> bytes:
 
 
 def check_share(validation_share: float) -> None:
-    """ValueError for a share that leaves nothing to train on or nothing to check with."""
+    """ValueError for a share that leaves nothing to train on or nothing to validate on."""
     if not 0 < validation_share < 1:
         raise ValueError(f"validation share is {validation_share}; it must lie between 0 and 1")
 
 
 def check_seed(seed: int) -> None:
-    """ValueError for a seed that not every generator takes."""
+    """ValueError for a seed that some random generator does not accept."""
     if not 0 <= seed < 1 << 32:
         raise ValueError(f"seed is {seed}; it must be at least 0 and less than 2**32")
 
@@ -250,11 +251,12 @@ def check_seed(seed: int) -> None:
 def choose(
     sizes: np.ndarray, validation_share: float, seed: int
 ) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """The documents kept for validation, by their sizes [N]: whole ones that fit, and an end.
+    """Choose the documents to keep for validation by the sizes [N] of all documents.
 
-    Documents are drawn at random and taken while they fit the share: their numbers, as drawn. When
-    they are too few or too long for half of it, the end of the longest remaining document is to be
-    cut off: (its number, the size of what stays in front).
+    Documents are drawn at random and taken while they fit the share. The first result is their
+    numbers, in the order in which they were drawn. When they make up less than half of the share,
+    the end of the longest of the other documents is to be cut off as well: the second result is
+    that document's number and the size of what stays in front of the cut.
     """
     check_share(validation_share)
     generator = torch.Generator().manual_seed(seed)
@@ -262,7 +264,8 @@ def choose(
     wanted = validation_share * int(sizes.sum())
     chosen: list[np.ndarray] = []
     size = 0
-    # Each turn takes those that fit in a row. One that does not fit now will not fit later.
+    # Each turn takes all documents up to the first that does not fit. A document that does not fit
+    # now will not fit later either, so the condition of the loop drops it.
     while len(order := order[size + sizes[order] <= wanted]):
         total = size + np.cumsum(sizes[order])
         count = int(np.searchsorted(total, wanted, side="right"))

@@ -1,4 +1,4 @@
-"""From sources to a corpus folder: tokenized by several processes, and never twice.
+"""From sources to a corpus folder: several processes tokenize, and nothing is tokenized twice.
 
 Each finished piece of work is a part on disk. A run that was stopped, in whatever way, goes on
 with the pieces that have none, and what comes out has the same bits for any number of workers.
@@ -35,7 +35,7 @@ from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
-# Starting processes takes seconds; for less text than this it is not worth them.
+# Starting processes takes seconds, which is not worth it for less text than this many bytes.
 _WORTH_WORKERS = 32 << 20
 
 
@@ -100,7 +100,7 @@ def _opened(folder: Path, plan: Plan, console: Console) -> TokenFiles:
 
 
 def _check_free(folder: Path) -> None:
-    """ValueError if files of unknown origin would be overwritten."""
+    """ValueError if files that no earlier call has begun would be overwritten."""
     if (folder / "parts/plan.json").exists():
         return
     names = ("tokenizer.json", "rwkv_vocab.txt")
@@ -111,7 +111,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _bpe_size(tokenizer: str) -> int | None:
-    """SIZE of "bpe:SIZE", None for the name of a tokenizer that exists."""
+    """The SIZE in "bpe:SIZE", or None for the name of a tokenizer that exists already."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
@@ -121,7 +121,7 @@ def _bpe_size(tokenizer: str) -> int | None:
 
 
 class _Preparation:
-    """The work in one folder."""
+    """The work of making the corpus in one folder."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class _Preparation:
         self.reports: dict[int, PartReport] = {}
 
     def tokenize(self, tokenizer: Tokenizer | str) -> None:
-        """Do every piece that is not done yet."""
+        """Tokenize every piece that is not done yet."""
         if self.options.skip_bad and getattr(tokenizer, "kind", "bpe") != "bytes":
             self._leave_out_other_encodings()
         if self.left_out:
@@ -161,7 +161,7 @@ class _Preparation:
                 raise
 
     def assemble(self) -> TokenFiles:
-        """The corpus of all parts, in their order."""
+        """Write the corpus, which consists of all parts in their order."""
         reports = [self.reports[index] for index in sorted(self.reports)]
         if skipped := [report for report in reports if report.skipped]:
             total = sum(report.skipped for report in skipped)
@@ -229,10 +229,11 @@ class _Preparation:
         return report if report.ranges_left_out == left_out else None
 
     def _leave_out_other_encodings(self) -> None:
-        """Have the texts left out that are not UTF-8; now, for a long one is cut into many pieces.
+        """Mark the ranges of all texts that are not UTF-8 as left out.
 
-        All pieces stay as they are numbered, so that those without such a text need not be done
-        again when an earlier call stopped at one.
+        This happens before anything is tokenized, because a long text is cut into many pieces, and
+        those before its first bad byte have to leave it out too. The numbers of the pieces stay as
+        they are, so that the parts that an earlier call has finished can be used.
         """
         texts = [source for source in self.sources if source.kind == "text"]
         with self.console.status("looking for text that is not UTF-8"):
@@ -260,7 +261,7 @@ class _Preparation:
 
 
 class _Shown:
-    """The work in a progress bar: bytes of input; without an end when streams have none."""
+    """The progress bar, which counts bytes of input; it has no end if there are streams."""
 
     def __init__(
         self, bar: Progress, pieces: Sequence[Piece], done: Mapping[int, Any], endless: bool
@@ -272,12 +273,12 @@ class _Shown:
         self.began, self.partly = time.perf_counter(), 0
 
     def inside(self, piece: Piece, size: int) -> None:
-        """More of a piece is done."""
+        """Show that so many more bytes of a piece are done."""
         self.partly = min(self.partly + size, piece.weight)
         self.bar.update(self.task, completed=self.before + self.partly)
 
     def finished(self, report: PartReport) -> None:
-        """All of a piece is done."""
+        """Show that all of a piece is done."""
         self.before, self.partly = self.before + self.weights.get(report.index, 0), 0
         self.num_tokens += report.num_tokens
         speed = self.num_tokens / (time.perf_counter() - self.began)

@@ -30,8 +30,8 @@ _STREAM_ROWS = 1000
 # A good place to cut is looked for in this many bytes before the latest possible one.
 _WINDOW = 1 << 16
 _SPACE = b" \t\n\r\v\f"
-# A folder's files that end so are taken although they are binary. Other .gz files may hold anything,
-# so they are taken only when they are named themselves.
+# Files of a folder that end so are taken although they are binary. Other .gz files may hold
+# anything, so they are taken only when they are named themselves.
 _BINARY = (".txt.gz", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
