@@ -437,3 +437,13 @@ def test_a_corpus_that_another_process_has_just_made_is_opened(sources, tmp_path
     monkeypatch.setattr(prepare_module, "tokenize_piece", lambda *rest: 1 / 0)
     assert run(*sources, out=tmp_path / "out").fingerprint == wanted.fingerprint
     assert not (tmp_path / "out/parts").exists()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_is_what_follows_its_byte_order_mark(name, tmp_path):
+    content = b"\xef\xbb\xbf" + TEXT.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    corpus = run(tmp_path / name, out=tmp_path / "out")
+    assert "".join(documents(corpus.train) + documents(corpus.validation)) == TEXT
+    about = json.loads((tmp_path / "out/data.json").read_text())
+    assert about["text_bytes"] == len(TEXT.encode())
