@@ -399,7 +399,7 @@ def test_a_folder_in_use_is_left_alone(folder):
     ("argv", "why"),
     [
         (["--out", "new"], "no data"),
-        (["text.txt", "--out", "new", "--context", "99999"], "shorter --context"),
+        (["text.txt", "--out", "new", "--context", "99999"], "shorter context"),
         (["missing.txt", "--out", "new"], "missing.txt"),
         (["text.txt", "--out", "new", "--device", "quantum"], "quantum"),
         (["--resume", "--out", "nowhere"], "no run in nowhere"),

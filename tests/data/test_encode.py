@@ -23,7 +23,6 @@ def test_each_record_is_a_document(tmp_path):
     assert sorted(train + validation) == sorted(r["text"] for r in LINES)
     assert train == [r["text"] for r in LINES if r["text"] not in validation]  # in order
     assert 3 <= len(validation) <= 5
-    assert corpus.validation_bytes == len("".join(validation).encode())
 
 
 def test_few_long_records_are_cut(tmp_path):
@@ -39,11 +38,11 @@ BAD = [
     (b"{", "not JSON"),
     (b"[1]", "a list, not an object"),
     (b"{}", "no field 'text'; there are none"),
-    (b'{"Text": "a"}', "no field 'text'; there are Text; name one with --text-field"),
+    (b'{"Text": "a"}', "no field 'text'; there are Text; set text_field to one of them"),
     (b'{"text": 5}', "field 'text' is int, not a text"),
     (b'{"text": null}', "NoneType"),
     (b'{"text": "\xff"}', "not UTF-8"),
-    (b'{"prompt": "a", "response": "b"}', "--template"),
+    (b'{"prompt": "a", "response": "b"}', "set template to say how"),
     (b"[" * 100_000, "not JSON"),
 ]
 
@@ -59,7 +58,7 @@ def test_a_bad_line_is_named_or_left_out(line, words, packed, tmp_path, monkeypa
     with pytest.raises(ValueError) as caught:
         run(path, out=tmp_path / "out")
     assert f"{path}, line 32: " in str(caught.value)
-    assert words in str(caught.value) and "--skip-bad" in str(caught.value)
+    assert words in str(caught.value) and "set skip_bad to leave" in str(caught.value)
     corpus = run(path, out=tmp_path / "out", skip_bad=True)  # goes on with what was done
     assert len(documents(corpus.train)) + len(documents(corpus.validation)) == 60
     assert json.loads((tmp_path / "out/data.json").read_text())["skipped"] == 1
@@ -129,6 +128,45 @@ def test_lines_as_windows_writes_them(tmp_path):
     found = run(tmp_path / "a.jsonl", out=tmp_path / "out")
     wanted = run(write_lines(tmp_path / "b.jsonl", LINES), out=tmp_path / "lines")
     assert found.fingerprint == wanted.fingerprint
+
+
+@pytest.mark.parametrize("name", ["a.json", "A.JSON", "a.json.gz"])
+def test_a_list_in_json_holds_records(name, tmp_path):
+    content = json.dumps([*LINES, {"text": ""}], indent=1).encode()
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    wanted = run(write_lines(tmp_path / "b.jsonl", LINES), out=tmp_path / "lines")
+    for source in (path, tmp_path / "in", f"{tmp_path}/in/*"):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        assert run(source, out=out).fingerprint == wanted.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "left"),
+    [
+        ('[{"text": "a"}, {"text": "b"}, 5]', r"a\.json, row 3: a int, not an object", 2),
+        ('[{"text": "a"}, {"text": "b"}, {"text": 5}]', r"a\.json, row 3: field 'text' is int", 2),
+        ('[{"text": "a"}', r"a\.json: not JSON", 0),
+        ('[{"text": "a"}] 7', r"a\.json: not JSON", 0),
+    ],
+)
+def test_a_list_that_is_damaged_is_named_or_left_out(content, words, left, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    write_lines(tmp_path / "b.jsonl", LINES)
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, out=tmp_path / "out")
+    corpus = run(tmp_path, out=tmp_path / "out", skip_bad=True)
+    assert len(documents(corpus.train)) + len(documents(corpus.validation)) == len(LINES) + left
+    assert json.loads((tmp_path / "out/data.json").read_text())["skipped"] == 1
+
+
+def test_a_packed_list_is_not_read_beyond_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("receptance.data.files.LIST_BYTES", 5000)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(LINES * 9).encode()))
+    with pytest.raises(ValueError, match=r"a\.json\.gz is a list .* more than 5,000 bytes"):
+        run(path, out=tmp_path / "out")
 
 
 def test_a_long_line_is_read_once(tmp_path, monkeypatch):
@@ -264,7 +302,7 @@ def test_to_run_again_helps_against_the_network_alone(error, advice, monkeypatch
 
 def test_a_library_that_is_missing_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"^hf: sources need the datasets library"):
+    with pytest.raises(ValueError, match=r"^hf: .* datasets library: pip install datasets$"):
         run(f"hf:{tmp_path}", out=tmp_path / "out")
 
 

@@ -103,10 +103,88 @@ class TestFindFiles:
             Path(name).write_bytes(content)
             assert names(name) == [name]
 
-    def test_json_in_folders_is_text(self, tree):
-        (tree / "sub/package.json").write_text("{}")
-        assert names("sub/*.json") == ["package.json"]
-        assert "package.json" in names("sub")
+    @pytest.mark.parametrize("source", ["sub", "sub/*.json", "sub/a.json"])
+    @pytest.mark.parametrize(
+        ("content", "instead"),
+        [
+            (b'[{"text": "a"}]', ""),
+            (b"\xef\xbb\xbf\n[\n {}]", ""),
+            (b"[ ]", ""),
+            (b"{}", "a JSON document"),
+            (b"[1]", "a JSON document"),
+            (b"// json5", ""),
+        ],
+    )
+    def test_json_is_the_same_wherever_it_is_found(self, source, content, instead, tree):
+        (tree / "sub/a.json").write_bytes(content)
+        (tree / "sub/b.json").write_bytes(b"[{}]")
+        left_out: dict[Path, str] = {}
+        if instead and source == "sub/a.json":
+            with pytest.raises(ValueError, match=r"^sub/a\.json: \.json holds one document"):
+                find_files([source])
+            return
+        found = find_files([source], left_out=left_out.setdefault)
+        assert (Path("sub/a.json") in found) == (not instead)
+        assert left_out == ({Path("sub/a.json"): instead} if instead else {})
+
+    @pytest.mark.usefixtures("tree")
+    def test_a_list_that_is_too_long_to_be_read_whole(self, monkeypatch):
+        monkeypatch.setattr("receptance.data.files.LIST_BYTES", 5)
+        Path("sub/a.json").write_text("[{}, {}]")
+        with pytest.raises(
+            ValueError, match=r"^sub/a.json is a list .* more than 5 bytes; make it"
+        ):
+            find_files(["sub/a.json"])
+        left_out: dict[Path, str] = {}
+        assert Path("sub/a.json") not in find_files(["sub"], left_out=left_out.setdefault)
+        assert "too long to be read whole" in left_out[Path("sub/a.json")]
+
+    @pytest.mark.usefixtures("tree")
+    def test_what_is_no_file_is_refused_by_name_and_never_opened(self):
+        os.mkfifo("pipe.txt")
+        Path("link.txt").symlink_to("nowhere")
+        with pytest.raises(ValueError, match=r"^pipe.txt is a named pipe, not a file; write the"):
+            find_files(["pipe.txt"])
+        with pytest.raises(ValueError, match=r"^link.txt is a link to nothing, not a file"):
+            find_files(["link.txt"])
+        with pytest.raises(ValueError, match=r"^/dev/null is a device, not a file"):
+            find_files(["/dev/null"])
+
+    @pytest.mark.usefixtures("tree")
+    def test_a_folder_of_other_files_says_what_they_are(self):
+        Path("odd").mkdir()
+        Path("odd/a.txt").write_text("text", encoding="utf-16")
+        Path("odd/b.gz").write_bytes(gzip.compress(b"text"))
+        with pytest.raises(ValueError) as caught:
+            find_files(["odd"])
+        assert str(caught.value) == (
+            "no text files in folder odd; files left out: 2 (UTF-16: 1, a gzip file: 1), the first "
+            "is odd/a.txt"
+        )
+
+    @pytest.mark.usefixtures("tree")
+    def test_files_that_cannot_be_read_are_left_out_or_named(self, monkeypatch):
+        """Whoever runs the tests may be allowed to read everything."""
+        real = Path.open
+
+        def refusing(path, *how):
+            if path.name == "c.txt":
+                raise PermissionError(13, "Permission denied")
+            return real(path, *how)
+
+        monkeypatch.setattr(Path, "open", refusing)
+        left_out: dict[Path, str] = {}
+        assert "c.txt" not in [p.name for p in find_files(["sub"], left_out=left_out.setdefault)]
+        assert left_out == {Path("sub/deep/c.txt"): "unreadable: Permission denied"}
+        with pytest.raises(ValueError, match=r"^cannot read sub/deep/c.txt: Permission denied$"):
+            find_files(["sub/deep/c.txt"])
+
+    @pytest.mark.usefixtures("tree")
+    def test_what_nobody_asked_for_is_not_said(self):
+        Path(".hidden.png").write_bytes(b"\0")
+        left_out: dict[Path, str] = {}
+        find_files(["."], ("*.png",), left_out=left_out.setdefault)
+        assert left_out == {}
 
     @pytest.mark.usefixtures("tree")
     def test_a_glob_of_folders_gives_what_is_in_them(self):

@@ -1,17 +1,25 @@
 """From sources to a corpus: the same bits however the work was done."""
 
+import gzip
+import io
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import filelock
 import numpy as np
 import pytest
 from corpora import LINES, Stop, contents, documents, prepare_module, run, tokenized, write_lines
+from rich.console import Console
 from tiny import TEXT, small_bpe
 
-from receptance.data import PrepareOptions, TokenFiles, is_corpus
+from receptance.data import PrepareOptions, TokenFiles, is_corpus, prepare
 from receptance.data.files import choose
-from receptance.tokenizer import ByteTokenizer
+from receptance.storage.lock import RunLock
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared/data"
 
 
 def test_text_is_divided_and_each_document_closed(tmp_path):
@@ -27,16 +35,122 @@ def test_text_is_divided_and_each_document_closed(tmp_path):
     assert corpus.validation.tolist() == tokenized(kept, small_bpe())
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:280"])
-def test_text_is_bytes_whatever_the_encoding(tokenizer, tmp_path):
+def test_the_tokenizer_of_bytes_takes_any_encoding(tmp_path):
     text = bytes(range(1, 256)) * 9
     (tmp_path / "latin.txt").write_bytes(text)
-    corpus = run(tmp_path / "latin.txt", out=tmp_path / "out", tokenizer=tokenizer)
+    corpus = run(tmp_path / "latin.txt", out=tmp_path / "out", skip_bad=True)
     sides = [
         corpus.tokenizer.decode_bytes(x[:-1].tolist()) for x in (corpus.train, corpus.validation)
     ]
     assert b"".join(sides) == text
-    assert corpus.validation_bytes == len(sides[1])
+
+
+@pytest.fixture(params=["bpe", "bpe:280", "world", "pile"])
+def of_text(request) -> Tokenizer | str:
+    """A tokenizer of text."""
+    if request.param.startswith("bpe"):
+        return small_bpe() if request.param == "bpe" else request.param
+    name = "20B_tokenizer.json" if request.param == "pile" else "rwkv_vocab_v20230424.txt"
+    if not (SHARED / name).exists():
+        pytest.skip(f"{name} is not here")
+    return load_tokenizer(SHARED / name)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("name", ["b.txt", "b.txt.gz"])
+@pytest.mark.parametrize("size", [5, 3000], ids=["in one piece", "in many"])
+def test_one_file_among_many_that_is_not_utf_8(name, size, of_text, tmp_path):
+    """It is named, or left out as a whole, whatever bytes the vocabulary has tokens for."""
+    for other in ("a.txt", "c.txt"):
+        (tmp_path / other).write_text(TEXT)
+    latin = b"line\n" * size + "ü".encode("latin-1")
+    (tmp_path / name).write_bytes(gzip.compress(latin) if name.endswith("gz") else latin)
+    with pytest.raises(
+        ValueError, match=rf"{name} is not UTF-8: it has the byte 0xfc, .* skip_bad"
+    ):
+        run(tmp_path, out=tmp_path / "out", tokenizer=of_text)
+    corpus = run(tmp_path, out=tmp_path / "out", tokenizer=of_text, skip_bad=True)
+    found = [corpus.tokenizer.decode(x.tolist()) for x in (corpus.train, corpus.validation)]
+    assert "line" not in "".join(found)
+    text = "".join(found).replace("<|endoftext|>", "").replace("\0", "")
+    assert sorted(text) == sorted(2 * TEXT)
+    about = json.loads((tmp_path / "out/data.json").read_text())
+    assert (about["skipped"], about["files_left_out"]) == (1, {"not UTF-8": 1})
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_text_that_was_left_out_is_not_left_out_when_nobody_asks_for_it(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_bytes(b"line\n" * 300 + b"\xfc")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "assemble", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, out=tmp_path / "out", tokenizer=small_bpe(), skip_bad=True)
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
+        run(tmp_path, out=tmp_path / "out", tokenizer=small_bpe())
+
+
+def test_no_character_is_cut_in_half(tmp_path):
+    """Where a text without lines is divided, for validation."""
+    for n in range(3):
+        (tmp_path / "a.txt").write_text("x" * n + "狐" * 400)
+        corpus = run(tmp_path / "a.txt", out=tmp_path / f"out{n}", tokenizer=small_bpe())
+        sides = [small_bpe().decode(x[:-1].tolist()) for x in (corpus.train, corpus.validation)]
+        assert "".join(sides) == "x" * n + "狐" * 400 and "\ufffd" not in "".join(sides)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    marked, plain = tmp_path / "marked", tmp_path / "plain"
+    lines = "".join(json.dumps(record) + "\n" for record in LINES)
+    files = {
+        "a.txt": TEXT,
+        "b.jsonl": lines,
+        "c.json": json.dumps(LINES),
+        "d.txt.gz": TEXT[:900],
+        "e.jsonl.gz": lines,
+        "f.json.gz": json.dumps(LINES),
+    }
+    for folder, mark in ((marked, b"\xef\xbb\xbf"), (plain, b"")):
+        folder.mkdir()
+        for name, text in files.items():
+            content = mark + text.encode()
+            (folder / name).write_bytes(gzip.compress(content) if "gz" in name else content)
+    for tokenizer in ("bytes", small_bpe(), "bpe:280"):
+        found, wanted = (
+            run(folder, out=folder / f"out-{tokenizer}", tokenizer=tokenizer, validation=0.3)
+            for folder in (marked, plain)
+        )
+        for side in ("train", "validation"):
+            text = found.tokenizer.decode(getattr(found, side).tolist())
+            assert "\ufeff" not in text
+            assert wanted.tokenizer.vocab_size == found.tokenizer.vocab_size
+        total = [len(corpus.train) + len(corpus.validation) for corpus in (found, wanted)]
+        assert total[0] == pytest.approx(total[1], rel=0.01)
+
+
+def test_files_that_are_no_text_are_said_and_counted(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "b.txt").write_text(TEXT, encoding="utf-16")
+    (folder / "c.txt").write_text(TEXT, encoding="utf-16")
+    (folder / "d.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "e.txt").symlink_to("nothing")
+    (folder / "f.json").write_text('{"name": "package"}')
+    (folder / "g").symlink_to(tmp_path, target_is_directory=True)
+    os.mkfifo(folder / "h.txt")
+    (folder / ".hidden").write_bytes(b"\0")
+    console = Console(file=(said := io.StringIO()), width=1000)
+    options = PrepareOptions(workers=0, validation=0.1)
+    prepare([str(folder)], tmp_path / "out", "bytes", options, console)
+    lines = [line for line in said.getvalue().splitlines() if "left out" in line]
+    assert lines == [
+        "files left out: 7 (UTF-16: 2, binary data: 1, a link to nothing: 1, a JSON document: 1, "
+        f"a link to a folder: 1, a named pipe: 1), the first is {folder}/b.txt"
+    ]
+    about = json.loads((tmp_path / "out/data.json").read_text())
+    assert about["skipped"] == 7 and about["files_left_out"]["UTF-16"] == 2
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -267,9 +381,69 @@ def test_a_bpe_without_a_size_leaves_nothing_behind(sources, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
-def test_a_full_disk_names_the_folder(sources, tmp_path):
-    (tmp_path / "out/parts").mkdir(parents=True)
-    (tmp_path / "out/parts/00000000.tokens.partial").symlink_to("/dev/full")
-    with pytest.raises(ValueError, match=r"cannot write .*out: No space left"):
-        run(*sources, out=tmp_path / "out")
+def test_a_full_disk_names_the_folder(sources, tmp_path, monkeypatch):
+    def full(file: int) -> None:
+        with open("/dev/full", "wb", buffering=0) as device:
+            device.write(b"x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot write .*out: No space left"):
+            run(*sources, out=tmp_path / "out")
     assert run(*sources, out=tmp_path / "out").fingerprint
+
+
+class TestLeftovers:
+    """The parts of a corpus that is there, left by a call that was killed at its very end."""
+
+    @pytest.fixture
+    def parts(self, sources, tmp_path) -> Path:
+        run(*sources, out=tmp_path / "out")
+        (tmp_path / "out/parts").mkdir()
+        (tmp_path / "out/parts/00000000.tokens").write_bytes(b"x")
+        return tmp_path / "out/parts"
+
+    def test_they_are_removed(self, parts, sources, tmp_path):
+        run(*sources, out=tmp_path / "out")
+        assert not parts.exists()
+
+    def test_not_while_another_process_holds_them(self, parts, sources, tmp_path):
+        with filelock.FileLock(parts / ".lock"):
+            assert run(*sources, out=tmp_path / "out").fingerprint
+            assert (parts / "00000000.tokens").exists()
+
+    def test_they_are_removed_inside_the_lock(self, parts, sources, tmp_path, monkeypatch):
+        real, held = prepare_module.shutil.rmtree, []
+
+        def watching(folder, **how):
+            with pytest.raises(ValueError, match="in use"), RunLock(folder):
+                pass
+            held.append(folder)
+            real(folder, **how)
+
+        monkeypatch.setattr(prepare_module.shutil, "rmtree", watching)
+        run(*sources, out=tmp_path / "out")
+        run(*sources, out=tmp_path / "new")
+        assert held == [parts, tmp_path / "new/parts"]
+
+
+def test_a_corpus_that_another_process_has_just_made_is_opened(sources, tmp_path, monkeypatch):
+    """It appears after this call looked for it and before it holds the lock."""
+    wanted = run(*sources, out=tmp_path / "out")
+    made = tmp_path / "out/data.json"
+    content = made.read_bytes()
+    made.unlink()
+    monkeypatch.setattr(prepare_module, "_check_free", lambda folder: made.write_bytes(content))
+    monkeypatch.setattr(prepare_module, "tokenize_piece", lambda *rest: 1 / 0)
+    assert run(*sources, out=tmp_path / "out").fingerprint == wanted.fingerprint
+    assert not (tmp_path / "out/parts").exists()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_is_what_follows_its_byte_order_mark(name, tmp_path):
+    content = b"\xef\xbb\xbf" + TEXT.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    corpus = run(tmp_path / name, out=tmp_path / "out")
+    assert "".join(documents(corpus.train) + documents(corpus.validation)) == TEXT
+    about = json.loads((tmp_path / "out/data.json").read_text())
+    assert about["text_bytes"] == len(TEXT.encode())

@@ -16,12 +16,14 @@ The modules, in reading order:
     plan        what decides a corpus: written down first, compared when the work goes on
     pool        pieces of work in several processes
     assemble    parts, or token files of any kind, to a corpus folder
+    check       whether sources can be prepared, by a look at their beginnings
     prepare     all of this, from sources to a corpus folder
     pipeline    the same work as a step of datatrove
 """
 
 from receptance.data.assemble import merge
 from receptance.data.batches import Batches
+from receptance.data.check import check_sources
 from receptance.data.encode import ReadOptions
 from receptance.data.plan import PrepareOptions
 from receptance.data.prepare import prepare
@@ -32,6 +34,7 @@ __all__ = [
     "PrepareOptions",
     "ReadOptions",
     "TokenFiles",
+    "check_sources",
     "is_corpus",
     "merge",
     "prepare",

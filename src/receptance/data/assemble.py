@@ -1,4 +1,4 @@
-"""Token arrays in many files become a corpus folder: divided, appended, described."""
+"""Token arrays in many files become a corpus folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Shard:
     part: str
     """train, validation, or drawn: some of its documents are drawn for validation."""
     load: Callable[[], tuple[np.ndarray, np.ndarray | None]]
-    """Maps tokens [N] and, or None, mask [N]; a corpus may have more shards than can be mapped."""
+    """Maps tokens [N] and mask [N], or None, when it is called: a corpus may have more shards than
+    can be mapped at a time."""
     unclosed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """[K] int64: ends of documents in tokens where that token is missing; only without a mask."""
+    """[K] int64: the ends of documents that lack the end-of-text token; only without a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class _Output:
         self.how, self.documents, self.tokens = how, 0, 0
 
     def add(self, tokens: np.ndarray, mask: np.ndarray | None, unclosed: np.ndarray) -> None:
-        """Tokens [N], their mask [N] if any, and the ends [K] inside them that are to be closed."""
+        """Add tokens [N], their mask [N] if any, and an end of text at each of unclosed [K]."""
         masks = () if mask is None else blocks(mask)
         closed = _closed(tokens, unclosed, self.how.end_of_text)
         for block, learned in itertools.zip_longest(closed, masks):
@@ -68,7 +69,7 @@ class _Output:
             self._add_block(block, learned)
 
     def close_document(self) -> None:
-        """An end that the stream lacks; not to be learned where some tokens are not."""
+        """Add an end of text that is missing; with a mask it is not to be learned."""
         self._add_block(np.array([self.how.end_of_text]), np.zeros(1, np.uint8))
 
     def _add_block(self, block: np.ndarray, mask: np.ndarray | None) -> None:
@@ -116,7 +117,7 @@ def assemble(
 
 
 def _closed(tokens: np.ndarray, ends: np.ndarray, end_of_text: int) -> Iterator[np.ndarray]:
-    """Tokens [N], a block at a time, with an end of text added at each of the ends [K] < N."""
+    """Yield tokens [N] in blocks, with an end of text added at each of the ends [K] < N."""
     dtype, at = np.result_type(tokens.dtype, np.min_scalar_type(end_of_text)), 0
     for block in blocks(tokens):
         first, last = np.searchsorted(ends, (at, at + len(block)))
@@ -129,7 +130,7 @@ _Span = tuple[str, int, int]
 
 
 def _draw(shards: Sequence[Shard], how: Division) -> Iterator[list[_Span]]:
-    """For each shard, in order, the runs of its documents: where they belong, begin, end."""
+    """Yield, for each shard, runs of its documents: the part they belong to, begin and end."""
     ends = [
         np.union1d(document_ends(shard.load()[0], how.end_of_text), shard.unclosed)
         for shard in shards
@@ -151,7 +152,7 @@ def _draw(shards: Sequence[Shard], how: Division) -> Iterator[list[_Span]]:
 
 
 def _runs(ends: np.ndarray, flags: np.ndarray) -> list[_Span]:
-    """Neighboring documents of the same side together."""
+    """Put neighboring documents of the same part together."""
     if not len(ends):
         return []
     last = np.append(np.flatnonzero(flags[1:] != flags[:-1]), len(flags) - 1)

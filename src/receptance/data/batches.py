@@ -17,7 +17,7 @@ from torch import Tensor
 
 Packing = Literal["auto", "stream", "reset", "whole", "single"]
 
-# Tokens that are searched for document borders at one time.
+# This many tokens are searched for the borders of documents at a time.
 _SEARCHED_AT_ONCE = 1 << 24
 _ROUNDS = 6
 
@@ -31,9 +31,9 @@ class Batch:
     targets: Tensor
     """[B,T] int64."""
     mask: Tensor | None = None
-    """[B,T] bool: the targets to learn; None: all of them."""
+    """[B,T] bool: True for the targets to learn; None means all of them."""
     resets: Tensor | None = None
-    """[B,T] bool: positions whose row begins afresh; None: none."""
+    """[B,T] bool: True where the state is emptied before the position; None means nowhere."""
 
     @property
     def learned(self) -> int:
@@ -41,24 +41,24 @@ class Batch:
         return self.targets.numel() if self.mask is None else int(self.mask.sum())
 
     def part(self, rows: slice = slice(None), time: slice = slice(None)) -> Batch:
-        """Some of the rows and of the positions."""
+        """A batch of some of the rows and some of the positions."""
         inputs, targets = self.inputs[rows, time], self.targets[rows, time]
         mask = None if self.mask is None else self.mask[rows, time]
         resets = None if self.resets is None else self.resets[rows, time]
         return Batch(inputs, targets, mask, resets)
 
     def arrays(self) -> dict[str, Any]:
-        """Its tensors by name, for numpy's files."""
+        """The tensors by name, as arrays that numpy can save."""
         return {name: x.cpu().numpy() for name, x in vars(self).items() if x is not None}
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
+        """The same batch on another device."""
         both = (None if x is None else x.to(device) for x in (self.mask, self.resets))
         return Batch(self.inputs.to(device), self.targets.to(device), *both)
 
 
 class Batches:
-    """Rows of at most `context` + 1 tokens, every one exactly once per epoch, in a seeded order.
+    """Rows of at most `context` + 1 tokens, each exactly once per epoch, in a seeded order.
 
     packing says what a row is:
     "stream": a window of the token stream, whatever documents it cuts (the official training);
@@ -92,7 +92,7 @@ class Batches:
         elif len(tokens) <= context:
             raise ValueError(
                 f"the text has {len(tokens)} tokens and the context is {context}; "
-                "give more text or a shorter --context"
+                "give more text or a shorter context"
             )
         self.windows = len(self._rows[0]) if self._rows else (len(tokens) - 1) // context
         if not self.windows:
@@ -140,7 +140,7 @@ class Batches:
         return Batch(inputs, targets, mask, self._resets(inputs))
 
     def _resets(self, inputs: Tensor) -> Tensor | None:
-        """True behind every end of text, where the next document begins."""
+        """[B,T] bool: True after every end of text, where the next document begins."""
         if self.packing not in ("reset", "whole"):
             return None
         resets = torch.zeros_like(inputs, dtype=torch.bool)
@@ -149,7 +149,7 @@ class Batches:
 
 
 class Prefetcher:
-    """Batches by step, read ahead by some threads; 0 threads read when asked."""
+    """Batches by step, which threads read ahead; with 0 threads a batch is read when asked for."""
 
     def __init__(self, batches: Batches, workers: int) -> None:
         self.batches, self.workers = batches, workers
@@ -157,7 +157,7 @@ class Prefetcher:
         self._pending: dict[int, Future[Batch]] = {}
 
     def at(self, step: int) -> Batch:
-        """The batch of a step; those that follow it are under way."""
+        """The batch of a step; the threads go on with the steps that follow it."""
         if self._pool is None:
             return self.batches.at(step)
         wanted = range(step, step + 1 + self.workers)
@@ -167,10 +167,11 @@ class Prefetcher:
 
 
 def shuffled(places: np.ndarray, count: int, key: tuple[int, int]) -> np.ndarray:
-    """What a key's permutation of 0 ... count - 1 has at some places: int64 [N] -> [N].
+    """Look up places in a key's permutation of 0 ... count - 1: int64 [N] -> int64 [N].
 
-    A Feistel network over the next power of four, walked until it lands below count: a bijection
-    that takes no memory, whatever the count.
+    A Feistel network permutes the numbers below the next power of four. It is applied again to
+    results of count or more until all are less, which is a permutation of the numbers below count
+    that takes no memory.
     """
     half = max(1, (int(count - 1).bit_length() + 1) // 2)
     keys = np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
@@ -194,7 +195,7 @@ def _feistel(x: np.ndarray, half: np.uint64, keys: np.ndarray) -> np.ndarray:
 
 
 def document_lengths(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
-    """Tokens of each document, its end of text included: [N] -> [D] int64."""
+    """The number of tokens of each document, with its end of text: [N] -> [D] int64."""
     ends = [
         np.flatnonzero(tokens[at : at + _SEARCHED_AT_ONCE] == end_of_text) + at + 1
         for at in range(0, len(tokens), _SEARCHED_AT_ONCE)
@@ -207,10 +208,11 @@ def document_lengths(tokens: np.ndarray, end_of_text: int) -> np.ndarray:
 def _pack(
     lengths: np.ndarray, context: int, mask: np.ndarray | None, *, together: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of rows: next-fit of documents, or pieces of those that are too long.
+    """The starts and ends of rows.
 
-    The pieces overlap by one token, the last target of one being the first input of the next. Rows
-    without a target to learn, of a prompt longer than the context say, are left out.
+    Documents are put into rows by next-fit. A document that is longer than the context is cut into
+    pieces that overlap by one token, as the last target of one piece is the first input of the
+    next. Rows without any target to learn, as of a prompt longer than the context, are left out.
     """
     stops = np.cumsum(lengths)
     rows = []

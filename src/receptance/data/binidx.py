@@ -54,13 +54,13 @@ class BinIdx:
 
 
 def pair_of(path: Path) -> tuple[Path, Path]:
-    """The .bin and the .idx that x, x.bin or x.idx stands for, whether they are there or not."""
+    """The .bin and the .idx that x, x.bin or x.idx stands for, whether they exist or not."""
     stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
 
 
 def stem_of(path: Path) -> Path | None:
-    """x for x, x.bin and x.idx when both files of the pair are there, else None."""
+    """The path x that x, x.bin and x.idx stand for if both files of the pair exist, else None."""
     pair = pair_of(path)
     return pair[0].with_suffix("") if all(file.is_file() for file in pair) else None
 
@@ -90,9 +90,10 @@ def read_binidx(path: Path) -> BinIdx:
 
 
 def unclosed(pair: BinIdx, end_of_text: int, at_most: int | None = None) -> np.ndarray:
-    """[K] int64: the ends of documents that another token ends, the end of all left out.
+    """[K] int64: the ends of the documents whose last token is not end_of_text.
 
-    Of more than at_most documents so many are looked at, evenly spaced.
+    The end of the whole array is not among them. If there are more than at_most documents, only
+    that many, evenly spaced, are looked at.
     """
     ends, found = pair.ends, []
     if at_most is not None and len(ends) > at_most:
@@ -104,7 +105,7 @@ def unclosed(pair: BinIdx, end_of_text: int, at_most: int | None = None) -> np.n
 
 
 def _read_index(file: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """dtype, sizes [n] and borders [m] of an .idx that keeps all promises about itself."""
+    """The dtype, sizes [n] and borders [m] of an .idx; ValueError if they contradict each other."""
     with file.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
@@ -138,7 +139,7 @@ def _check_index(
     if not np.array_equal(pointers, ends - sizes.astype(np.int64) * dtype.itemsize):
         raise ValueError(f"{file}: the sequences do not follow each other in the .bin; not read")
     first, last = (borders[0], borders[-1]) if len(borders) else (-1, -1)
-    # A single border, or borders without the last one, occur in files of training runs.
+    # Files that training runs have used may have a single border, or lack the last one.
     if first != 0 or last > len(sizes) or (len(borders) > 1 and np.diff(borders).min() < 0):
         raise ValueError(f"{file}: the documents do not count up from 0 to {len(sizes)}; damaged")
 
@@ -152,7 +153,9 @@ def binidx_writer(stem: Path, dtype: np.dtype, end_of_text: int) -> Iterator[App
     ends: list[np.ndarray] = []
     total = 0
     index, tokens = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
-    index.unlink(missing_ok=True)  # it vouches for the other file, so it goes first, comes last
+    # Whoever finds an .idx takes the .bin as whole, so an old .idx is removed before the .bin is
+    # written, and the new one is written after it.
+    index.unlink(missing_ok=True)
     with written(tokens) as file:
 
         def append(array: np.ndarray) -> None:

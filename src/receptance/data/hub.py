@@ -14,15 +14,15 @@ from receptance.storage.directories import expanded
 
 _SAVED = ("state.json", "dataset_dict.json")
 _SPLIT = "train"
-# Files whose records are read one by one when they are named themselves.
+# The records of files that end so are read one by one when the files are named themselves.
 _RECORDS = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
 def describe(name: str) -> tuple[str, int, int]:
-    """Kind ("rows" or "stream"), number of rows, time of the last change in ns."""
+    """The kind ("rows" or "stream"), the number of rows and the time of the last change in ns."""
     folder, _, split = _parse(name)
     if not _is_saved(folder):
-        _open_stream(name)  # now, lest a wrong name is noticed after hours
+        _open_stream(name)  # a wrong name is noticed now, and not after hours of work
         return "stream", 0, 0
     rows = open_rows(name)
     marks = [Path(folder) / mark for mark in (*_SAVED, f"{split or _SPLIT}/{_SAVED[0]}")]
@@ -30,7 +30,7 @@ def describe(name: str) -> tuple[str, int, int]:
 
 
 def open_rows(name: str) -> Any:
-    """A data set in a folder of `save_to_disk`, mapped."""
+    """Map a data set in a folder that `save_to_disk` has made."""
     datasets = _datasets()
     folder, _, split = _parse(name)
     try:
@@ -47,7 +47,7 @@ def open_rows(name: str) -> Any:
 
 
 def row_groups(name: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """Ranges of rows of a saved data set with about `size` bytes each: begin, end, bytes."""
+    """The ranges of about `size` bytes each in a saved data set: first row, end, bytes."""
     rows = open_rows(name)
     per_row = max(1, rows.data.nbytes // max(1, len(rows)))
     step = max(1, size // per_row)
@@ -57,7 +57,7 @@ def row_groups(name: str, size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def read_rows(name: str, begin: int, end: int, field: str | None) -> Iterator[tuple[int, dict]]:
-    """Some rows of a saved data set with their numbers from 0; only the field, if it is there."""
+    """Some rows of a saved data set with their numbers from 0; of each only the field, if any."""
     rows = _only(open_rows(name), field)
     for number in range(begin, end):
         try:
@@ -88,12 +88,12 @@ def _open_stream(name: str) -> Any:
         raise ValueError(f"cannot open {name}: {_said(error)}") from error
 
 
-# The library passes on whatever its readers, the files in their hands and the network raise: hence
-# `except Exception` around its calls.
+# The library passes on whatever its readers, the files that they read and the network raise, so its
+# calls stand inside `except Exception`.
 
 
 def _said(error: Exception) -> str:
-    """What an error of the library says, in one line."""
+    """The text of an error of the library, in one line."""
     if isinstance(error, StopIteration):
         return "there are no records"
     wrapped = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
@@ -119,7 +119,7 @@ def _is_saved(folder: str) -> bool:
 
 
 def _parse(name: str) -> tuple[str, str | None, str | None]:
-    """Folder or id, configuration, split."""
+    """The folder or id, the configuration and the split of a name."""
     parts = name.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
         raise ValueError(
@@ -133,7 +133,5 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            "hf: sources need the datasets library: pip install 'receptance[data]'"
-        ) from None
+        raise ValueError("hf: sources need the datasets library: pip install datasets") from None
     return datasets

@@ -13,11 +13,11 @@ import numpy as np
 from receptance.atomic import written
 
 Append = Callable[[np.ndarray], None]
-"""Adds to the end of an array that is being written."""
+"""A function that adds to the end of an array that is being written."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16, or uint32 when the ids need it."""
+    """The type of tokens on disk: uint16, or uint32 when the ids need it."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
@@ -46,12 +46,12 @@ def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """Map a .npy of integers with one dimension; ValueError names the file that is none."""
+    """Map a .npy of integers in one dimension; ValueError names a file that is something else."""
     try:
         array = np.load(path, mmap_mode="r")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    # numpy reads the header as Python, and passes on what that has to say.
+    # numpy parses the header as Python, and passes on whatever error that raises.
     except (ValueError, EOFError, OverflowError, SyntaxError, TokenError, MemoryError) as error:
         about = str(error).partition("\n")[0][:200]
         raise ValueError(f"{path} is not a whole .npy file: {about}") from None

@@ -1,16 +1,16 @@
-"""Parquet files, a group of rows at a time."""
+"""Parquet files, which are read one group of rows at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-# Rows that are made into Python objects at a time.
+# This many rows are made into Python objects at a time.
 _ROWS = 256
 
 
 def row_groups(path: str, size: int) -> Iterator[tuple[int, int, int]]:
-    """The groups of rows of a file: number, number + 1, bytes."""
+    """The groups of rows of a file, each as its number, its number + 1 and its bytes."""
     about = _open(path).metadata
     for group in range(about.num_row_groups):
         yield group, group + 1, about.row_group(group).total_byte_size
@@ -19,9 +19,9 @@ def row_groups(path: str, size: int) -> Iterator[tuple[int, int, int]]:
 def read_rows(
     path: str, begin: int, end: int, field: str | None
 ) -> Iterator[tuple[int, dict | ValueError]]:
-    """The rows of some groups with their numbers from 0; only the field, if it is there.
+    """The rows of some groups with their numbers from 0; of each only the field, if it exists.
 
-    In place of a row with text that is not UTF-8, what is wrong with it.
+    In place of a row with text that is not UTF-8 stands the error that says so.
     """
     import pyarrow
 
@@ -53,7 +53,7 @@ def _open(path: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path}: parquet needs the pyarrow library: pip install 'receptance[data]'"
+            f"{path}: parquet needs the pyarrow library: pip install pyarrow"
         ) from None
     try:
         return pyarrow.parquet.ParquetFile(path)

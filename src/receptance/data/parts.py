@@ -1,4 +1,6 @@
-"""Tokens of one piece of work, on disk: written once, whole or absent, so that work can go on.
+"""The tokens of one piece of work on disk, which are there whole or not at all.
+
+Work that was stopped goes on with the pieces whose parts are missing.
 
 A part is NUMBER.tokens (the ids, raw), NUMBER.mask (a byte per token, when there are examples) and
 NUMBER.json, which is written last and vouches for the others.
@@ -25,17 +27,19 @@ class PartReport:
     index: int
     part: str
     """train, validation or drawn; see sources.Piece."""
-    tokens: int
+    num_tokens: int
     text_bytes: int
     masked: bool
-    """Whether not every token is to be learned."""
+    """Whether some of the tokens are not to be learned."""
     stream: str = ""
-    """The stream it is from, if it is from one."""
+    """The name of the stream that the piece is from, if it is from one."""
     rows: int = 0
-    """Records taken from the stream."""
+    """The number of records that were taken from the stream."""
     skipped: int = 0
-    """Records that could not be used."""
+    """The number of records that could not be used."""
     first_skipped: str = ""
+    ranges_left_out: int = 0
+    """The number of ranges of files that were not read, because the files are no text."""
 
 
 class Part:
@@ -46,7 +50,7 @@ class Part:
     ) -> None:
         self._tokens, self._open_mask, self._dtype = tokens, open_mask, dtype
         self._mask: BinaryIO | None = None
-        self.tokens = self.text_bytes = 0
+        self.num_tokens = self.text_bytes = 0
 
     @property
     def masked(self) -> bool:
@@ -54,19 +58,19 @@ class Part:
         return self._mask is not None
 
     def add(self, ids: Sequence[int], mask: Sequence[int] | None = None) -> None:
-        """Append ids, and for each whether it is to be learned; None: all are."""
+        """Append ids, and a mask that says which are to be learned; None means that all are."""
         if mask is not None and self._mask is None:
             self._mask = self._open_mask()
-            self._mask.write(b"\1" * self.tokens)
+            self._mask.write(b"\1" * self.num_tokens)
         self._tokens.write(np.array(ids, self._dtype).tobytes())
         if self._mask is not None:
             self._mask.write(b"\1" * len(ids) if mask is None else bytes(mask))
-        self.tokens += len(ids)
+        self.num_tokens += len(ids)
 
 
 @contextmanager
 def part_writer(folder: Path, index: int, dtype: np.dtype) -> Iterator[Part]:
-    """Write a part's numbers; it counts only after `vouch`."""
+    """Write the tokens and the mask of a part, which counts only after `vouch`."""
     with ExitStack() as stack:
         tokens = stack.enter_context(written(_file(folder, index, "tokens")))
         mask = written(_file(folder, index, "mask"))
@@ -74,7 +78,7 @@ def part_writer(folder: Path, index: int, dtype: np.dtype) -> Iterator[Part]:
 
 
 def vouch(folder: Path, report: PartReport) -> None:
-    """Say that a part is whole."""
+    """Write the report that says that a part is whole."""
     with written(_file(folder, report.index, "json")) as file:
         file.write(json.dumps(asdict(report)).encode())
 
@@ -83,8 +87,8 @@ def finished_part(folder: Path, index: int, dtype: np.dtype) -> PartReport | Non
     """The report of a part that is whole on disk, else None."""
     try:
         report = PartReport(**json.loads(_file(folder, index, "json").read_bytes()))
-        sizes = {"tokens": report.tokens * dtype.itemsize}
-        sizes |= {"mask": report.tokens} if report.masked else {}
+        sizes = {"tokens": report.num_tokens * dtype.itemsize}
+        sizes |= {"mask": report.num_tokens} if report.masked else {}
         whole = all(_file(folder, index, n).stat().st_size == size for n, size in sizes.items())
     except (OSError, ValueError, TypeError):
         return None
@@ -94,7 +98,7 @@ def finished_part(folder: Path, index: int, dtype: np.dtype) -> PartReport | Non
 def map_part(
     folder: Path, report: PartReport, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tokens of a part, and the mask if it has one; mapped."""
+    """Map the tokens of a part, and its mask if it has one."""
     tokens = _map(_file(folder, report.index, "tokens"), dtype)
     return tokens, _map(_file(folder, report.index, "mask"), np.uint8) if report.masked else None
 

@@ -20,7 +20,7 @@ class TokenShards(PipelineStep):
     """Write the documents of each task as tokens to folder/RANK.npy, for `receptance data merge`.
 
     tokenizer is what `load_tokenizer` takes; every machine has to find it, and the folder, under
-    the same path. Documents are handed on. A task that is stopped leaves no shard.
+    the same path. Documents are passed on to the next step. A task that is stopped leaves no shard.
     """
 
     name = "Receptance tokens"
@@ -31,7 +31,7 @@ class TokenShards(PipelineStep):
         self.folder, self.tokenizer = Path(folder), tokenizer
 
     def run(self, data: Iterable[Any] | None, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Called by datatrove in each task."""
+        """Tokenize the documents of one task; datatrove calls this."""
         tokenizer = load_tokenizer(self.tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
         self.folder.mkdir(parents=True, exist_ok=True)

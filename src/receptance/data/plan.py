@@ -20,7 +20,8 @@ from receptance.tokenizer import Tokenizer, stored_tokenizer
 
 PLAN_VERSION = 1
 SAMPLE_BYTES = 64 << 20
-"""As much text a BPE is trained on at most: a minute, and more changes hardly a merge."""
+"""A BPE is trained on at most this much text: it takes a minute, and more text would hardly change
+a merge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class PrepareOptions(ReadOptions):
     """How a corpus is made."""
 
     workers: int | None = None
-    """Processes that tokenize; 0: this one alone. None: one per processor, 0 for little text."""
+    """How many processes tokenize. 0: this one alone. None: one per processor, but 0 for little
+    text."""
     validation: float = 0.01
     """Share of the text, or of the records' tokens, that is kept for validation."""
     format: Literal["npy", "binidx"] = "npy"
@@ -54,9 +56,9 @@ Plan = dict[str, Any]
 def make_plan(
     sources: Sequence[Source], tokenizer: Tokenizer | str, options: PrepareOptions
 ) -> Plan:
-    """Everything that decides what comes out, as JSON has it.
+    """Everything that decides what comes out, as values of JSON.
 
-    A tokenizer that is still to be trained is known by its name: the sources decide the rest.
+    A tokenizer that is still to be trained is known by its name, as the sources decide the rest.
     """
     decisive = ("text_field", "template", "validation", "format", "seed")
     return {
@@ -69,7 +71,7 @@ def make_plan(
 
 
 def _where(source: Source) -> str:
-    """A path that means the same everywhere on this machine."""
+    """The source's path in a form that means the same in every working directory."""
     return source.path if source.path.startswith("hf:") else os.path.abspath(source.path)
 
 
@@ -81,7 +83,8 @@ def digest(plan: Plan) -> str:
 def begin(parts: Path, plan: Plan, make: Callable[[], Tokenizer]) -> tuple[Tokenizer, dict]:
     """Write the plan down with its tokenizer, or take up the work that was begun with the same.
 
-    The tokenizer, and what `stored_tokenizer` has to know of it. ValueError says what differs.
+    Returns the tokenizer and what `stored_tokenizer` has to know of it. ValueError says what
+    differs from the plan of the work that was begun.
     """
     file = parts / "plan.json"
     if not file.exists():
@@ -105,7 +108,7 @@ def begin(parts: Path, plan: Plan, make: Callable[[], Tokenizer]) -> tuple[Token
 
 
 def _difference(before: Plan, plan: Plan, name: str) -> str:
-    """What is not as it was: an option, or the first source."""
+    """What differs between two plans: an option, or the first source that is another."""
     if name != "sources":
         return f"{name} was {before[name]} and is {plan[name]}"
     pairs = itertools.zip_longest(before[name], plan[name])

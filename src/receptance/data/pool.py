@@ -22,12 +22,14 @@ from receptance.tokenizer import Tokenizer, stored_tokenizer
 def in_processes(
     pieces: Iterable[Piece], job: Callable[[Piece], PartReport], workers: int
 ) -> Iterator[PartReport]:
-    """The reports of a picklable job on all pieces, as they come, two pieces ahead per worker.
+    """Yield the reports of a picklable job on all pieces, in the order in which they come.
 
-    When this is left early, the processes end at once, with the pieces they are working on.
+    Two pieces per worker are taken ahead. When the caller stops early, the processes end at once
+    and the pieces that they are working on are lost.
     """
     others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+    # A fork would copy locks that threads of this process hold, so new processes are spawned.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start) as pool:
         pending: set[Future[PartReport]] = set()
         try:
@@ -64,7 +66,7 @@ def _tokenizer(parts: Path, kind: str, files: tuple[str, ...], fingerprint: str)
 
 
 def _start() -> None:
-    """In a worker: leave Ctrl-C to the process that hands out work, and do not outlive it."""
+    """Make a worker leave Ctrl-C to the process that hands out work, and end with that process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

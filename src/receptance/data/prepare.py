@@ -1,4 +1,4 @@
-"""From sources to a corpus folder: tokenized by several processes, and never twice.
+"""From sources to a corpus folder: several processes tokenize, and nothing is tokenized twice.
 
 Each finished piece of work is a part on disk. A run that was stopped, in whatever way, goes on
 with the pieces that have none, and what comes out has the same bits for any number of workers.
@@ -11,7 +11,10 @@ import itertools
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +22,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from receptance.data.assemble import Division, Shard, assemble
-from receptance.data.encode import tokenize_piece
+from receptance.data.encode import is_utf8, tokenize_piece
+from receptance.data.files import describe_left_out
 from receptance.data.ondisk import token_dtype
 from receptance.data.parts import PartReport, finished_part, map_part
 from receptance.data.plan import Plan, PrepareOptions, begin, digest, make_plan, sample
 from receptance.data.pool import in_processes, job
 from receptance.data.sources import Piece, Source, cut_pieces, find_sources, stream_pieces
-from receptance.data.tokens import TokenFiles, is_corpus, read_about
+from receptance.data.tokens import TokenFiles, read_about
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
-# Starting processes takes seconds; for less text than this it is not worth them.
+# Starting processes takes seconds, which is not worth it for less text than this many bytes.
 _WORTH_WORKERS = 32 << 20
 
 
@@ -50,40 +54,53 @@ def prepare(
     begun. With workers, a program of one's own needs `if __name__ == "__main__"` around the call.
     """
     folder = expanded(folder)
-    if tokenized := [name for name in names if is_corpus(name)]:
-        raise ValueError(f"{tokenized[0]} holds tokens already; receptance data merge takes those")
     if isinstance(tokenizer, str) and _bpe_size(tokenizer) is None:
         tokenizer = load_tokenizer(tokenizer)
-    sources = find_sources(names, options.exclude, folder)
+    left_out: dict[Path, str] = {}
+    sources = find_sources(names, options.exclude, folder, left_out.setdefault)
     plan = make_plan(sources, tokenizer, options)
     if (folder / "data.json").exists():
         return _existing(folder, plan, console)
     _check_free(folder)
+    parts = folder / "parts"
     try:
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
-        with RunLock(folder / "parts"):
-            work = _Preparation(folder, plan, sources, options, console)
-            work.tokenize(tokenizer)
-            corpus = work.assemble()
+        parts.mkdir(parents=True, exist_ok=True)
+        with RunLock(parts):
+            if (folder / "data.json").exists():  # another process has made it meanwhile
+                corpus = _opened(folder, plan, console)
+            else:
+                work = _Preparation(folder, plan, sources, left_out, options, console)
+                work.tokenize(tokenizer)
+                corpus = work.assemble()
+            shutil.rmtree(parts, ignore_errors=True)
     except OSError as error:
         where = error.filename or folder
         raise ValueError(f"cannot write {where}: {error.strerror or error}") from error
-    shutil.rmtree(folder / "parts", ignore_errors=True)
     return corpus
 
 
 def _existing(folder: Path, plan: Plan, console: Console) -> TokenFiles:
+    """Open a corpus, and tidy up behind a call that was stopped right after it had made it."""
+    corpus, parts = _opened(folder, plan, console), folder / "parts"
+    if parts.is_dir():
+        # Whoever holds the lock removes the parts itself, and a corpus may be on a read-only disk.
+        with suppress(ValueError), RunLock(parts):
+            shutil.rmtree(parts, ignore_errors=True)
+    return corpus
+
+
+def _opened(folder: Path, plan: Plan, console: Console) -> TokenFiles:
     if read_about(folder).get("plan") != digest(plan):
         raise ValueError(
             f"{folder} holds a corpus of other sources or options; choose another folder"
         )
-    shutil.rmtree(folder / "parts", ignore_errors=True)
+    corpus = TokenFiles.open(folder)
     say(console, f"{folder} already holds this corpus")
-    return TokenFiles.open(folder)
+    return corpus
 
 
 def _check_free(folder: Path) -> None:
-    """ValueError if files of unknown origin would be overwritten."""
+    """ValueError if files that no earlier call has begun would be overwritten."""
     if (folder / "parts/plan.json").exists():
         return
     names = ("tokenizer.json", "rwkv_vocab.txt")
@@ -94,7 +111,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _bpe_size(tokenizer: str) -> int | None:
-    """SIZE of "bpe:SIZE", None for the name of a tokenizer that exists."""
+    """The SIZE in "bpe:SIZE", or None for the name of a tokenizer that exists already."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
@@ -104,26 +121,33 @@ def _bpe_size(tokenizer: str) -> int | None:
 
 
 class _Preparation:
-    """The work in one folder."""
+    """The work of making the corpus in one folder."""
 
     def __init__(
         self,
         folder: Path,
         plan: Plan,
         sources: Sequence[Source],
+        left_out: Mapping[Path, str],
         options: PrepareOptions,
         console: Console,
     ) -> None:
+        """left_out: files that are no text, which find_sources met, and what each is instead."""
         self.folder, self.parts, self.plan = folder, folder / "parts", plan
         self.sources, self.options, self.console = sources, options, console
+        self.left_out = dict(left_out)
         self.pieces = cut_pieces(sources, options.validation, options.seed)
         self.reports: dict[int, PartReport] = {}
 
     def tokenize(self, tokenizer: Tokenizer | str) -> None:
-        """Do every piece that is not done yet."""
+        """Tokenize every piece that is not done yet."""
+        if self.options.skip_bad and getattr(tokenizer, "kind", "bpe") != "bytes":
+            self._leave_out_other_encodings()
+        if self.left_out:
+            say(self.console, describe_left_out(self.left_out))
         self.tokenizer, about = begin(self.parts, self.plan, lambda: self._made(tokenizer))
         self.dtype = token_dtype(self.tokenizer.vocab_size)
-        known = ((piece.index, self._finished(piece.index)) for piece in self.pieces)
+        known = ((piece.index, self._finished(piece.index, piece)) for piece in self.pieces)
         self.reports = {index: report for index, report in known if report}
         todo = (piece for piece in self.pieces if piece.index not in self.reports)
         with progress_bar(self.console) as bar:
@@ -137,7 +161,7 @@ class _Preparation:
                 raise
 
     def assemble(self) -> TokenFiles:
-        """The corpus of all parts, in their order."""
+        """Write the corpus, which consists of all parts in their order."""
         reports = [self.reports[index] for index in sorted(self.reports)]
         if skipped := [report for report in reports if report.skipped]:
             total = sum(report.skipped for report in skipped)
@@ -153,7 +177,8 @@ class _Preparation:
         )
         about = {
             "text_bytes": sum(report.text_bytes for report in reports),
-            "skipped": sum(report.skipped for report in reports),
+            "skipped": sum(report.skipped for report in reports) + len(self.left_out),
+            "files_left_out": Counter(self.left_out.values()),
             "sources": [source["path"] for source in self.plan["sources"]],
             "plan": digest(self.plan),
         }
@@ -192,9 +217,37 @@ class _Preparation:
             else:
                 yield piece
 
-    def _finished(self, index: int) -> PartReport | None:
+    def _finished(self, index: int, piece: Piece | None = None) -> PartReport | None:
+        """The report of a piece whose part is on disk and made with these options; else None.
+
+        The piece is None for one of a stream.
+        """
         report = finished_part(self.parts, index, self.dtype)
-        return report if report and (self.options.skip_bad or not report.skipped) else None
+        if report is None or (report.skipped and not self.options.skip_bad):
+            return None
+        left_out = sum(span.left_out for span in piece.ranges) if piece else 0
+        return report if report.ranges_left_out == left_out else None
+
+    def _leave_out_other_encodings(self) -> None:
+        """Mark the ranges of all texts that are not UTF-8 as left out.
+
+        This happens before anything is tokenized, because a long text is cut into many pieces, and
+        those before its first bad byte have to leave it out too. The numbers of the pieces stay as
+        they are, so that the parts that an earlier call has finished can be used.
+        """
+        texts = [source for source in self.sources if source.kind == "text"]
+        with self.console.status("looking for text that is not UTF-8"):
+            bad = {source.path for source in texts if not is_utf8(source)}
+        self.left_out |= {Path(path): "not UTF-8" for path in sorted(bad)}
+        self.pieces = [
+            replace(
+                piece,
+                ranges=tuple(
+                    replace(span, left_out=span.source.path in bad) for span in piece.ranges
+                ),
+            )
+            for piece in self.pieces
+        ]
 
     @property
     def _streams(self) -> bool:
@@ -208,25 +261,25 @@ class _Preparation:
 
 
 class _Shown:
-    """The work in a progress bar: bytes of input; without an end when streams have none."""
+    """The progress bar, which counts bytes of input; it has no end if there are streams."""
 
     def __init__(
         self, bar: Progress, pieces: Sequence[Piece], done: Mapping[int, Any], endless: bool
     ) -> None:
         self.bar, self.weights = bar, {piece.index: piece.weight for piece in pieces}
-        self.before, self.tokens = sum(self.weights[index] for index in done), 0
+        self.before, self.num_tokens = sum(self.weights[index] for index in done), 0
         total = None if endless else sum(self.weights.values())
         self.task = bar.add_task("tokenizing", total=total, completed=self.before, note="")
         self.began, self.partly = time.perf_counter(), 0
 
     def inside(self, piece: Piece, size: int) -> None:
-        """More of a piece is done."""
+        """Show that so many more bytes of a piece are done."""
         self.partly = min(self.partly + size, piece.weight)
         self.bar.update(self.task, completed=self.before + self.partly)
 
     def finished(self, report: PartReport) -> None:
-        """All of a piece is done."""
+        """Show that all of a piece is done."""
         self.before, self.partly = self.before + self.weights.get(report.index, 0), 0
-        self.tokens += report.tokens
-        speed = self.tokens / (time.perf_counter() - self.began)
+        self.num_tokens += report.num_tokens
+        speed = self.num_tokens / (time.perf_counter() - self.began)
         self.bar.update(self.task, completed=self.before, note=f"{speed:,.0f} tokens/s")

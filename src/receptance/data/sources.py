@@ -5,6 +5,7 @@ Pieces depend on the sources alone, never on the number of workers or on what wa
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import os
 import zlib
@@ -16,21 +17,22 @@ from typing import BinaryIO
 import numpy as np
 
 from receptance.data import hub, parquet
-from receptance.data.files import choose, find_files
+from receptance.data.files import LeftOut, choose, file_kind, find_files
 from receptance.data.parts import PartReport
+from receptance.data.tokens import is_corpus
 
 PIECE_BYTES = 4 << 20
-"""Work for some seconds: what an interruption costs at most, per worker."""
+"""The size of a piece, which takes seconds: an interruption costs each worker at most one piece."""
 CHUNK_BYTES = 1 << 18
-"""Text that is tokenized at a time: a BPE takes 140 bytes of memory for each of its bytes."""
-# Records of a stream that are tokenized at a time.
+"""At most this much text is tokenized at a time: a BPE takes 140 bytes of memory for each byte."""
+# At most this many records of a stream are tokenized at a time.
 _STREAM_ROWS = 1000
-# So far back a good place to cut is looked for.
+# A good place to cut is looked for in this many bytes before the latest possible one.
 _WINDOW = 1 << 16
 _SPACE = b" \t\n\r\v\f"
-_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-# Taken from folders although they are binary; other .gz files may be anything, so must be named.
-_BINARY = (".txt.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
+# Files of a folder that end so are taken although they are binary. Other .gz files may hold
+# anything, so they are taken only when they are named themselves.
+_BINARY = (".txt.gz", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Source:
 
     path: str
     kind: str
-    """text, lines (of JSON), parquet, rows (a saved data set) or stream (one of unknown size)."""
+    """text, lines (of JSON), json (a list of objects), parquet, rows (a saved data set) or stream
+    (a data set of unknown size)."""
     size: int
     """Bytes; rows for "rows"; 0 for "stream"."""
     changed: int
@@ -59,8 +62,10 @@ class Range:
     begin: int
     end: int
     weight: int
-    """About as many bytes of input."""
+    """About how many bytes of input the range has."""
     ends_document: bool = True
+    left_out: bool = False
+    """Whether its source is not to be read, because it turned out to be no text."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +74,36 @@ class Piece:
 
     index: int
     part: str
-    """train, validation, or drawn: its documents are drawn for validation at the end."""
+    """train, validation, or drawn: some of its documents are drawn for validation at the end."""
     ranges: tuple[Range, ...]
     stream: str = ""
-    """The stream that it is from instead."""
+    """The name of the stream that the piece is from, if it has no ranges."""
     first_row: int = 0
     rows: tuple[dict, ...] = ()
-    """The stream's records from number first_row on; a worker could not read them again."""
+    """The stream's records from number first_row on, which a worker could not read again."""
 
     @property
     def weight(self) -> int:
-        """About as many bytes of input."""
+        """About how many bytes of input the piece has."""
         return sum(piece.weight for piece in self.ranges)
 
 
 def find_sources(
-    names: Sequence[str], exclude: Sequence[str] = (), output: Path | None = None
+    names: Sequence[str],
+    exclude: Sequence[str] = (),
+    output: Path | None = None,
+    left_out: LeftOut = lambda path, instead: None,
 ) -> list[Source]:
     """The sources behind paths, folders, globs and hf:NAME[:CONFIG][:SPLIT]; files first.
 
-    Each is taken once, and nothing that a folder or glob has in the folder output. ValueError names
-    what is not there, cannot be read, or is empty altogether.
+    Each is taken once, and nothing that a folder or glob has in the folder output. left_out is told
+    which of their files are no text (see `find_files`). ValueError names what is not there, cannot
+    be read, holds tokens already, or is empty altogether.
     """
+    if tokenized := [name for name in names if is_corpus(name)]:
+        raise ValueError(f"{tokenized[0]} holds tokens already; receptance data merge takes those")
     paths = [name for name in names if not name.startswith("hf:")]
-    found = [_file(path) for path in find_files(paths, exclude, _BINARY, output)]
+    found = [_file(path) for path in find_files(paths, exclude, _BINARY, output, left_out)]
     for name in dict.fromkeys(name for name in names if name.startswith("hf:")):
         found.append(Source(name, *hub.describe(name)))
     if all(source.size == 0 and source.kind != "stream" for source in found):
@@ -106,17 +117,15 @@ def find_sources(
 def _file(path: Path) -> Source:
     try:
         about = path.stat()
+        return Source(str(path), file_kind(path), about.st_size, about.st_mtime_ns)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    kind = "lines" if path.name.lower().endswith(_LINES) else "text"
-    kind = "parquet" if path.suffix.lower() == ".parquet" else kind
-    return Source(str(path), kind, about.st_size, about.st_mtime_ns)
 
 
 def open_unchanged(source: Source) -> BinaryIO:
     """Open a file of the plan; ValueError if it is not what it was when the work was planned."""
     try:
-        file = open(source.path, "rb")  # noqa: SIM115 the caller closes it
+        file = open(source.path, "rb")  # noqa: SIM115 (the caller closes the file)
     except OSError as error:
         raise ValueError(f"cannot read {source.path}: {error.strerror}") from None
     about = os.fstat(file.fileno())
@@ -148,7 +157,7 @@ def cut_pieces(sources: Sequence[Source], validation_share: float, seed: int) ->
         spans["train"] += _text_ranges(source, 0, middle)
         spans["validation"] += _text_ranges(source, middle, source.size)
     for source in others:
-        spans["drawn"] += _record_ranges(source)
+        spans["drawn"] += record_ranges(source)
     groups = ((part, group) for part, ranges in spans.items() for group in _packed(ranges))
     return [Piece(index, part, group) for index, (part, group) in enumerate(groups)]
 
@@ -158,7 +167,7 @@ def _is_plain(source: Source) -> bool:
 
 
 def _packed(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
-    """Neighbors together until they weigh enough for a piece."""
+    """Neighboring ranges put together until they weigh enough for a piece."""
     group: list[Range] = []
     weight = 0
     for one in ranges:
@@ -172,7 +181,7 @@ def _packed(ranges: Iterable[Range]) -> Iterator[tuple[Range, ...]]:
 
 
 def _text_ranges(source: Source, begin: int, end: int) -> Iterator[Range]:
-    """The bytes begin ... end of a text, cut where cutting changes no token, if there is such."""
+    """The bytes from begin to end of a text, cut where that changes no token, if possible."""
     if end - begin > PIECE_BYTES:
         with open_unchanged(source) as file:
             while end - begin > PIECE_BYTES:
@@ -185,8 +194,9 @@ def _text_ranges(source: Source, begin: int, end: int) -> Iterator[Range]:
         yield Range(source, begin, end, end - begin)
 
 
-def _record_ranges(source: Source) -> Iterator[Range]:
-    if source.compressed:
+def record_ranges(source: Source) -> Iterator[Range]:
+    """The ranges in which the records of a source are read, in order; not for text or streams."""
+    if source.compressed or source.kind == "json":
         yield Range(source, 0, source.size, source.size)
     elif source.kind == "lines":
         yield from _line_ranges(source)
@@ -201,7 +211,7 @@ def _line_ranges(source: Source) -> Iterator[Range]:
     with open_unchanged(source) as file:
         while begin < source.size:
             file.seek(begin + PIECE_BYTES - 1)
-            file.readline()  # to the end of the line that this byte belongs to
+            file.readline()  # the range ends with the line that this byte belongs to
             end = min(file.tell(), source.size)
             yield Range(source, begin, end, end - begin)
             begin = end
@@ -213,7 +223,10 @@ def stream_pieces(
     first: int,
     finished: Callable[[int], PartReport | None],
 ) -> Iterator[Piece]:
-    """The pieces of all streams, numbered from `first`; those finished at the front come empty."""
+    """The pieces of all streams, numbered from `first`.
+
+    Those at the front that are finished already come without their records.
+    """
     index = first
     for source in sources:
         if source.kind != "stream":
@@ -228,7 +241,7 @@ def stream_pieces(
 
 
 def _grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    """Rows together until they are many or large."""
+    """Rows put together until they are many or large."""
     group: list[dict] = []
     size = 0
     for row in rows:
@@ -242,11 +255,12 @@ def _grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def good_cut(text: bytes) -> int:
-    """Where to cut all but the last byte of a text, from its end backwards, at least 1.
+    """Where to cut a text so that it has at most all its bytes but the last, and at least 1.
 
-    Between two lines, so that a newline alone stands between characters that are no space of
-    Unicode: there a byte-level BPE never merges, and the halves' tokens are those of the whole.
-    Without such a place after any newline, and without a newline at the beginning of a character.
+    The best place is behind the last newline that stands alone between two characters which Unicode
+    does not call spaces: there a byte-level BPE never merges, so the tokens of the halves are those
+    of the whole. Without such a newline the cut is behind the last newline of any kind, and without
+    a newline it is in front of the last character.
     """
     limit = len(text) - 1
     newline = text.rfind(b"\n", 0, limit)
@@ -261,19 +275,21 @@ def good_cut(text: bytes) -> int:
 
 
 def _stands_alone(text: bytes, newline: int) -> bool:
-    """Whether the characters beside a newline are certainly no spaces, in all of Unicode."""
-    if text[newline - 1] in _SPACE or text[newline + 1] in _SPACE:  # mostly, and at once
+    """Whether the characters on both sides of a newline are certainly no spaces of Unicode."""
+    # This decides most cases without decoding anything.
+    if text[newline - 1] in _SPACE or text[newline + 1] in _SPACE:
         return False
     sides = (text[max(0, newline - 4) : newline], -1), (text[newline + 1 : newline + 5], 0)
     for near, place in sides:
         character = near.decode("utf-8", "replace")[place]
-        if character.isspace() or (character == "\ufffd" and len(near) < 4):  # perhaps cut off
+        # At the border of the text the character may be cut off, and could be any.
+        if character.isspace() or (character == "\ufffd" and len(near) < 4):
             return False
     return True
 
 
 def chunks(read: Iterable[bytes]) -> Iterator[bytes]:
-    """A text that comes in any pieces, in pieces of at most CHUNK_BYTES, cut by `good_cut`."""
+    """The same text in pieces of at most CHUNK_BYTES that `good_cut` has cut."""
     rest = b""
     for more in read:
         rest, begin = rest + more, 0
@@ -288,14 +304,23 @@ def chunks(read: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_range(span: Range) -> Iterator[bytes]:
-    """The bytes of a range of text, decompressed, in order; ValueError if some are missing."""
+    """The bytes of a range of text, decompressed, in order, without the file's byte-order mark.
+
+    ValueError if some are missing.
+    """
     with open_unchanged(span.source) as file:
         if span.source.compressed:
             with gzip.open(file) as inner:
-                yield from _blocks(inner, None, span.source.path)
+                yield from _unmarked(_blocks(inner, None, span.source.path))
             return
         file.seek(span.begin)
-        yield from _blocks(file, span.end - span.begin, span.source.path)
+        blocks = _blocks(file, span.end - span.begin, span.source.path)
+        yield from blocks if span.begin else _unmarked(blocks)
+
+
+def _unmarked(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield next(blocks, b"").removeprefix(codecs.BOM_UTF8)
+    yield from blocks
 
 
 def _blocks(file: BinaryIO | gzip.GzipFile, size: int | None, path: str) -> Iterator[bytes]:
@@ -313,8 +338,13 @@ def _blocks(file: BinaryIO | gzip.GzipFile, size: int | None, path: str) -> Iter
 
 
 def _cut_near(source: Source, cut: int) -> int:
-    """A cut of a text at the last line that ends before `cut`, if that is near."""
+    """A cut of a text at the last line that ends before `cut`, or else between two characters."""
     start = max(cut // 2, cut - (1 << 20))
     with open_unchanged(source) as file:
         file.seek(start)
-        return start + (file.read(cut - start).rfind(b"\n") + 1 or cut - start)
+        text = file.read(cut - start + 3)
+    at = cut - start
+    if newline := text.rfind(b"\n", 0, at) + 1:
+        return start + newline
+    near = (n for n in (at, at - 1, at - 2, at - 3, at + 1, at + 2, at + 3) if 0 < n <= len(text))
+    return start + next((n for n in near if text[n : n + 1] < b"\x80" or text[n] >= 0xC0), at)

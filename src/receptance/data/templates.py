@@ -1,4 +1,4 @@
-"""Chat formats: how the turns of a conversation become one text, and which parts are learned.
+"""Chat formats, which make one text of the turns of a conversation and say what is learned of it.
 
 In all of them a blank line ends a turn and nothing else does, so blank lines inside of a message
 are taken out. The formats are those on the cards of BlinkDL's RWKV-4-Raven and RWKV-4-World.
@@ -29,10 +29,10 @@ class Template:
     user: str
     assistant: str
     input: str | None = None
-    """Heading of material that a request works on; None: it is part of the user's text."""
+    """The heading of material that a request works on; None if that is part of the user's text."""
     mark: str = ""
     gap: str = " "
-    """Between the colon and the text."""
+    """What stands between the colon and the text."""
 
     @property
     def opening(self) -> str:
@@ -50,7 +50,7 @@ class Template:
         return (self.gap if self.gap == " " else "") + _clean("assistant", text) + TURN_END
 
     def render(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether it is learned: answers are, up to their turn's end.
+        """The text in pieces, each with whether it is learned: answers with their turn's end are.
 
         Joined, the pieces are the whole text; pieces that are learned and not learned alternate.
         ValueError for an unknown role or an empty text.

@@ -13,7 +13,6 @@ With the layout "binidx" the ids are in train.bin and train.idx, validation.bin 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import reprlib
@@ -35,15 +34,15 @@ FORMAT = "receptance tokens"
 FORMAT_VERSION = 1
 LAYOUTS = ("npy", "binidx")
 _SAMPLES, _SAMPLE_BYTES = 1024, 4096
-# Documents of a pair whose ends are looked at when it is opened.
+# This many documents of a pair, at most, are looked at for their last token when it is opened.
 _LOOKED_AT = 4096
 
 
 def fingerprint(arrays: Sequence[np.ndarray], tokenizer: Tokenizer | None) -> str:
-    """sha256, in hexadecimal, of what tells one corpus from another, at any size in a moment.
+    """A sha256, in hexadecimal, that tells one corpus from another and is quick at any size.
 
-    Of each array type, length, and all of it or 1024 evenly spaced samples of 4 KiB; and of the
-    tokenizer's fingerprint.
+    It is taken of the tokenizer's fingerprint and of each array's type, length and content, where
+    1024 evenly spaced samples of 4 KiB stand for the content of a longer array.
     """
     digest = hashlib.sha256((tokenizer.fingerprint if tokenizer else "").encode())
     for array in arrays:
@@ -76,9 +75,10 @@ class TokenFiles:
     tokenizer: Tokenizer | None
     """None when the files do not say."""
     path: Path
-    """Where `open` finds it."""
+    """The path that `open` takes to find this corpus."""
     closed: bool = True
-    """Whether the documents of a pair, of many a sample, end with that id."""
+    """False if a .bin/.idx pair has documents that do not end with end_of_text; of more than 4,096
+    documents, a sample is looked at."""
 
     @classmethod
     def open(
@@ -86,9 +86,10 @@ class TokenFiles:
     ) -> TokenFiles:
         """Map a corpus folder, a bare .npy, or a .bin/.idx pair (named x, x.bin or x.idx).
 
-        Of the last two, the end is taken for validation, at the border of a document if there is
-        an .idx, and end_of_text is believed; a folder knows both itself. ValueError names what is
-        missing, damaged, or not as it was when it was written.
+        A folder says itself what is kept for validation and which id ends a document. Of the other
+        two, the last share is used for validation, from the border of a document if there is an
+        .idx, and end_of_text is believed. ValueError names what is missing, damaged, or not as it
+        was when it was written.
         """
         path = expanded(path)
         if path.is_dir() or not any(file.exists() for file in (path, *pair_of(path))):
@@ -103,7 +104,7 @@ class TokenFiles:
     def check_documents(self) -> None:
         """ValueError if the corpus is a pair whose documents do not end with end_of_text.
 
-        That token is the only border that training sees; the .idx knows others.
+        Training sees no other border than that token, although the .idx may list more of them.
         """
         if not self.closed:
             raise ValueError(
@@ -112,19 +113,9 @@ class TokenFiles:
                 "adds it"
             )
 
-    @functools.cached_property
-    def validation_bytes(self) -> int:
-        """Bytes of text behind the validation tokens, for bits per byte; needs the tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError("the tokenizer of this corpus is not known, nor are its bytes of text")
-        size = self.tokenizer.vocab_size
-        lengths = np.array([len(self.tokenizer.decode_bytes([id])) for id in range(size)])
-        lengths[self.end_of_text] = 0
-        return sum(int(lengths[block].sum()) for block in blocks(self.validation))
-
 
 def is_corpus(path: str | Path) -> bool:
-    """Whether `TokenFiles.open` is meant for a path: tokens already, not text."""
+    """Whether a path names tokens, which `TokenFiles.open` takes, and not text."""
     path = expanded(path)
     if path.is_dir():
         arrays = any((path / name).is_file() for name in ("train.npy", "train.idx"))
@@ -146,7 +137,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
 def close_folder(
     folder: Path, tokenizer: Tokenizer | None, end_of_text: int, about: Mapping[str, Any]
 ) -> TokenFiles:
-    """Make a corpus folder of one whose arrays are written; about is kept in data.json."""
+    """Turn a folder in which the arrays are written into a corpus folder; data.json keeps about."""
     about = {"layout": "npy", "masked": False, **about}
     corpus = _mapped(folder, about["layout"], about["masked"], end_of_text, tokenizer)
     about = {
@@ -165,7 +156,7 @@ def close_folder(
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The content of a corpus folder's data.json; ValueError if it is none of ours."""
+    """The content of a corpus folder's data.json; ValueError if the file is of another kind."""
     try:
         about = json.loads((folder / "data.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -198,7 +189,7 @@ def _open_folder(folder: Path) -> TokenFiles:
 
 
 def store_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write a tokenizer's files; what `stored_tokenizer` needs to know about them."""
+    """Write a tokenizer's files and return what `stored_tokenizer` needs to know about them."""
     files = tokenizer.save(folder)
     return {"kind": tokenizer.kind, "files": files, "fingerprint": tokenizer.fingerprint}
 
@@ -223,10 +214,10 @@ def _mapped(
 def _divided(
     path: Path, tokens: np.ndarray, ends: np.ndarray | None, validation: float, end_of_text: int
 ) -> TokenFiles:
-    """A stream whose last share, about, is for validation."""
+    """A corpus of one array, of which about the last share is used for validation."""
     cut = round(len(tokens) * (1 - validation))
     if ends is not None and len(ends):
         inner = ends[(ends > 0) & (ends < len(tokens))]
         cut = int(inner[np.abs(inner - cut).argmin()]) if len(inner) else cut
-    print_ = fingerprint([tokens], None)
-    return TokenFiles(tokens[:cut], tokens[cut:], None, None, end_of_text, print_, None, path)
+    found = fingerprint([tokens], None)
+    return TokenFiles(tokens[:cut], tokens[cut:], None, None, end_of_text, found, None, path)
