@@ -173,7 +173,7 @@ class TestResuming:
             yield stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("receptance.training.run._stop_requested", stopped_already)
+            patch.setattr("receptance.training.run.stop_requested", stopped_already)
             assert train("--steps", 12, "--reports", 3).code == 0
         assert checkpoints("new") == ["step-00000000"]
         # As in RWKV-v4neo, the embedding begins as large as one step at the learning rate.

@@ -267,7 +267,7 @@ def show(console: Console, found: Estimate) -> None:
     if not found.fits:
         console.print(
             f"this does not fit into the {_size(found.device.memory)} of {found.device.name}: take "
-            "a smaller --micro-batch or --chunk, --recompute, or FSDP over more ranks",
+            "a smaller micro_batch or chunk, recompute, or FSDP over more ranks",
             style="bold red",
         )
 

@@ -234,7 +234,7 @@ class StartOptions:
 
     @property
     def trained(self) -> Literal["new", "all", "lora", "state"]:
-        """What the default learning rates depend on: a new model, all of a given one, an adapter."""
+        """What is trained: a new model, all of a given one, or an adapter of it."""
         return "new" if self.init is None else self.tune
 
     def named_tokenizer(self) -> Tokenizer | None:

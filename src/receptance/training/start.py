@@ -65,10 +65,11 @@ def begin(
     options = replace(options, train=options.train.with_rates(options.trained))
     tokenizer = options.named_tokenizer()
     if options.init is not None:
+        base = options.init
         if options.tune != "all":
-            options = _with_kept_base(out, options, ranks, console)
-            assert options.init is not None
-        sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=tokenizer)
+            base = _kept_base(out, base, ranks, console)
+            options = replace(options, init=base)
+        sizes, tensors, tokenizer = checkpoint.read_model(base, tokenizer=tokenizer)
         options.check_sizes(sizes)
         given = tensors.items()
     else:
@@ -85,19 +86,15 @@ def begin(
     return Start(trainer, tokenizer, corpus, options)
 
 
-def _with_kept_base(
-    out: Path, options: StartOptions, ranks: Ranks, console: Console
-) -> StartOptions:
-    """The options with the very checkpoint that an adapter is trained on, which its run now keeps.
+def _kept_base(out: Path, init: str, ranks: Ranks, console: Console) -> str:
+    """The very checkpoint that an adapter is trained on, which its run keeps from now on.
 
     Without the mark that `pin` leaves, the run would remove that checkpoint as it goes on, and no
     model would fit the adapter any more.
     """
-    assert options.init is not None
-    given = options.init
-    base = Path(ranks.share(lambda: str(current(Path(given)))))
-    if not is_step(base):
-        return options
+    base = Path(ranks.share(lambda: str(current(Path(init)))))
+    if not (is_step(base) and base.is_dir()):
+        return init
     if ranks.first:
         try:
             pin(base, f"needed by the adapter in {out.resolve()}")
@@ -110,7 +107,7 @@ def _with_kept_base(
             )
         else:
             say(console, f"the adapter is trained on {base}, which its run keeps from now on")
-    return replace(options, init=str(base))
+    return str(base)
 
 
 def check_new(out: Path, *, again: bool) -> None:
@@ -206,13 +203,13 @@ def _check_end(stored: StartOptions, trainer: Trainer) -> None:
     step, options = trainer.step, trainer.options
     if options.total_steps < step:
         raise ValueError(
-            f"the run is at step {step} already and steps is {options.total_steps}, which is behind "
-            "it; give more steps, or leave steps out"
+            f"the run is at step {step} already and steps={options.total_steps} is behind it; give "
+            "more steps, or leave steps out"
         )
     if options.minutes != stored.train.minutes and options.clock(trainer.seconds) > 1:
         raise ValueError(
-            f"the run has trained for {trainer.seconds / 60:.1f} minutes already and minutes is "
-            f"{options.minutes:g}; give more minutes, or leave minutes out"
+            f"the run has trained for {trainer.seconds / 60:.1f} minutes already and "
+            f"minutes={options.minutes:g} is less; give more minutes, or leave minutes out"
         )
 
 

@@ -101,7 +101,7 @@ def _replaced(options: Options, recipe: Mapping[str, Any], prefix: str) -> Optio
 
 
 def _fitted(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field holds it: TOML has no paths and no tuples, and reads 1 as an integer."""
+    """The value as its field holds it: TOML has no paths and no tuples, and 1 is no float."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _fitted(name, value, next(kind for kind in inner if kind is not type(None)))
