@@ -185,7 +185,7 @@ class TestRanks:
         with joined("cpu") as (ranks, device):
             assert (ranks, device.type) == (Ranks(), "cpu")
             assert ranks.sum([1.5, 2], device) == [1.5, 2]
-        needs = pytest.raises(ValueError, match="--context-ranks 2 needs as many processes")
+        needs = pytest.raises(ValueError, match="context_ranks is 2, which needs as many processes")
         with needs, joined("cpu", 2):
             pass
 
@@ -204,7 +204,7 @@ class TestOffload:
 
     @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
     def test_without_shares_there_is_nothing_to_keep(self, parallel):
-        with pytest.raises(ValueError, match="start several with torchrun, or give --no-offload"):
+        with pytest.raises(ValueError, match="start several processes with torchrun"):
             build(SIZES, (), TrainOptions(), parallel=parallel, offload=True)
 
 

@@ -65,7 +65,7 @@ class MetricsLog:
 
 
 class TensorBoardLog:
-    """Event files in the run's folder `tensorboard`; watch with `tensorboard --logdir`."""
+    """Event files in the run's folder `tensorboard`, which TensorBoard reads."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
         _need("tensorboard")
