@@ -48,7 +48,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With what two processes found, and the checkpoints of theirs and of a single one."""
+    """With what two processes found and said, and the checkpoints of theirs and of a single one."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = make("one", "reset", Ranks())
     figures(alone)
@@ -57,10 +57,10 @@ def folder(tmp_path_factory) -> Path:
     # As torchrun would, without its agent.
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
-    port = free_port()
+    ports = [free_port(), free_port()]
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "two_ranks.py", folder, port],
+            [sys.executable, HERE / "two_ranks.py", folder, *ports],
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -73,6 +73,8 @@ def folder(tmp_path_factory) -> Path:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    for rank, said in enumerate(errors):
+        (folder / f"said-{rank}.txt").write_text(said)
     return folder
 
 
@@ -159,6 +161,15 @@ class TestTheirCheckpoints:
         model, _ = load(folder / "fsdp")
         tensors = read_tensors(folder / "fsdp" / f"step-{STEPS:08d}", "model")
         assert same_bits(model.state_dict(), tensors)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nodes_that_share_no_disk_are_told_so(rank, folder):
+    """Each would train alone, or wait for ever for checkpoints of the other."""
+    last = (folder / f"said-{rank}.txt").read_text().splitlines()[-1]
+    assert "is not one folder for all processes: 1 of 2 do not see what the first one" in last
+    assert not list((folder / "of-0-alone").glob("[!.]*"))
+    assert not list((folder / "of-0-alone").glob(".seen-*"))
 
 
 class TestRanks:

@@ -198,9 +198,13 @@ def _recipe(name: str, given: Options) -> Options:
 
 def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
     """The tokenizer of a corpus of tokens, if that says which one made it."""
-    if len(data) == 1 and is_corpus(data[0]):
+    if _is_one_corpus(data):
         return TokenFiles.open(data[0]).tokenizer
     return None
+
+
+def _is_one_corpus(data: Sequence[str]) -> bool:
+    return len(data) == 1 and is_corpus(data[0])
 
 
 @contextlib.contextmanager
@@ -227,13 +231,13 @@ def _parsed(argv: list[str], default: Options) -> Options:
 
 def _dry_run(options: Options) -> None:
     start = options.start.checked()
-    if options.data and not is_corpus(options.data[0]):
+    own = _corpus_tokenizer(options.data)
+    if options.data and not _is_one_corpus(options.data):
         find_sources(options.data, start.exclude)
     if start.init is not None:
         sizes = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())[0]
         start.check_sizes(sizes)
     else:
-        own = _corpus_tokenizer(options.data)
         name = start.tokenizer or NEW_TOKENIZER
         sizes = start.sizes(_vocabulary(name) if own is None else own.vocab_size)
     found = estimate(
