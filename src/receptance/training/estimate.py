@@ -40,8 +40,8 @@ class Memory:
     """The tensors that the forward pass of one piece (micro_batch rows of chunk tokens) keeps for
     its backward pass; with recompute, the inputs of all blocks and everything of one block."""
     head: float
-    """The logits of some positions with their gradients, and the gradients of the parameters that
-    are about to be added to those of earlier pieces."""
+    """The logits of some positions with their gradients, and the gradients of the head's matrix and
+    of its inputs, before they are added to those of earlier pieces."""
 
     @property
     def total(self) -> float:
@@ -130,10 +130,10 @@ def estimate(
 ) -> Estimate:
     """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
 
-    context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
-    (FSDP); offload: those are in the host's memory, which is not counted; trained: parameters of an
-    adapter, which are trained instead of the model's. ValueError on a device that is not known, and
-    on ranks or a utilization that cannot be.
+    context_ranks is how many of them share a row. sharded divides masters, gradients and moments
+    over all (FSDP), and offload moves these to the host's memory, which is not counted. trained is
+    the number of parameters of an adapter, if that is trained instead of the model. ValueError on
+    an unknown device, and on ranks or a utilization that cannot be.
     """
     if context_ranks < 1 or ranks % context_ranks:
         raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
