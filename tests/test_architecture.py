@@ -142,6 +142,12 @@ def test_apps_do_not_import_each_other(module):
     assert module == "receptance.__main__" or not others
 
 
+@every_module
+def test_only_apps_know_the_command_line(module):
+    names = {name.split(".")[0] for name in imports(module)}
+    assert is_app(module) or not names & {"tyro", "argparse"}
+
+
 def test_versions_of_the_model_do_not_import_each_other():
     versions = {m for m in TREES if m.split(".")[-1].strip("v").isdigit()}
     assert "receptance.model.v4" in versions

@@ -1,4 +1,4 @@
-"""Pictures of a run, for those who would rather look than read. Needs matplotlib (extra `plot`)."""
+"""Pictures of a run's losses and of a model's decays, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Points = list[tuple[float, float]]
 Buffer = bytes | mmap.mmap
 
 _VALIDATION = "validation_bits_per_byte"
-# A file is read whole up to this many bytes. Of a longer one, steps come from so many places in
-# it, some lines each, and validations from wherever they are, up to a number.
+# A file of up to this many bytes is read whole. In a longer one the lines at _PLACES places are
+# read, _BYTES_PER_PLACE at each, and of its validations at most _MOST_VALIDATIONS.
 _READ_WHOLE = 1 << 20
 _PLACES = 600
 _BYTES_PER_PLACE = 1024
 _MOST_VALIDATIONS = 5000
-# More points than this make a thick line of their marks.
+# Up to this many points get a mark each; the marks of more would run together.
 _MARKED = 100
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
-    """Loss, validation, learning rate and gradient norm over tokens: metrics.jsonl to a PNG.
+    """Draw loss, validation, learning rate and gradient norm of a metrics.jsonl over its tokens.
 
-    Reads a bounded part of a long file, and appears at once as a whole. ValueError if there is no
-    training step to draw yet, or if matplotlib is not installed.
+    A bounded part of a long file is read. The picture is a PNG that replaces an older one as a
+    whole. ValueError if there is no training step to draw yet, or if matplotlib is not installed.
     """
     figure = _figure()
     records = _records(metrics)
@@ -53,10 +53,10 @@ def draw_losses(metrics: Path, picture: Path) -> None:
 
 
 def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> None:
-    """What a channel keeps from a token to the next, layer by layer: a PNG.
+    """Draw the share that each channel keeps from a token to the next, layer by layer, as a PNG.
 
-    Channels of a layer are in descending order, as in figure 10 of arXiv 2305.13048v2. ValueError
-    if matplotlib is not installed.
+    The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2.
+    ValueError if matplotlib is not installed.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -74,7 +74,7 @@ def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("no plot without matplotlib: pip install 'receptance[plot]'") from None
+        raise ValueError("no plot without matplotlib: pip install matplotlib") from None
     return Figure(figsize=(8, 6), layout="constrained")
 
 
@@ -84,7 +84,7 @@ def _save(figure: Figure, picture: Path) -> None:
 
 
 def _curve(axes: Axes, points: Points, label: str, color: str) -> None:
-    """All of the points faintly, and their mean."""
+    """Draw all points faintly, and their moving mean."""
     axes.plot(*_columns(points), color=color, alpha=0.35, linewidth=0.8)
     _line(axes, _smooth(points), label, color)
 
@@ -108,7 +108,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 def _points(records: Iterable[Mapping[str, Any]], name: str) -> Points:
     """(tokens, value) of the records that have both as numbers, in the order of tokens.
 
-    A step that was done again, after a rollback say, counts as it was the last time.
+    Of a step that was repeated, as after a rollback, the last record counts.
     """
     found = ((record.get("tokens"), record.get(name)) for record in records)
     latest = {float(at): float(y) for at, y in found if _is_number(at) and _is_number(y)}
@@ -124,7 +124,7 @@ def _positive(points: Points) -> Points:
 
 
 def _smooth(points: Points) -> Points:
-    """An exponential mean with a memory of a fiftieth of the run."""
+    """The exponential mean of the points, with a memory of a fiftieth of the run."""
     keep = 1 - 1 / max(1, len(points) // 50)
     mean, out = points[0][1] if points else 0.0, []
     for at, value in points:
@@ -134,7 +134,7 @@ def _smooth(points: Points) -> Points:
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a file, or a fair selection of many; what is no record is passed over."""
+    """The records of a file, or a selection of many from all over it; other lines are skipped."""
     if metrics.stat().st_size <= _READ_WHOLE:
         return list(_parsed(metrics.read_bytes()))
     with (
@@ -145,7 +145,7 @@ def _records(metrics: Path) -> list[dict[str, Any]]:
 
 
 def _sampled(content: Buffer) -> Iterator[dict[str, Any]]:
-    """Training steps from places all over the file, its first and last line among them."""
+    """Training steps from places all over the file, with its first and its last line."""
     last = len(content) - _BYTES_PER_PLACE
     for place in range(_PLACES):
         at = last * place // (_PLACES - 1)
@@ -156,7 +156,7 @@ def _sampled(content: Buffer) -> Iterator[dict[str, Any]]:
 
 
 def _validations(content: Buffer) -> Iterator[dict[str, Any]]:
-    """The records of validations, all but those that lie closer than a picture can show."""
+    """The records of validations, except for those that lie closer than a picture can show."""
     needle, stride = b'"' + _VALIDATION.encode() + b'"', len(content) // _MOST_VALIDATIONS
     at = content.find(needle)
     while at >= 0:
@@ -168,7 +168,7 @@ def _validations(content: Buffer) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(lines: bytes) -> Iterator[dict[str, Any]]:
-    """The whole lines that hold an object; the last one may be half written."""
+    """The objects on whole lines; the last line may be half written and is then skipped."""
     for line in lines.split(b"\n")[:-1]:
         try:
             record = json.loads(line)

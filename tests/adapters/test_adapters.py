@@ -433,7 +433,7 @@ def test_truncated_files_are_refused(tmp_path):
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot write the adapter to .*nowhere/a"):
+    with pytest.raises(ValueError, match=r"cannot write .*nowhere/a: No such"):
         random_adapter(make_model(), "lora").save(tmp_path / "nowhere" / "a", "x")
 
 

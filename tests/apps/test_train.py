@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from command import SMALL, call
 from tiny import TEXT, same_bits
@@ -142,6 +143,25 @@ class TestARun:
         assert train("--minutes", 1e-6).code == 0
         assert steps("new") == [1]
 
+    @pytest.mark.parametrize("text", ["\x1b[2J\x9b1mX\x07\r", "\u202eback"])
+    def test_a_sample_cannot_control_the_terminal(self, text, train, monkeypatch):
+        monkeypatch.setattr("receptance.training.run.generate", lambda *_, **__: text)
+        result = train("--steps", 1, "--sample-prompt", "\x1b]0;title\x07")
+        assert result.code == 0, result.err
+        assert not set(result.out) & set("\x1b\x9b\x07\u202e")
+        assert records("new")[-1]["sample"] == "\x1b]0;title\x07" + text
+
+    def test_the_device_is_chosen_and_said_first(self, train, monkeypatch):
+        result = train("--steps", 1)
+        assert result.out.startswith(f"training on cpu ({torch.get_num_threads()} threads)\n")
+        assert read_about(newest_checkpoint("new")[0]).options.device == "auto"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        again = call("train", "--resume", "--out", "new", "--steps", 2)
+        assert "device 'cuda' cannot be used here" in again.err
+        again = call("train", "--resume", "--out", "new", "--steps", 2, "--device", "cpu")
+        assert again.code == 0, again.err
+        assert read_about(newest_checkpoint("new")[0]).options.device == "cpu"
+
     def test_bfloat16_and_dropout(self, train):
         assert train("--steps", 3, "--dtype", "bfloat16", "--dropout", 0.1).code == 0
         assert str(load("new")[0].emb.weight.dtype) == "torch.float32"
@@ -173,7 +193,7 @@ class TestResuming:
             yield stop
 
         with monkeypatch.context() as patch:
-            patch.setattr("receptance.training.run._stop_requested", stopped_already)
+            patch.setattr("receptance.training.run.stop_requested", stopped_already)
             assert train("--steps", 12, "--reports", 3).code == 0
         assert checkpoints("new") == ["step-00000000"]
         # As in RWKV-v4neo, the embedding begins as large as one step at the learning rate.
@@ -228,6 +248,27 @@ class TestResuming:
         assert steps("run") == list(range(1, 16))
         assert read_about(newest_checkpoint("run")[0]).options.train.steps == 15
 
+    def test_a_jump_of_the_learning_rate_is_said(self, folder):
+        """From where the old schedule ended back up to where the new one is at this step."""
+        result = call("train", "--resume", "--out", "run", "--steps", 15)
+        now = 1e-2 * 1e-3 ** (13 / 15)
+        said = f"the learning rate was 1e-05 and continues at {now:.3g}\n"
+        assert said in result.out
+        (used,) = [r["learning_rate"] for r in records("run") if r["step"] == 13 and "loss" in r]
+        assert used == pytest.approx(now)
+        assert "schedule" not in call("train", "--resume", "--out", "run").out
+
+    def test_an_end_that_is_behind_the_run_is_refused(self, folder, train):
+        for resume in ("--resume", "--auto-resume"):
+            result = call("train", resume, "--out", "run", "--steps", 5)
+            assert (result.code, result.err.count("\n")) == (2, 1)
+            assert "the run is at step 12 already and steps=5 is behind it" in result.err
+        assert train("--minutes", 1e-6).code == 0
+        result = call("train", "--resume", "--out", "new", "--minutes", 1e-7)
+        assert result.code == 2
+        assert "already and minutes=1e-07 is less" in result.err
+        assert call("train", "--resume", "--out", "new").code == 0
+
     def test_a_finished_run_has_nothing_to_do(self, folder):
         def contents() -> dict[Path, bytes]:
             return {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
@@ -275,7 +316,7 @@ class TestResuming:
     def test_an_existing_run_is_not_overwritten(self, folder, train):
         result = train("--out", "run")
         assert result.code == 2
-        assert "add --resume" in result.err
+        assert "already holds a run; resume it, or" in result.err
 
     def test_what_a_crash_left_before_any_checkpoint(self, folder, train):
         Path("new").mkdir()
@@ -344,8 +385,20 @@ class TestFailures:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         result = train("--steps", 2)
         assert result.code == 0
-        assert "pip install 'receptance[plot]'" in result.out
+        assert "no plot without matplotlib: pip install matplotlib" in result.out
         assert not Path("new/loss.png").exists()
+
+    @pytest.mark.parametrize("error", [RuntimeError("a broken\nfont cache"), KeyError("x")])
+    def test_a_plot_ends_no_run_and_fails_aloud_once(self, error, train, monkeypatch):
+        def fail(metrics: Path, picture: Path) -> None:
+            raise error
+
+        monkeypatch.setattr(plots, "draw_losses", fail)
+        result = train("--steps", 6, "--reports", 3)
+        assert result.code == 0, result.err
+        assert result.out.count("no plot: ") == 1
+        assert "no plot: a broken font cache\n" in result.out or "no plot: 'x'\n" in result.out
+        assert steps("new") == list(range(1, 7))
 
     def test_not_a_number_keeps_the_last_checkpoint(self, train, monkeypatch):
         run_step = Trainer.run_step

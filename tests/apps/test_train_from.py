@@ -1,6 +1,5 @@
 """receptance train: what it can begin with, and what it refuses to go on with."""
 
-import contextlib
 import errno
 import json
 import os
@@ -23,7 +22,6 @@ from receptance.storage.checkpoint import load, read_tensors, save
 from receptance.storage.directories import newest_checkpoint, step_directories
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import ByteTokenizer
-from receptance.training import run as training_run
 from receptance.training import start
 from receptance.training.notes import read_about
 from receptance.training.run import Run
@@ -142,7 +140,7 @@ class TestCorpora:
         begun("train", "--resume", "--out", "new", "--steps", 3)
         without = [word for word in run if word not in ("--tokenizer", "bytes")]
         without[without.index("new")] = "other"
-        assert "give it with --tokenizer" in refused(*without)
+        assert "name that tokenizer" in refused(*without)
 
     def test_another_tokenizer_than_the_model_s(self, corpus, folder):
         assert call("train", "text.txt", "--out", "bpe", "--steps", 1, *SMALL.split(),
@@ -221,11 +219,46 @@ class TestInit:
     @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
     def test_other_sizes_than_the_model_has_are_refused(self, folder, asked, dry):
         line = refused("train", "text.txt", "--init", "run", "--out", "new", *asked, *dry)
-        assert "the model of --init has" in line and "leave" in line
+        assert "the model of init has" in line and "leave" in line
 
     def test_sizes_said_twice_are_refused(self, folder):
         asked = "--size", "169m", "--width", 64
         assert "leave those out" in refused("train", "text.txt", "--out", "new", *asked)
+
+    @pytest.mark.parametrize(
+        ("more", "what", "rates"),
+        [
+            ([], "all parameters of a given model", (2e-5, 1e-5)),
+            (["--tune", "lora"], "LoRA", (2e-4, 1e-5)),
+            (["--tune", "state"], "a state", (0.1, 1e-3)),
+            (["--learning-rate", 3e-6], None, (3e-6, 3e-6)),
+        ],
+    )
+    def test_the_learning_rate_is_one_for_fine_tuning(self, more, what, rates, folder):
+        """Pretraining's would destroy what the model has learned."""
+        start = ["train", "text.txt", "--init", "run", "--out", "new", "--batch", 2]
+        result = call(*start, "--context", 32, "--steps", 2, *more)
+        assert result.code == 0, result.err
+        why = f" (the default for {what})" if what else ""
+        said = f"learning rate: {rates[0]:g} at the start, {rates[1]:g} at the end{why}\n"
+        assert said in result.out
+        stored = read_about(newest_checkpoint("new")[0]).options.train
+        assert (stored.learning_rate, stored.final_learning_rate) == rates
+        lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
+        used = [line["learning_rate"] for line in lines if "loss" in line]
+        assert used == pytest.approx([(rates[0] * rates[1]) ** 0.5, rates[1]])
+
+    def test_a_new_model_has_the_papers_rate(self, folder):
+        more = [*SMALL.split()[:-2], "--steps", 1, "--out", "new"]
+        result = call("train", "text.txt", *more)
+        assert "learning rate: 0.0006 at the start, 1e-05 at the end (the default" in result.out
+        assert read_about(newest_checkpoint("new")[0]).options.train.rates == (6e-4, 1e-5)
+
+    def test_a_recipe_s_rate_counts(self, folder):
+        Path("mine.toml").write_text("learning_rate = 3e-5\nfinal_learning_rate = 1e-6")
+        words = ["--recipe", "mine.toml", "--steps", 1, "--batch", 2, "--context", 32]
+        result = call("train", "text.txt", "--init", "run", "--out", "new", *words)
+        assert "learning rate: 3e-05 at the start, 1e-06 at the end\n" in result.out
 
     def test_nothing_there(self, folder):
         assert "nowhere" in refused("train", "text.txt", "--init", "nowhere", "--out", "new")
@@ -269,7 +302,7 @@ class TestTuning:
     def test_it_goes_on_from_anywhere_and_if_the_model_was_moved(self, folder, monkeypatch):
         directory = begun("train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new",
                           *TUNE.split())  # fmt: skip
-        assert read_about(directory).options.init == str(folder / "run")
+        assert read_about(directory).options.init == str(folder / "run/step-00000012")
         (folder / "elsewhere").mkdir()
         monkeypatch.chdir(folder / "elsewhere")
         assert begun("train", "--resume", "--out", "../new", "--steps", 7).name == "step-00000007"
@@ -279,6 +312,42 @@ class TestTuning:
         assert begun(*again, "../moved").name == "step-00000008"
         save(Model(ModelConfig(vocab_size=256, width=16, num_layers=2)), "other", ByteTokenizer())
         assert "was trained on model" in refused(*again, "other")
+
+    def test_the_checkpoint_that_it_was_trained_on_stays(self, folder):
+        """The run of the base goes on and removes older ones, but not this one."""
+        start = ["train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new"]
+        result = call(*start, *TUNE.split())
+        assert result.code == 0, result.err
+        base = folder / "run/step-00000012"
+        assert f"the adapter is trained on {base}, which its run keeps from now on" in result.out
+        begun("train", "--resume", "--out", "run", "--steps", 24, "--reports", 8)
+        names = [path.name for path in step_directories(Path("run"))]
+        assert names == [f"step-{n:08d}" for n in (12, 21, 24)]
+        model, _ = load(base)
+        load_adapter("new", model)
+        begun("train", "--resume", "--out", "new", "--steps", 7)
+        begun("train", "--resume", "--out", "new", "--steps", 8, "--init", "run")
+        assert f"needed by the adapter in {folder}/new" in Path(f"{base}.pinned").read_text()
+        line = refused("generate", "run", "x", "--adapter", "new")
+        assert f"was trained on model {model.fingerprint()[:12]} ({base}), and this one is" in line
+
+    def test_without_the_mark_it_is_named_when_it_is_gone(self, folder):
+        base = folder / "run/step-00000012"
+        begun("train", "text.txt", "--init", base, "--tune", "lora", "--out", "new", *TUNE.split())
+        Path(f"{base}.pinned").unlink()
+        begun("train", "--resume", "--out", "run", "--steps", 24, "--reports", 8)
+        line = refused("generate", "run", "x", "--adapter", "new")
+        assert f"({base}, which is no longer there)" in line
+
+    def test_a_base_that_cannot_be_marked_is_said(self, folder, monkeypatch):
+        def read_only(directory: Path, reason: str) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(start, "pin", read_only)
+        result = call("train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new",
+                      *TUNE.split())  # fmt: skip
+        assert result.code == 0, result.err
+        assert "run/step-00000012 may be removed when its run goes on" in result.out
 
     def test_every_row_of_state_tuning_is_one_document(self, records, monkeypatch):
         """A second one in the row would begin from an empty state."""
@@ -328,8 +397,8 @@ class TestTuning:
     @pytest.mark.parametrize(
         ("more", "why"),
         [
-            ([], "say which model with --init"),
-            (["--init", "run", "--packing", "whole"], "leave --packing out"),
+            ([], "say which model with init"),
+            (["--init", "run", "--packing", "whole"], "leave packing out"),
             (["--init", "run", "--parallel", "fsdp"], "works with ddp"),
         ],
     )
@@ -366,7 +435,41 @@ class TestRecipes:
     def test_a_dry_run_knows_what_is_offloaded(self, folder):
         more = ["train", "--recipe", "14b", "--dry-run", "--on", "rtx-4090", "--devices", "8"]
         results = [call(*more, *extra) for extra in ([], ["--offload"])]
+        assert [result.code for result in results] == [0, 0], results[1].err
         assert ["does not fit" in result.out for result in results] == [True, False]
+
+    @pytest.mark.parametrize(
+        ("recipe", "given"),
+        [
+            ('parallel = "fsdp"', ["--offload"]),
+            ('init = "run"', ["--tune", "lora"]),
+            ("context = 8192", ["--context-ranks", 512, "--devices", 512]),
+            ('tune = "state"', ["--init", "run"]),
+        ],
+    )
+    def test_options_are_checked_together_with_those_given(self, recipe, given, folder):
+        """Neither the recipe nor the command line would do alone."""
+        Path("mine.toml").write_text(recipe)
+        result = call("train", "--recipe", "mine.toml", *given, "--dry-run", "--on", "h100")
+        assert (result.code, result.err) == (0, "")
+        assert "FLOP" in result.out
+        if "--init" not in given:
+            refused("train", *given, "--dry-run", "--on", "h100")
+
+    def test_a_recipe_does_not_excuse_what_does_not_go_together(self, folder):
+        Path("mine.toml").write_text('parallel = "ddp"')
+        line = refused("train", "text.txt", "--recipe", "mine.toml", "--offload", "--out", "new")
+        assert "set parallel to fsdp" in line
+        assert not Path("new").exists()
+
+    def test_stored_options_count_when_a_run_is_resumed(self, folder):
+        """A single process has no shares to keep elsewhere, which is found later."""
+        begun("train", "text.txt", "--parallel", "fsdp", "--out", "new", "--steps", 1,
+              *SMALL.split())  # fmt: skip
+        line = refused("train", "--resume", "--offload", "--out", "new", "--steps", 2)
+        assert "there are no shares here" in line
+        line = refused("train", "--auto-resume", "--offload", "--out", "new", "--batch", 3)
+        assert "batch 2, not 3" in line
 
 
 class TestAutoResume:
@@ -405,7 +508,7 @@ def test_a_folder_in_use_is_left_alone(folder):
         (["--resume", "--out", "nowhere"], "no run in nowhere"),
         (["text.txt", "--out", "new", "--recipe", "168m"], "did you mean"),
         (["text.txt", "--out", "new", "--context-ranks", "2"], "torchrun"),
-        (["text.txt", "--out", "new", "--offload"], "add that, or --no-offload"),
+        (["text.txt", "--out", "new", "--offload"], "set parallel to fsdp, or leave offload out"),
         (["text.txt", "--out", "new", "--context-ranks", "0"], "it must be at least 1"),
         (["text.txt", "--out", "new", "--context", "1", "--context-ranks", "2"], "has a piece"),
         (["text.txt", "--out", "new", "--device", "meta"], "'meta' cannot be used here"),
@@ -414,9 +517,13 @@ def test_a_folder_in_use_is_left_alone(folder):
         (["text.txt", "--out", "new", "--tokenizer", "bpe:" + "9" * 30], "less than 2**31"),
         (["--resume", "--dry-run", "--out", "run"], "leave out --resume"),
         (["--dry-run", "--tokenizer", "typo.json"], "typo.json: no such file"),
+        (["nope.txt", "--dry-run"], "nope.txt"),
+        (["empty.txt", "--dry-run"], "the text is empty"),
+        (["text.txt", "--out", "text.txt"], "text.txt is a file; name a folder"),
     ],
 )
 def test_errors_are_one_line(argv, why, folder):
+    Path("empty.txt").touch()
     assert why in refused("train", *SMALL.split()[:2], *argv)
 
 
@@ -465,20 +572,16 @@ class TestBadSteps:
         assert left_out == {n: f"gradient norm is nan at step {n}" for n in (3, 5)}
         assert newest_checkpoint("new")[0].name == "step-00000006"
 
-    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
     def test_even_on_a_full_disk(self, broken, train, monkeypatch):
+        def full(stream: object, **arrays: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
         broken.add(3)
-
-        @contextlib.contextmanager
-        def full(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            yield
-
-        monkeypatch.setattr(training_run, "written", full)
+        monkeypatch.setattr(np, "savez", full)
         result = train("--steps", 4, "--skip-bad-steps")
         assert result.code == 0, result.err
         assert "cannot be written: No space left" in " ".join(result.out.split())
-        assert not list(Path("new").glob("bad-step-*"))
+        assert not list(Path("new").glob("*bad-step-*"))
 
     def test_many_are_left_out_if_others_are_good(self, broken, train):
         """Nine in a row, twice."""
@@ -496,5 +599,5 @@ class TestBadSteps:
     def test_the_advice_can_be_followed(self, reports, broken, train):
         broken.add(3)
         line = train("--steps", 6, "--reports", reports).err
-        assert "begin in another --out with a lower --learning-rate" in line
-        assert ("resume with --skip-bad-steps" in line) == bool(step_directories(Path("new")))
+        assert "begin in another folder with a lower learning_rate" in line
+        assert ("resume with skip_bad_steps" in line) == bool(step_directories(Path("new")))

@@ -21,6 +21,7 @@ from receptance.storage.directories import (
     clean,
     existing,
     newest_checkpoint,
+    pin,
     prune,
     put_aside,
     step_directories,
@@ -369,6 +370,18 @@ class TestPruning:
         prune(run / "step-20", keep=3)
         assert self.steps(run) == ["step-2", "step-3", "step-20"]
         assert hidden(run) == []
+
+    def test_a_pinned_one_stays_as_long_as_its_mark(self, tmp_path):
+        run = self.run(tmp_path, 1, 2, 3, 4)
+        pin(run / "step-1", "needed by one")
+        pin(run / "step-1", "needed by another")
+        prune(run / "step-4", keep=2)
+        assert self.steps(run) == ["step-1", "step-3", "step-4"]
+        assert (run / "step-1.pinned").read_text() == "needed by one\nneeded by another\n"
+        verify(run / "step-1")
+        (run / "step-1.pinned").unlink()
+        prune(run / "step-4", keep=2)
+        assert self.steps(run) == ["step-3", "step-4"]
 
     def test_one_alone_is_too_few(self, tmp_path):
         assert "at least 2" in refusal(lambda: prune(tmp_path / "step-1", keep=1))

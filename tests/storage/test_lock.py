@@ -107,6 +107,9 @@ class TestTheLock:
     def test_a_folder_that_cannot_be_is_one_line(self, tmp_path):
         (tmp_path / "file").touch()
         assert "cannot be locked" in refusal(lambda: lock(tmp_path / "file/run"))
+        assert "[Errno" not in refusal(lambda: lock(tmp_path / "file/run"))
+        message = refusal(lambda: lock(tmp_path / "file"))
+        assert message == f"{tmp_path / 'file'} is a file; name a folder"
 
     def test_an_error_inside_passes_through_and_unlocks(self, tmp_path):
         with pytest.raises(KeyError), RunLock(tmp_path):

@@ -48,7 +48,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With what two processes found, and the checkpoints of theirs and of a single one."""
+    """With what two processes found and said, and the checkpoints of theirs and of a single one."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = make("one", "reset", Ranks())
     figures(alone)
@@ -57,10 +57,10 @@ def folder(tmp_path_factory) -> Path:
     # As torchrun would, without its agent.
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     shared |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
-    port = free_port()
+    ports = [free_port(), free_port()]
     processes = [
         subprocess.Popen(
-            [sys.executable, HERE / "two_ranks.py", folder, port],
+            [sys.executable, HERE / "two_ranks.py", folder, *ports],
             env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -73,6 +73,8 @@ def folder(tmp_path_factory) -> Path:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    for rank, said in enumerate(errors):
+        (folder / f"said-{rank}.txt").write_text(said)
     return folder
 
 
@@ -161,6 +163,15 @@ class TestTheirCheckpoints:
         assert same_bits(model.state_dict(), tensors)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nodes_that_share_no_disk_are_told_so(rank, folder):
+    """Each would train alone, or wait for ever for checkpoints of the other."""
+    last = (folder / f"said-{rank}.txt").read_text().splitlines()[-1]
+    assert "is not one folder for all processes: 1 of 2 do not see what the first one" in last
+    assert not list((folder / "of-0-alone").glob("[!.]*"))
+    assert not list((folder / "of-0-alone").glob(".seen-*"))
+
+
 class TestRanks:
     @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
     def test_every_position_of_every_row_falls_to_one(self, groups, neighbors, batch, context):
@@ -185,7 +196,7 @@ class TestRanks:
         with joined("cpu") as (ranks, device):
             assert (ranks, device.type) == (Ranks(), "cpu")
             assert ranks.sum([1.5, 2], device) == [1.5, 2]
-        needs = pytest.raises(ValueError, match="--context-ranks 2 needs as many processes")
+        needs = pytest.raises(ValueError, match="context_ranks is 2, which needs as many processes")
         with needs, joined("cpu", 2):
             pass
 
@@ -204,7 +215,7 @@ class TestOffload:
 
     @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
     def test_without_shares_there_is_nothing_to_keep(self, parallel):
-        with pytest.raises(ValueError, match="start several with torchrun, or give --no-offload"):
+        with pytest.raises(ValueError, match="start several processes with torchrun"):
             build(SIZES, (), TrainOptions(), parallel=parallel, offload=True)
 
 

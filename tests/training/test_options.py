@@ -1,12 +1,15 @@
 """The options' limits, and the learning rate of every step."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from training_cases import make_trainer, run, small
 
+import receptance
 from receptance.training import TrainOptions, learning_rate
 
 
@@ -50,6 +53,21 @@ class TestLearningRate:
     def test_it_is_finite_when_no_steps_are_left_to_decay_in(self):
         options = TrainOptions(steps=5, warmup_steps=4, constant_steps=4)
         assert all(0 < learning_rate(step, options) <= 6e-4 for step in range(9))
+
+    @pytest.mark.parametrize(
+        ("trained", "rates"),
+        [
+            ("new", (6e-4, 1e-5)),
+            ("all", (2e-5, 1e-5)),
+            ("lora", (2e-4, 1e-5)),
+            ("state", (0.1, 1e-3)),
+        ],
+    )
+    def test_its_default_depends_on_what_is_trained(self, trained, rates):
+        assert TrainOptions().with_rates(trained).rates == rates
+        given = TrainOptions(learning_rate=0.5, final_learning_rate=0.25)
+        assert given.with_rates(trained).rates == (0.5, 0.25)
+        assert TrainOptions(learning_rate=1e-7).with_rates(trained).rates == (1e-7, 1e-7)
 
     def test_steps_use_it_times_the_scale(self):
         trainer = make_trainer(small(steps=6, warmup_steps=2))
@@ -114,3 +132,11 @@ def test_options_are_checked(name, value):
         TrainOptions(**{name: value})
     assert str(caught.value).startswith(name)
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("room", ["training", "adapters", "storage/lock.py", "plots.py"])
+def test_the_library_names_arguments_and_no_flags(room):
+    """Its users call it from Python; help texts of the command are made of these docstrings."""
+    root = Path(receptance.__file__).parent / room
+    for file in [root] if root.is_file() else root.rglob("*.py"):
+        assert not re.findall(r"(?<![\w-])--[a-z][\w-]*", file.read_text()), file

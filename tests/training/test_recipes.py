@@ -4,16 +4,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pytest
-import tyro
 from command import call
 from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance.apps.train import Options as TrainCommand
 from receptance.training import TrainOptions, learning_rate
+from receptance.training.options import SECTION
 from receptance.training.recipes import apply_recipe, load_recipe, option_names, recipe_names
 
 # Appendix G of the paper: first learning rate, mini-epochs before the decay, last learning rate.
@@ -165,8 +165,8 @@ class Outer:
     init: Path | None = None
     flag: bool = False
     data: tuple[str, ...] = ()
-    inner: Annotated[Inner, tyro.conf.arg(name="")] = field(default_factory=Inner)
-    low: Named = field(default_factory=Named)
+    inner: Inner = field(default_factory=Inner)
+    low: Named = field(default_factory=Named, metadata=SECTION)
 
 
 class TestAppliedToOptions:

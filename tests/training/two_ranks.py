@@ -1,7 +1,8 @@
 """What each of two processes does in test_distributed.py: everything, with one start of torch.
 
-python two_ranks.py FOLDER PORT: reads FOLDER/one (a checkpoint), writes FOLDER/found.json and
-checkpoints of its own; then calls `receptance train` in FOLDER, meeting the other at PORT.
+python two_ranks.py FOLDER PORT PORT: reads FOLDER/one (a checkpoint), writes FOLDER/found.json and
+checkpoints of its own; then calls `receptance train` in FOLDER, meeting the other at the first
+port, and at the second one once more, with a run folder that the two do not share.
 """
 
 import json
@@ -24,6 +25,7 @@ from receptance.adapters import LoRAOptions, make_adapter
 from receptance.model import Model, starting_values
 from receptance.storage.checkpoint import read_tensors
 from receptance.training import Trainer, sharding
+from receptance.training import ranks as ranks_module
 from receptance.training.ranks import Ranks, joined
 from receptance.training.saving import restore
 from receptance.training.sharding import build, gather, whole_model
@@ -182,4 +184,8 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     os.environ["MASTER_PORT"] = sys.argv[2]
     plots.draw_losses = lambda metrics, picture: None  # type: ignore[assignment]
-    sys.exit(command([*COMMAND.split(), "--out", "undisturbed"]))
+    code = command([*COMMAND.split(), "--out", "undisturbed"])
+    os.environ["MASTER_PORT"] = sys.argv[3]
+    with mock.patch.object(ranks_module, "_VISIBLE_SECONDS", 1.0):
+        apart = command([*COMMAND.split(), "--out", f"of-{os.environ['RANK']}-alone"])
+    sys.exit(code or (0 if apart == 2 else 1))

@@ -91,7 +91,7 @@ class Adapter(nn.Module, ABC):
         """A new model that does alone what this one does with the adapter, in dtype if given."""
         raise ValueError(
             f"an adapter of kind {self.kind!r} is no part of the weights and cannot be merged; "
-            "use it as it is, with --adapter"
+            "use it as it is, beside the model"
         )
 
     def fingerprint(self, model_fingerprint: str) -> str:

@@ -1,9 +1,10 @@
-"""Making adapters from options, and reading what `Adapter.save` wrote."""
+"""Making adapters from options, and reading the files that `Adapter.save` writes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import reprlib
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from receptance.adapters.lora import LoRA, LoRAOptions
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
 from receptance.formats.files import reason
 from receptance.model import Model
+from receptance.storage.directories import ABOUT as TRAINING
 from receptance.storage.directories import expanded, newest_checkpoint, step_directories
 from receptance.storage.opening import ADAPTER_FILE
 
@@ -36,7 +38,8 @@ def make_adapter(model: Model, options: Options, *, seed: int = 0) -> Adapter:
 def load_adapter(path: str | Path, model: Model) -> Adapter:
     """The adapter in a file, a directory or the newest checkpoint of a run, in evaluation mode.
 
-    ValueError if it is missing, damaged or of another model. Attach it to let it take effect.
+    It takes effect when it is attached. ValueError if it is missing, damaged, or was trained on
+    another model.
     """
     path = expanded(path)
     if path.is_dir() and step_directories(path):
@@ -69,7 +72,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # Besides its own error it passes on those of torch, asked for an impossible view.
+    # safetensors passes on torch's errors too, as for a view that is impossible.
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable adapter file: {reason(error)}") from None
     ours = isinstance(about, dict) and about.get("format") == FORMAT
@@ -84,13 +87,27 @@ def _check_model(path: Path, wanted: str, model: Model) -> None:
     if found != wanted:
         other = wanted[:12] if wanted[:12].isalnum() else repr(wanted[:12])
         raise ValueError(
-            f"{path} was trained on model {other}, and this one is {found[:12]}; "
-            "give the model that it was trained on"
+            f"{path} was trained on model {other}{_whereabouts(path)}, and this one is "
+            f"{found[:12]}; give the model that it was trained on"
         )
 
 
+def _whereabouts(path: Path) -> str:
+    """Where the model of an adapter was, as the checkpoint that the adapter is part of tells."""
+    try:
+        about = json.loads((path.parent / TRAINING).read_bytes())
+        name = str(about["options"]["init"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    gone = os.path.isabs(name) and not os.path.exists(name)
+    return f" ({name}{', which is no longer there' if gone else ''})"
+
+
 def _options(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> Options:
-    """Those it was made with; ValueError also if they ask for more than is in the file."""
+    """The options that the adapter was made with.
+
+    ValueError if they are damaged, or ask for larger matrices than the file holds.
+    """
     if about["kind"] not in _OPTIONS:
         raise ValueError(
             f"{path} is an adapter of kind {reprlib.repr(about['kind'])}; this release reads "

@@ -28,9 +28,9 @@ class LoRAOptions:
     rank: int = 8
     """Rank r of each pair."""
     alpha: float = 16.0
-    """The product is scaled by alpha / rank, so a change of rank keeps the learning rate."""
+    """The product is scaled by alpha / rank, so that the learning rate need not follow the rank."""
     dropout: float = 0.0
-    """Share of a pair's inputs that is dropped while training."""
+    """Share of each pair's inputs that is dropped while training."""
     targets: tuple[str, ...] = ("blocks.*.att.*", "blocks.*.ffn.*")
     """Patterns of the names of matrices, such as "blocks.*.att.value" or "blocks.0.*"."""
 
@@ -81,7 +81,7 @@ class LoRA(Adapter):
         self.to(model.emb.weight.device)
 
     def hooks(self, model: Model) -> list[RemovableHandle]:
-        """One behind each target."""
+        """A hook behind each target, which adds the product to its output."""
         return [
             _matrix(model, name).register_forward_hook(self._add(pair))
             for name, pair in self._all()
@@ -96,7 +96,7 @@ class LoRA(Adapter):
                 raise ValueError(f"the model has no matrix {name} of shape {list(wanted)}")
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Per target its A [r,in] and its B [out,r]."""
+        """The parameters by name: A [r,in] and B [out,r] of each target."""
         both = [
             (name + part, matrix.weight)
             for name, pair in self._all()
@@ -133,7 +133,11 @@ class LoRA(Adapter):
 
 
 def _matrices(model: Model) -> dict[str, Linear]:
-    """The blocks' matrices; the head is none of them, because training reads its weight alone."""
+    """The matrices of the blocks by name.
+
+    The head is not among them: training reads its weight and never calls it, so that a hook on it
+    would have no effect.
+    """
     blocks = model.blocks.named_modules(prefix="blocks")
     return {name: module for name, module in blocks if isinstance(module, Linear)}
 

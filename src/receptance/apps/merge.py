@@ -16,10 +16,11 @@ from receptance.model import Model
 from receptance.storage.checkpoint import load, save
 from receptance.storage.directories import expanded
 
-# Largest difference of a logit, relative to the largest logit, that float32's rounding excuses.
+# Rounding in float32 may change a logit by this much, relative to the largest logit.
 _FLOAT32_ERROR = 1e-4
-# Of what the adapter does, the share that rounding to bfloat16 may take away.
+# Rounding to bfloat16 may take away this share of the adapter's effect.
 _BFLOAT16_LOSS = 0.1
+# The logits of so many rows and tokens are compared.
 _PROBE = (2, 64)
 
 
@@ -36,7 +37,7 @@ class Options:
     tokenizer: str | None = None
     """A tokenizer file, or "bytes", instead of the one beside the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the merged weights; that of the model if not given."""
+    """The type of the merged weights; that of the model if not given."""
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
 
 @torch.no_grad()
 def _logits(model: Model) -> Tensor:
-    """Computed in float32 on the same tokens every time: [B,T,V]."""
+    """The model's logits [B,T,V], in float32, for tokens that are always the same."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, _PROBE, generator=generator)
     return model(tokens, dtype=torch.float32)[0]

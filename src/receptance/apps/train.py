@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,23 +16,52 @@ import torch
 import tyro
 from rich.console import Console
 
-from receptance.data import TokenFiles, is_corpus
+from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
+from receptance.model.devices import described, resolve_device
 from receptance.progress import say
 from receptance.storage import checkpoint
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import Tokenizer, load_tokenizer
+from receptance.training import TrainOptions, learning_rate
 from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
 from receptance.training.logs import check_kinds
 from receptance.training.notes import check_changes, located, read_about
 from receptance.training.options import StartOptions
-from receptance.training.ranks import joined
+from receptance.training.ranks import Ranks, joined
 from receptance.training.recipes import apply_recipe
 from receptance.training.run import Run, RunOptions
-from receptance.training.start import NEW_TOKENIZER, adapter_size, begin, check_new, resume
+from receptance.training.start import NEW_TOKENIZER, Start, adapter_size, begin, check_new, resume
 
-# Those of the paper's models.
+# The tokenizer of the paper's models, which recipes name, and its number of tokens.
 _PILE_TOKENIZER, _PILE_VOCABULARY = "20B_tokenizer.json", 50277
+_TRAINED = {
+    "new": "a new model",
+    "all": "all parameters of a given model",
+    "lora": "LoRA",
+    "state": "a state",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start(StartOptions):
+    """What is trained, and where."""
+
+    # On the command line these options have no prefix: --steps, not --train.steps.
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
+    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: the options of a recipe or of a resumed run may still be missing."""
+
+    def checked(self) -> StartOptions:
+        """The same options for the library; ValueError if some of them do not go together."""
+        return StartOptions(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    @staticmethod
+    def of(options: StartOptions) -> _Start:
+        """The same options for the command line."""
+        return _Start(**{f.name: getattr(options, f.name) for f in fields(options)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +88,14 @@ class Options:
     """Continue the run in --out if there is one, otherwise begin it: one command for schedulers
     and torchrun --max-restarts."""
     dry_run: bool = False
-    """Print parameters, FLOPs, memory, steps and time, and train nothing."""
+    """Look for the data, print parameters, FLOPs, memory, steps and time, and train nothing."""
     on: str = "this-machine"
     """For --dry-run: the device, such as h200, a100-80g, rtx-4090."""
     devices: int = 1
     """For --dry-run: how many of them."""
     mfu: float = DEFAULT_UTILIZATION
     """For --dry-run: the share of their peak that is reached."""
-    start: Annotated[StartOptions, tyro.conf.arg(name="")] = field(default_factory=StartOptions)
+    start: Annotated[_Start, tyro.conf.arg(name="")] = field(default_factory=_Start)
     run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
 
 
@@ -84,52 +114,100 @@ def main(argv: list[str]) -> None:
     if options.resume and not out.is_dir():
         raise ValueError(f"no run in {out} to resume")
     place = _place(out, options, argv)
-    checkpoint.resolve_device(place.device)
+    device = resolve_device(place.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_line())
-        ranks, device = stack.enter_context(joined(place.device, place.context_ranks))
+        ranks, device = stack.enter_context(joined(device, place.context_ranks))
         console = _Console(quiet=not ranks.first)
+        several = f", {ranks.count} processes" if ranks.count > 1 else ""
+        say(console, f"training on {described(device)}{several}")
         if ranks.first:
             stack.enter_context(RunLock(out))
         ranks.wait()
-        begun = out.is_dir() and bool(step_directories(out))
-        if options.resume or (options.auto_resume and begun):
-            directory = Path(ranks.share(lambda: str(_newest(out, console))))
-            start = replace(_resumed(argv, directory), device=str(device))
-            parts = resume(out, directory, options.data, start, ranks)
-            say(console, f"resumed {directory} at step {parts.trainer.step}")
-            if options.resume:
-                _say_unread(options, console)
-        else:
-            check_new(out, again=options.auto_resume)
-            start = replace(options.start, device=str(device))
-            parts = begin(out, options.data, start, ranks, console)
+        ranks.check_shared(out)
+        parts = _start(out, options, argv, ranks, device, console)
         sizes = parts.trainer.model.config
         console.print(
             f"{sizes.num_parameters:,} parameters ({sizes.num_layers} layers of {sizes.width}, "
             f"vocabulary {sizes.vocab_size}), {len(parts.corpus.train):,} training tokens"
         )
-        Run(out, options.run, parts, console).go()
+        if not Run(out, options.run, parts, console).go():
+            command = shlex.join(["receptance", "train", "--resume", "--out", str(out)])
+            say(console, f"continue with: {command}")
+
+
+def _start(
+    out: Path,
+    options: Options,
+    argv: list[str],
+    ranks: Ranks,
+    device: torch.device,
+    console: Console,
+) -> Start:
+    """A new run, or the one in the folder as its newest whole checkpoint has it."""
+    begun = ranks.share(lambda: "yes" if step_directories(out) else "")
+    if not (options.resume or (options.auto_resume and begun)):
+        check_new(out, again=options.auto_resume)
+        given = options.start.checked()
+        parts = begin(out, options.data, given, ranks, console, device)
+        _say_rates(given, parts, console)
+        return parts
+    directory = Path(ranks.share(lambda: str(_newest(out, console))))
+    stored = read_about(directory).options
+    parts = resume(out, directory, options.data, _resumed(argv, stored), ranks, device)
+    say(console, f"resumed {directory} at step {parts.trainer.step}")
+    _say_changed_rate(stored.train, parts, console)
+    if options.resume:
+        _say_unread(options, console)
+    return parts
+
+
+def _say_rates(given: StartOptions, parts: Start, console: Console) -> None:
+    """Say with which learning rates a run begins, and why if nobody named one."""
+    first, last = parts.trainer.options.rates
+    named = given.train.learning_rate is not None
+    why = "" if named else f" (the default for {_TRAINED[given.trained]})"
+    say(console, f"learning rate: {first:g} at the start, {last:g} at the end{why}")
+
+
+def _say_changed_rate(stored: TrainOptions, parts: Start, console: Console) -> None:
+    """Say by how much the learning rate jumps if a resumed run has more steps or minutes."""
+    trainer, given = parts.trainer, parts.trainer.options
+    if (stored.steps, stored.minutes) == (given.steps, given.minutes):
+        return
+    before, now = (
+        learning_rate(trainer.step, options, options.clock(trainer.seconds))
+        for options in (stored, given)
+    )
+    say(
+        console,
+        f"the schedule changes with steps and minutes: the learning rate was {before:.3g} and "
+        f"continues at {now:.3g}",
+    )
 
 
 def _recipe(name: str, given: Options) -> Options:
-    """The recipe's, but for its tokenizer where the model or the corpus brings one."""
+    """The recipe's options, without its tokenizer where the model or the corpus has one."""
     recipe = apply_recipe(Options(), name)
-    if given.start.init is None and _corpus_tokenizer(given.data) is None:
+    if given.start.init is None and _corpus_tokenizer(given.data or recipe.data) is None:
         return recipe
     return replace(recipe, start=replace(recipe.start, tokenizer=None))
 
 
 def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
-    """Of a corpus of tokens that says what made it."""
-    if len(data) == 1 and is_corpus(data[0]):
+    """The tokenizer of a corpus of tokens, if that says which one made it."""
+    if _is_one_corpus(data):
         return TokenFiles.open(data[0]).tokenizer
     return None
 
 
+def _is_one_corpus(data: Sequence[str]) -> bool:
+    return len(data) == 1 and is_corpus(data[0])
+
+
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """What nobody but the user can mend, in words."""
+    """Turn RuntimeErrors about memory or lost processes into ValueErrors of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -150,12 +228,14 @@ def _parsed(argv: list[str], default: Options) -> Options:
 
 
 def _dry_run(options: Options) -> None:
-    start = options.start
+    start = options.start.checked()
+    own = _corpus_tokenizer(options.data)
+    if options.data and not _is_one_corpus(options.data):
+        check_sources(options.data, start.read, start.exclude)
     if start.init is not None:
         sizes = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())[0]
         start.check_sizes(sizes)
     else:
-        own = _corpus_tokenizer(options.data)
         name = start.tokenizer or NEW_TOKENIZER
         sizes = start.sizes(_vocabulary(name) if own is None else own.vocab_size)
     found = estimate(
@@ -173,17 +253,17 @@ def _dry_run(options: Options) -> None:
 
 
 def _vocabulary(name: str) -> int:
-    """How many tokens the tokenizer of that name has, or will have."""
+    """The number of tokens that the tokenizer of that name has, or will have."""
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal():
         return int(size)
     if Path(name).name == _PILE_TOKENIZER and not expanded(name).exists():
-        return _PILE_VOCABULARY  # of the recipes, whose file need not be here yet
+        return _PILE_VOCABULARY  # an estimate does not need the file
     return load_tokenizer(name).vocab_size
 
 
 def _say_unread(options: Options, console: Console) -> None:
-    """What was given although the run that goes on has its own."""
+    """Say what was given in vain, because a resumed run keeps its own."""
     text = options.data and not is_corpus(options.data[0])
     for what, given in {"text": text, "recipe": options.recipe}.items():
         if given:
@@ -191,6 +271,7 @@ def _say_unread(options: Options, console: Console) -> None:
 
 
 def _newest(out: Path, console: Console) -> Path:
+    """The newest whole checkpoint; damaged ones behind it are reported and renamed."""
     directory, skipped = newest_checkpoint(out)
     for reason in skipped:
         say(console, f"skipped a damaged checkpoint: {reason}", style="bold yellow")
@@ -200,25 +281,28 @@ def _newest(out: Path, console: Console) -> Path:
 
 
 def _place(out: Path, options: Options, argv: list[str]) -> StartOptions:
-    """Where to train is known before anything else: for a run that goes on, where it was."""
-    if (options.resume or options.auto_resume) and out.is_dir():
-        for directory in step_directories(out)[-1:]:
-            with suppress(ValueError):  # damaged, as will be said
-                return _resumed(argv, directory)
-    return options.start
+    """Options that say where to train, before any process is joined: a resumed run has its own."""
+    going_on = (options.resume or options.auto_resume) and out.is_dir()
+    for directory in reversed(step_directories(out) if going_on else []):
+        try:
+            stored = read_about(directory).options
+        except ValueError:  # the checkpoint is damaged, as will be said
+            continue
+        return _resumed(argv, stored)
+    return options.start if options.resume else options.start.checked()
 
 
-def _resumed(argv: list[str], directory: Path) -> StartOptions:
-    """The stored options; those given that may change replace them, others are refused."""
-    # Parsed again: what was stored is now the default, so that only what was given can differ.
-    stored = read_about(directory).options
-    given = located(_parsed(argv, Options(start=stored)).start)
+def _resumed(argv: list[str], stored: StartOptions) -> StartOptions:
+    """The stored options with those given in their place; ValueError if one may not change."""
+    # The command line is parsed again with the stored options as defaults, so that only what was
+    # given can differ.
+    given = located(_parsed(argv, Options(start=_Start.of(stored))).start.checked())
     check_changes(stored, given)
     return given
 
 
 class _Console(Console):
-    """A console without which the run goes on: its reader may go away, or its disk be full."""
+    """A console whose loss does not end the run: its reader may go away, its disk may be full."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
@@ -228,6 +312,6 @@ class _Console(Console):
         try:
             super()._check_buffer()
         except OSError as error:
-            self.on_broken_pipe()  # the rest goes nowhere
+            self.on_broken_pipe()  # the rest of the output is dropped
             with suppress(OSError):
                 print(f"receptance: warning: no more output: {error.strerror}", file=sys.stderr)

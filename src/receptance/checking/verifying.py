@@ -23,11 +23,12 @@ from receptance.conversion import comparing
 from receptance.engine.native import NativeEngine
 from receptance.formats.names import some
 from receptance.model import Model
+from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
 from receptance.ops import available_backends, native, triton_wkv4
 from receptance.quantize.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
 from receptance.state import State
-from receptance.storage.checkpoint import read_opened, resolve_device
+from receptance.storage.checkpoint import read_opened
 from receptance.storage.opening import look, open_path
 from receptance.storage.quantized import dequantized_tensors, read_quantized
 

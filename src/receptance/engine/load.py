@@ -18,12 +18,13 @@ from receptance.engine.memory import Arena, room
 from receptance.engine.native import NativeEngine, check_supported, supports
 from receptance.engine.wide import widen
 from receptance.model import Model
+from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
 from receptance.ops import native
 from receptance.quantize import Quantized, check_group, quantize
 from receptance.quantize.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack
 from receptance.state import State
-from receptance.storage.checkpoint import as_model, read_opened, resolve_device
+from receptance.storage.checkpoint import as_model, read_opened
 from receptance.storage.opening import Opened, open_path
 from receptance.storage.pairing import chosen_tokenizer, no_tokenizer
 from receptance.storage.quantized import QuantizedModel, open_quantized, quantization_of

@@ -17,6 +17,7 @@ from receptance.config import ModelConfig
 from receptance.formats import hf
 from receptance.formats.names import conform
 from receptance.model import Model
+from receptance.model.devices import resolve_device
 from receptance.storage.directories import write_directory
 from receptance.storage.opening import CHECKPOINT_FORMAT, FORMAT_VERSION, Opened, open_path
 from receptance.storage.pairing import (
@@ -191,17 +192,3 @@ def _belonging(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> d
         raise ValueError(
             f"{error}; config.json and the tensors beside it do not belong together"
         ) from None
-
-
-def resolve_device(device: torch.device | str) -> torch.device:
-    """The device of that name, "auto" being a GPU where there is one, else the CPU.
-
-    ValueError if nothing can be computed there.
-    """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
-    return torch.device(name)

@@ -36,6 +36,8 @@ LEAST_KEPT = 2
 # In a checkpoint of a run, what it says about that.
 ABOUT = "training.json"
 _STEP = re.compile(r"step-(\d+)")
+# Ending of the mark beside a checkpoint that somebody outside its run needs.
+_PIN = ".pinned"
 
 
 def write_directory(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -271,16 +273,27 @@ def put_aside(newest: Path) -> list[Path]:
     return moved
 
 
+def pin(directory: Path, reason: str) -> None:
+    """Keep `prune` from removing a checkpoint of a run, by a mark beside it that says why.
+
+    Whoever does not need the checkpoint any more deletes the mark. OSError if it cannot be written.
+    """
+    with directory.with_name(directory.name + _PIN).open("a", encoding="utf-8") as mark:
+        mark.write(reason + "\n")
+
+
 def prune(newest: Path, keep: int) -> None:
     """Of the checkpoints up to the one just written, remove all but the last `keep`.
 
-    Later ones are not touched: a run that went back to an older step will write them again.
+    Pinned checkpoints stay. Later ones are not touched: a run that went back to an older step will
+    write them again.
     """
     if keep < LEAST_KEPT:
         raise ValueError(f"keep is {keep}; a run keeps at least {LEAST_KEPT} checkpoints")
     steps = [p for p in step_directories(newest.parent) if step_number(p) <= step_number(newest)]
     for old in steps[:-keep]:
-        remove(old)
+        if not old.with_name(old.name + _PIN).exists():
+            remove(old)
 
 
 def clean(run: Path) -> None:

@@ -13,11 +13,11 @@ _LOCK, _HOLDER = ".lock", ".lock-holder"
 
 
 class RunLock:
-    """Keeps a second process from writing into a run's folder, as long as the block lasts.
+    """A lock that keeps a second process from writing into a run's folder while the block lasts.
 
-    The kernel holds the lock and lets it go when the process ends, however it ends. What an
-    earlier process left half done is tidied up on entry. ValueError, naming the holder, if the
-    folder is in use.
+    The kernel holds the lock and releases it when the process ends, however it ends. On entry the
+    folder is cleared of what an earlier process left half done. ValueError, naming the holder, if
+    the folder is in use, or if it cannot be made.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -35,10 +35,14 @@ class RunLock:
                 f"{self.folder} is in use by {self._holder()}; wait until that has ended, stop "
                 "it, or choose another folder"
             ) from None
+        except FileExistsError:
+            raise ValueError(f"{self.folder} is a file; name a folder") from None
         except OSError as error:
-            raise ValueError(f"{self.folder} cannot be locked: {error}") from None
-        # Beside the lock, not in it: some releases of filelock empty the file when they open it.
-        with suppress(OSError):  # a full disk is no reason not to begin
+            reason = error.strerror or error
+            raise ValueError(f"{self.folder} cannot be locked: {reason}") from None
+        # The holder's name stands in a file of its own, because some releases of filelock empty
+        # the file that they lock. A full disk is no reason not to begin.
+        with suppress(OSError):
             name = f"process {os.getpid()} on {socket.gethostname()}"
             (self.folder / _HOLDER).write_text(name)
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What accelerators can do: speed and memory by the makers' data sheets, and what is measured."""
+"""Which device to use, and what it can do by its maker's data sheet or a short measurement."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Device:
 
     name: str
     flops: float
-    """Peak per second: dense matrix products of bfloat16, summed in float32."""
+    """Peak operations per second in dense matrix products of bfloat16, summed in float32."""
     memory: float
-    """Bytes."""
+    """Its memory in bytes."""
 
 
-# Peak TFLOP/s, GB, and what torch calls it. Data sheets of NVIDIA and AMD; those that only print
-# the rate with sparsity are halved. Variants (laptop, NVL, MIG, ...) match nothing: they are
-# measured. V100 and T4 have no bfloat16: the figure is that of float16.
+# Each line has the peak in TFLOP/s, the memory in GB, and a pattern of the name that torch gives.
+# The figures are from the data sheets of NVIDIA and AMD; where a sheet only prints the rate with
+# sparsity, half of it stands here. Variants (laptop, NVL, MIG, ...) match no pattern and are
+# measured. V100 and T4 have no bfloat16, so their figure is that of float16.
 _DATA_SHEETS = {
     "b200": (2250, 180, r"NVIDIA B200"),
     "h200": (989, 141, r"NVIDIA H200"),
@@ -55,7 +56,10 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, "this-machine" being measured; ValueError names the nearest one."""
+    """The data of the device of that name, or of this machine as measured.
+
+    ValueError names the nearest name that is known.
+    """
     if name == THIS_MACHINE:
         return this_machine()
     if name in DEVICES:
@@ -87,7 +91,7 @@ def peak_flops(device: torch.device | str) -> float:
 
 
 def by_torch_name(name: str) -> Device | None:
-    """The device that torch.cuda.get_device_name calls so, if its data sheet is known."""
+    """The data of the device that torch.cuda.get_device_name gives this name, if it is known."""
     for key, (_, _, pattern) in _DATA_SHEETS.items():
         if re.fullmatch(pattern, name):
             return DEVICES[key]
@@ -97,29 +101,32 @@ def by_torch_name(name: str) -> Device | None:
 def mfu(tokens_per_second: float, config: ModelConfig, peak: float) -> float:
     """Model FLOPs utilization (PaLM, arXiv 2204.02311): the share of the peak spent on the model.
 
-    What is computed a second time to save memory does not count. peak is that of all devices that
-    make these tokens. On a CPU that multiplies bfloat16 faster than float32 it can exceed 1.
+    Recomputation does not count. peak is the sum over all devices that read these tokens. On a CPU
+    that multiplies bfloat16 faster than float32 the result can exceed 1.
     """
     return tokens_per_second * config.training_flops_per_token / peak
 
 
 @functools.cache
 def _measured(device: str, threads: int) -> float:
-    """The best of as many matrix products as fit into the time; `threads` is a key of the cache."""
+    """The speed of the fastest matrix product of those that fit into the time.
+
+    `threads` is there for the cache, which keeps one result for each number of them.
+    """
     on_cpu = torch.device(device).type == "cpu"
-    # Small on a CPU: among many short products some are not disturbed by other processes.
+    # A CPU gets small matrices: of many short products some are not disturbed by other processes.
     size, dtype = (512, torch.float32) if on_cpu else (4096, torch.bfloat16)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < _MEASURING_SECONDS:
         start = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # reading an element waits for all of them
+        float((matrix @ matrix)[0, 0])  # reading an element waits for the whole product
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
 def _main_memory() -> float:
-    """Bytes of memory of this machine; infinite where the system does not tell."""
+    """The bytes of memory of this machine; infinite where the system does not tell."""
     if not hasattr(os, "sysconf"):
         return float("inf")
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,4 +1,4 @@
-"""What a run will cost, before it is begun: parameters, FLOPs, memory per rank, time."""
+"""An estimate of a run's cost before it begins: parameters, FLOPs, memory per rank, time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from receptance.training.devices import THIS_MACHINE, Device, find_device
 from receptance.training.objective import logits_at_once
 from receptance.training.options import TrainOptions
 
-# From RWKV-LM's README: 1.5B with context 1024, 106,000 tokens/s on 8 A100 of 312 TFLOP/s each.
-# Its 14B run (114,000 tokens/s on 64 of them, with recomputation) reached 0.476.
+# RWKV-LM's README reports 106,000 tokens/s for 1.5B with context 1024 on 8 A100 of 312 TFLOP/s
+# each, which is this share. Its 14B run (114,000 tokens/s on 64 A100, recomputing) reached 0.476.
 DEFAULT_UTILIZATION = 0.36
 
 _SECONDS_PER_DAY = 86_400
@@ -26,59 +26,63 @@ _GATHERED_BLOCKS = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in one process, by purpose."""
+    """The bytes that one process holds, by purpose."""
 
     parameters: float
-    """float32 masters."""
+    """The masters of the parameters, in float32."""
     gradients: float
-    """float32."""
+    """Their gradients, in float32."""
     moments: float
-    """Adam's two averages, float32."""
+    """Adam's two averages, in float32."""
     weights: float
-    """Copies of matrices: in the type of activations, and those gathered from other ranks."""
+    """Copies of matrices in the type of activations, and copies gathered from other ranks."""
     activations: float
-    """What the forward pass of one piece (micro_batch rows of chunk tokens) keeps for its backward
-    pass; with recompute the inputs of all blocks and everything of one."""
+    """The tensors that the forward pass of one piece (micro_batch rows of chunk tokens) keeps for
+    its backward pass; with recompute, the inputs of all blocks and everything of one block."""
     head: float
-    """Some of the logits with their errors, and gradients on their way to the parameters'."""
+    """The logits of some positions with their gradients, and the gradients of the head's matrix and
+    of its inputs, before they are added to those of earlier pieces."""
 
     @property
     def total(self) -> float:
-        """All of them, as if they peaked together; CUDA's own (about 1 GB) not included."""
+        """The sum, as if all purposes peaked together; CUDA itself takes about 1 GB more."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run costs on `ranks` of a device."""
+    """The cost of a run on `ranks` devices of one kind."""
 
     config: ModelConfig
     options: TrainOptions
     device: Device
     ranks: int
     positions: tuple[int, int]
-    """Rows, and tokens of each, that a rank holds at a time."""
+    """The rows, and the tokens of each row, that a rank computes at a time."""
     utilization: float
-    """Share of the device's peak that goes into the model (MFU); recomputation lowers it."""
+    """The share of the device's peak that goes into the model (MFU); recomputation lowers it."""
     memory: Memory
-    """Per rank."""
+    """The memory that each rank needs."""
     trained: int | None = None
-    """Parameters of an adapter, which alone are trained; None: those of the model are."""
+    """The number of parameters of an adapter, if that alone is trained; None for the model."""
 
     @property
     def flops_per_token(self) -> int:
-        """Forward and backward; beside an adapter no gradients of the model's matrices."""
+        """The FLOPs of a token, forward and backward.
+
+        Beside an adapter the model's matrices have no gradients, which are a third of all FLOPs.
+        """
         forward = self.config.forward_flops_per_token
         return self.config.training_flops_per_token if self.trained is None else 2 * forward
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks together."""
+        """The tokens that all ranks together read in a step."""
         return self.options.batch * self.options.context
 
     @property
     def steps(self) -> int:
-        """Updates, as many as the time limit allows if there is one."""
+        """The number of updates, if need be as many as the time limit allows."""
         steps = self.options.total_steps
         if self.options.minutes:
             limit = 60 * self.options.minutes * self.tokens_per_second / self.tokens_per_step
@@ -87,23 +91,23 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Read in all, those read again in later epochs included."""
+        """The tokens that are read in all steps, repetitions in later epochs included."""
         return self.steps * self.tokens_per_step
 
     @property
     def flops(self) -> float:
-        """Of the model in all steps, forward and backward, matrix products only."""
+        """The FLOPs of all steps, forward and backward, in matrix products only."""
         return float(self.tokens * self.flops_per_token)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """The speed of all ranks together."""
         peak = self.ranks * self.device.flops
         return peak * self.utilization / self.flops_per_token
 
     @property
     def days(self) -> float:
-        """Steps only: reports, checkpoints and waiting for data come on top."""
+        """The time of the steps; reports, checkpoints and waiting for data come on top."""
         return self.tokens / self.tokens_per_second / _SECONDS_PER_DAY
 
     @property
@@ -126,10 +130,10 @@ def estimate(
 ) -> Estimate:
     """The cost of a run on `ranks` devices of one kind (see devices.DEVICES).
 
-    context_ranks of them share a row; sharded: masters, gradients and moments are divided over all
-    (FSDP); offload: those are in the host's memory, which is not counted; trained: parameters of an
-    adapter, which are trained instead of the model's. ValueError on a device that is not known, and
-    on ranks or a utilization that cannot be.
+    context_ranks is how many of them share a row. sharded divides masters, gradients and moments
+    over all (FSDP), and offload moves these to the host's memory, which is not counted. trained is
+    the number of parameters of an adapter, if that is trained instead of the model. ValueError on
+    an unknown device, and on ranks or a utilization that cannot be.
     """
     if context_ranks < 1 or ranks % context_ranks:
         raise ValueError(f"context_ranks is {context_ranks}; it must divide the {ranks} ranks")
@@ -226,7 +230,7 @@ def _element_bytes(options: TrainOptions) -> int:
 
 
 def table(found: Estimate) -> Table:
-    """The estimate for people, a line per figure."""
+    """The estimate as a table for people, with a line per figure."""
     config, device, (rows, time) = found.config, found.device, found.positions
     lines = Table(box=None, show_header=False, pad_edge=False)
     sizes = f"{config.num_layers} layers of {config.width}, vocabulary {config.vocab_size:,}"
@@ -249,12 +253,12 @@ def table(found: Estimate) -> Table:
 
 
 def show(console: Console, found: Estimate) -> None:
-    """Print the table, and what to do when the memory of a rank is not enough."""
+    """Print the table, and advice if the memory of a rank is not enough."""
     console.print(table(found))
     if not found.fits:
         console.print(
             f"this does not fit into the {_size(found.device.memory)} of {found.device.name}: take "
-            "a smaller --micro-batch or --chunk, --recompute, or FSDP over more ranks",
+            "a smaller micro_batch or chunk, recompute, or FSDP over more ranks",
             style="bold red",
         )
 

@@ -1,7 +1,7 @@
-"""Where the figures of a run go: metrics.jsonl always, TensorBoard and Weights & Biases if asked.
+"""The logs of a run: metrics.jsonl always, TensorBoard and Weights & Biases if asked for.
 
-A log takes a mapping with the step in it, and whatever else there is to say about that step. None
-of them ends a run: what a full disk refuses waits (metrics.jsonl) or is given up with a warning.
+A log takes mappings that hold the step and any figures of it. No log ends a run: what a full disk
+refuses waits in memory (metrics.jsonl), or the log is given up with a warning.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ Value = float | int | str
 METRICS = "metrics.jsonl"
 KINDS = ("tensorboard", "wandb", "wandb-offline")
 
-# Seconds after which a figure can be seen in TensorBoard.
+# A figure can be seen in TensorBoard after this many seconds.
 _FLUSH_SECONDS = 10
 
 
 class Log(Protocol):
-    """One place that figures go to."""
+    """A place that figures are recorded in."""
 
     def record(self, values: Mapping[str, Value]) -> None:
-        """Note the figures of values["step"]; a step may have several records."""
+        """Record figures of the step values["step"]; a step may have several records."""
 
     def close(self) -> None:
-        """Write what is still waiting. Nothing can be recorded afterwards."""
+        """Write what still waits. Nothing can be recorded afterwards."""
 
 
 class MetricsLog:
-    """Lines of JSON in metrics.jsonl, only ever added to.
+    """Lines of JSON that are appended to metrics.jsonl.
 
-    `unwritten` holds what a full disk has refused; it is tried again with every record.
+    `unwritten` holds what a full disk has refused; every further record tries to write it again.
     """
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
@@ -49,13 +49,13 @@ class MetricsLog:
             _forget_after(self.path, resumed_step)
 
     def record(self, values: Mapping[str, Value]) -> None:
-        """One line. What is not a finite number becomes null, which JSON has a word for."""
+        """Append one line. JSON has no word for numbers that are not finite: they become null."""
         finite = {name: _jsonable(value) for name, value in values.items()}
         self.unwritten += json.dumps(finite).encode() + b"\n"
         self._write()
 
     def close(self) -> None:
-        """The last attempt to write what is waiting."""
+        """Try a last time to write what waits."""
         if self.unwritten:
             self._write()
 
@@ -65,20 +65,20 @@ class MetricsLog:
 
 
 class TensorBoardLog:
-    """Event files in the run's folder `tensorboard`; watch with `tensorboard --logdir`."""
+    """Event files in the run's folder `tensorboard`, which TensorBoard reads."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
         _need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard forgets, when it reads, what earlier files have from this step on.
+        # When it reads, TensorBoard drops what earlier event files hold from this step on.
         again = None if resumed_step is None else resumed_step + 1
         self.writer: SummaryWriter | None = SummaryWriter(
             folder / "tensorboard", purge_step=again, flush_secs=_FLUSH_SECONDS
         )
 
     def record(self, values: Mapping[str, Value]) -> None:
-        """A scalar for every number, a text for every string."""
+        """Write a scalar for every number and a text for every string."""
         if self.writer is None:
             return
         step = int(values["step"])
@@ -92,7 +92,7 @@ class TensorBoardLog:
             self._give_up(error)
 
     def close(self) -> None:
-        """Write the events of the last seconds."""
+        """Write the events that still wait."""
         if self.writer is None:
             return
         try:
@@ -101,15 +101,15 @@ class TensorBoardLog:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        self.writer = None  # its thread has ended; another attempt would find nobody to write
+        self.writer = None  # its thread has ended, so another attempt would wait for ever
         warnings.warn(f"nothing more for TensorBoard: {error}", stacklevel=3)
 
 
 class WandbLog:
-    """A run at Weights & Biases; a resumed one goes on in the same, by the id in `wandb-id`.
+    """A run at Weights & Biases, whose id is in the file `wandb-id`, so that it can be resumed.
 
-    offline keeps it in the run's folder, for `wandb sync`. W&B ignores a step that it has already:
-    those that are done again after resuming stay as they were.
+    offline keeps it in the run's folder, for `wandb sync`. W&B ignores steps that it has already:
+    steps that are repeated after resuming stay as they were.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, offline: bool = False) -> None:
@@ -127,7 +127,7 @@ class WandbLog:
                 dir=folder,
                 config=dict(config),
                 mode="offline" if offline else None,
-                # Its capture of the terminal and a progress bar get into each other's way.
+                # W&B's capture of the terminal would garble the progress bar.
                 settings=wandb.Settings(console="off"),
             )
         except self.errors as error:
@@ -136,7 +136,7 @@ class WandbLog:
             ) from None
 
     def record(self, values: Mapping[str, Value]) -> None:
-        """Figures of one step are one row there."""
+        """Add the figures to the row of their step."""
         if self.run is None:
             return
         figures = {name: value for name, value in values.items() if name != "step"}
@@ -146,7 +146,7 @@ class WandbLog:
             self._give_up(error)
 
     def close(self) -> None:
-        """Wait until all is uploaded, or written."""
+        """Wait until everything is uploaded, or written."""
         if self.run is None:
             return
         try:
@@ -162,11 +162,11 @@ class WandbLog:
 def open_logs(
     folder: Path, kinds: Iterable[str], resumed_step: int | None, config: Mapping[str, Any]
 ) -> list[Log]:
-    """metrics.jsonl and the other kinds for a run in its folder, in this order.
+    """The logs of a run in its folder: metrics.jsonl, then the given kinds.
 
     resumed_step is the step that a resumed run continues after, None for a new run; later records
-    are forgotten, because these steps are done and recorded again. config is what the run should
-    be known by elsewhere. ValueError on a kind there is not, or that is not installed.
+    are dropped, because those steps are repeated. config are the options that W&B shows. ValueError
+    on a kind that does not exist or is not installed.
     """
     kinds = list(kinds)
     check_kinds(kinds)
@@ -189,7 +189,7 @@ def check_kinds(kinds: Iterable[str]) -> None:
 
 def _need(package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"no log without {package}: pip install 'receptance[logs]'")
+        raise ValueError(f"no log without {package}: pip install {package}")
 
 
 def _jsonable(value: Value) -> Value | None:
@@ -197,7 +197,7 @@ def _jsonable(value: Value) -> Value | None:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Keep the records up to a step; a line that is no record, half written say, goes as well."""
+    """Keep the records up to a step; lines that are no records, such as half a line, go too."""
     with path.open("rb") as lines, written(path) as kept:
         for line in lines:
             if (found := _step(line)) is not None and found <= step:
@@ -214,7 +214,7 @@ def _step(line: bytes) -> int | None:
 
 
 def has_report(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl has what a report of that step found."""
+    """Whether metrics.jsonl holds a report of that step."""
     with suppress(FileNotFoundError), (folder / METRICS).open("rb") as lines:
         found = (line for line in lines if b'"validation' in line or b'"sample"' in line)
         return any(_step(line) == step for line in found)
@@ -222,7 +222,7 @@ def has_report(folder: Path, step: int) -> bool:
 
 
 def _run_id(folder: Path) -> str:
-    """The id of the folder's W&B run, a new one the first time."""
+    """The id of the folder's W&B run, which is made the first time."""
     path = folder / "wandb-id"
     if not path.exists():
         with written(path) as file:

@@ -27,7 +27,7 @@ MAY_CHANGE = (
     "offload",
     "context_ranks",
 )
-# An adapter's run reads its model again, wherever that is now, and knows it by its fingerprint.
+# A resumed run of an adapter may be told where its model is now; it knows it by its fingerprint.
 _OF_THE_MODEL = ("init", "tokenizer")
 
 
@@ -38,17 +38,17 @@ class About:
     options: StartOptions
     corpus: Path
     fingerprint: str
-    """Of the corpus."""
+    """The fingerprint of the corpus."""
     end_of_text: int
 
 
 def notes(out: Path, options: StartOptions, corpus: TokenFiles) -> dict[str, Any]:
-    """What a checkpoint has to say besides what the trainer says; `read_about` reads it."""
+    """What training.json holds besides the trainer's own entries; `read_about` reads it."""
     path, out = corpus.path.resolve(), out.resolve()
     return {
         "options": asdict(options),
         "corpus": {
-            # A run folder may be moved with all that is in it.
+            # The path is relative inside the run folder, which may be moved.
             "path": str(path.relative_to(out) if path.is_relative_to(out) else path),
             "fingerprint": corpus.fingerprint,
             "end_of_text": corpus.end_of_text,
@@ -72,7 +72,7 @@ def read_about(directory: Path) -> About:
 
 
 def _restored(options: Any, fields: dict[str, Any]) -> Any:
-    """A dataclass with the values that asdict and JSON made of one."""
+    """The dataclass of which asdict and JSON made these fields."""
     changes = {}
     for name, value in fields.items():
         old = getattr(options, name)
@@ -83,14 +83,14 @@ def _restored(options: Any, fields: dict[str, Any]) -> Any:
 
 
 def flat(options: StartOptions) -> dict[str, Any]:
-    """All of them by name, those of LoRA as lora.rank and so on."""
+    """All options by name; those of LoRA are called lora.rank and so on."""
     fields = asdict(options)
     lora = {f"lora.{name}": value for name, value in fields.pop("lora").items()}
     return {**fields.pop("train"), **fields.pop("read"), **fields, **lora}
 
 
 def located(options: StartOptions) -> StartOptions:
-    """The same with absolute paths: a run may be continued from another folder."""
+    """The same options with absolute paths: a run may be continued from another folder."""
     return replace(options, init=_absolute(options.init), tokenizer=_absolute(options.tokenizer))
 
 

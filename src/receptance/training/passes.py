@@ -27,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 class Passes:
-    """Gradients of a step, added up over micro-batches and chunks.
+    """The gradients of a step, added up over micro-batches and chunks.
 
     `objective` may be wrapped by DDP or FSDP. `empty_state` gives the state that rows begin from,
     which may be learned.
@@ -42,17 +42,18 @@ class Passes:
         *,
         random: bool,
     ) -> None:
-        """random: whether anything is dropped."""
+        """random says whether anything is dropped, and numbers need to be drawn."""
         self.random = random
         self.objective, self.empty_state = objective, empty_state
         self.options, self.ranks = options, ranks
 
     def run(self, batch: Batch, total: float, step: int) -> float:
-        """Add the gradients of our rows to the parameters'; their share of the cross entropy.
+        """Add the gradients of our rows to the parameters', and return our share of the entropy.
 
-        total is what sums over positions are divided by.
+        Sums over positions are divided by total.
         """
-        # The same number in every process, if need be an empty one: FSDP's passes are joint work.
+        # All processes have the same number of micro-batches, some of them empty if need be,
+        # because the passes of FSDP are joint work.
         most = -(-self.options.batch // self.ranks.data_count)
         rows = self.options.micro_batch or most
         parts = [batch.part(slice(at, at + rows)) for at in range(0, most, rows)]
@@ -75,7 +76,7 @@ class Passes:
         return sum(sweep.entropy for sweep in sweeps)
 
     def _in_turns(self, sweeps: list[_Sweep]) -> None:
-        """All micro-batches forward, then all backward, each when the neighbors have done it."""
+        """All micro-batches forward, then all backward, each after the neighbor's part of it."""
         before, after = self.ranks.previous, self.ranks.next
         carried = self.options.carry == "gradient"
         for sweep in sweeps:
@@ -95,7 +96,7 @@ class Passes:
 
 
 class _Sweep:
-    """One micro-batch: forward for the states between chunks, backward from the last chunk."""
+    """One micro-batch: a forward pass for the states between chunks, then the backward passes."""
 
     def __init__(self, passes: Passes, batch: Batch, draws: _Draws, total: float) -> None:
         size = passes.options.chunk or batch.inputs.shape[1]
@@ -107,18 +108,18 @@ class _Sweep:
         self.entropy = 0.0
 
     def truncated(self, state: Tensors, *, last: bool) -> None:
-        """Chunk by chunk, forward and backward, with no gradient between them."""
+        """Go forward and backward through each chunk, with no gradient between chunks."""
         for number, chunk in enumerate(self.chunks):
             final = last and number == len(self.chunks) - 1
             with self.draws.of(number), _synchronized(self.passes.objective, final):
                 value, entropy, after = self.passes.objective(chunk, state, self.total)
-                if value.requires_grad:  # a learned first state has no part in later chunks
+                if value.requires_grad:  # later chunks do not depend on a learned first state
                     value.backward()
             self.entropy += float(entropy)
             state = {name: x.detach() for name, x in after.items()}
 
     def forward(self, state: Tensors, *, whole: bool) -> None:
-        """Note the state before every chunk; behind the last one as well, if it is wanted."""
+        """Compute the state before every chunk and, if whole is set, that behind the last one."""
         self.states = [state]
         for number, chunk in enumerate(self.chunks if whole else self.chunks[:-1]):
             with torch.no_grad(), self.draws.of(number):
@@ -126,7 +127,11 @@ class _Sweep:
             self.states.append(_leaves(state))
 
     def backward(self, grads: Tensors | None, *, last: bool) -> None:
-        """grads are those of the state behind; the first state's end up in its tensors."""
+        """Go backward from the last chunk to the first.
+
+        grads are the gradients of the state behind the last chunk. Those of the first state end up
+        in the tensors of that state.
+        """
         objective = self.passes.objective
         for number in reversed(range(len(self.chunks))):
             with self.draws.of(number), _synchronized(objective, last and number == 0):
@@ -134,7 +139,7 @@ class _Sweep:
                 value, entropy, after = objective(chunk, state, self.total)
                 ends, weights = [value], [None]
                 if grads is not None:
-                    # An adapter has no part in what comes before its first matrix.
+                    # What comes before an adapter's first matrix does not depend on it.
                     live = [name for name in grads if after[name].requires_grad]
                     ends += [after[name] for name in live]
                     weights += [grads[name] for name in live]  # type: ignore[misc]
@@ -145,16 +150,19 @@ class _Sweep:
 
 
 class _Draws:
-    """Dropout as a function of (seed, step, rank, micro-batch, chunk), leaving no trace."""
+    """Dropout as a function of (seed, step, rank, micro-batch, chunk).
+
+    torch's global generators are afterwards as they were before.
+    """
 
     def __init__(self, place: tuple[int, ...], needed: bool, device: torch.device) -> None:
         self.place, self.needed = place, needed
-        # By itself torch would keep the generators of all GPUs, those of other processes as well.
+        # By default torch would save the generators of all GPUs, also of those of other processes.
         self.devices = [device] if device.type == "cuda" else []
 
     @contextlib.contextmanager
     def of(self, chunk: int) -> Iterator[None]:
-        """What torch draws by itself is drawn for this chunk, the same every time."""
+        """Seed torch's generators for a chunk, so that dropout is the same in every pass."""
         if not self.needed:
             yield
             return

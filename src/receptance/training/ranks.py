@@ -7,9 +7,12 @@ the time axis of a row is divided over `time` processes as well, each handing it
 from __future__ import annotations
 
 import datetime
+import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,13 +20,16 @@ from torch import Tensor
 from torch.distributed.elastic.utils import get_env_variable_or_raise
 from torch.distributed.rendezvous import rendezvous
 
-# A process that is gone is noticed at once; this is for one that hangs.
+# How long a process waits for another one that hangs; one that has died is noticed at once.
 _PATIENCE = datetime.timedelta(hours=4)
+# Seconds until a file that one node has written must be visible on the others: a node with NFS
+# may remember for 60 of them (acdirmax) that a folder was not there.
+_VISIBLE_SECONDS = 65.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process: `rank` of `count`, `time_count` neighbors sharing a row."""
+    """The place of this process, `rank` of `count`; `time_count` neighbors share a row."""
 
     rank: int = 0
     count: int = 1
@@ -37,7 +43,7 @@ class Ranks:
 
     @property
     def data_count(self) -> int:
-        """Groups that the rows of a batch are divided over."""
+        """The number of groups that the rows of a batch are divided over."""
         return self.count // self.time_count
 
     @property
@@ -60,15 +66,15 @@ class Ranks:
         if batch < self.data_count:
             raise ValueError(
                 f"batch is {batch}, fewer rows than the {self.data_count} processes that share "
-                "them; give a larger --batch or start fewer"
+                "them; give a larger batch or start fewer processes"
             )
 
     def rows(self, batch: int) -> slice:
-        """Our rows of a batch: neighbors, as even as can be."""
+        """This process's rows of a batch: the batch is cut into pieces as even as can be."""
         return _share(batch, self.rank // self.time_count, self.data_count)
 
     def time(self, context: int) -> slice:
-        """Our positions of a row."""
+        """This process's positions of a row."""
         return _share(context, self.rank % self.time_count, self.time_count)
 
     def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
@@ -80,16 +86,36 @@ class Ranks:
         return [float(x) for x in both]
 
     def share(self, make: Callable[[], str]) -> str:
-        """What the first process makes."""
+        """The text that the first process makes, in all processes."""
         found = [make() if self.first else ""]
         if self.count > 1:
             dist.broadcast_object_list(found)
         return found[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             dist.barrier()
+
+    def check_shared(self, folder: Path) -> None:
+        """ValueError in all processes if one of them does not see the first one's folder."""
+        if self.count == 1:
+            return
+        # A new name, because a node may show an old file of the same name for a while.
+        token = folder / self.share(lambda: f".seen-{secrets.token_hex(8)}")
+        try:
+            if self.first:
+                token.touch()
+            self.wait()
+            blind = self.sum([float(not _appears(token))], torch.device("cpu"))[0]
+        finally:
+            if self.first:
+                token.unlink(missing_ok=True)
+        if blind:
+            raise ValueError(
+                f"{folder} is not one folder for all processes: {blind:.0f} of {self.count} do not "
+                "see what the first one writes there; name a folder on a disk that all nodes share"
+            )
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -113,6 +139,16 @@ class Ranks:
             parameter.grad /= self.data_count
 
 
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes in the time that a network's disk may take to show it."""
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _share(length: int, index: int, count: int) -> slice:
     return slice(length * index // count, length * (index + 1) // count)
 
@@ -124,7 +160,7 @@ def send(tensors: dict[str, Tensor], to: int) -> None:
 
 
 def receive(like: dict[str, Tensor], source: int) -> dict[str, Tensor]:
-    """What another process sent: tensors of the same names, shapes and dtypes as `like`."""
+    """The tensors that another process sent, of the same names, shapes and dtypes as `like`."""
     found = {name: torch.empty_like(x).contiguous() for name, x in like.items()}
     for _, tensor in sorted(found.items()):
         dist.recv(tensor, source)
@@ -132,24 +168,29 @@ def receive(like: dict[str, Tensor], source: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def joined(device: str, context_ranks: int = 1) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the processes that torchrun started with us, if it did, and leave them at the end."""
+def joined(
+    device: torch.device | str, context_ranks: int = 1
+) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the processes of torchrun if it started this one, and leave them at the end.
+
+    Yields the place of this process among them and the device that falls to it.
+    """
+    place = torch.device(device)
     if not dist.is_torchelastic_launched():
         if context_ranks > 1:
             raise ValueError(
-                f"--context-ranks {context_ranks} needs as many processes; start them with "
-                "torchrun --nproc-per-node N -m receptance train ..."
+                f"context_ranks is {context_ranks}, which needs as many processes; start them with "
+                "torchrun"
             )
-        yield Ranks(), torch.device(device)
+        yield Ranks(), place
         return
-    place = torch.device(device)
     if place.type == "cuda":
         place = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(place)
-    # gloo beside nccl: checkpoints are gathered in host memory.
+    # Checkpoints are gathered in host memory, with gloo.
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
-    # torchrun starts processes again with the same store, and in it the addresses of the dead.
+    # torchrun restarts processes with the same store, which holds the addresses of the dead ones.
     attempt = get_env_variable_or_raise("TORCHELASTIC_RESTART_COUNT")
     store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, timeout=_PATIENCE, world_size=count, rank=rank, store=store)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,14 +30,15 @@ from receptance.training.logs import METRICS, MetricsLog, Value, has_report, ope
 from receptance.training.notes import flat, notes
 from receptance.training.saving import Saver, restore
 from receptance.training.start import Start
+from receptance.training.stopping import stop_requested
 from receptance.training.trainer import SPIKE_MEMORY, NotFinite, StepReport
 
-# Validation looks at this many tokens, the same ones every time; the end of a run at all as well.
+# Validation reads this many tokens, always the same; at the end of the run it reads all others too.
 _QUICK_VALIDATION = 1 << 17
 _SAMPLE_TOKENS = 80
-# Without an update so often in a row there is no training any more.
+# The run ends after this many bad steps in a row, because it no longer trains anything.
 _BAD_STEPS = 10
-# Returns from a spike of the loss that are tried.
+# The run ends after this many rollbacks, because they evidently do not help.
 _ROLLBACKS = 10
 
 
@@ -50,13 +47,13 @@ class RunOptions:
     """What a run shows and keeps while it trains."""
 
     reports: int = 10
-    """Times in the run to validate, print a sample, redraw the plot and save a checkpoint."""
+    """How often in the run to validate, print a sample, redraw the plot and save a checkpoint."""
     save_minutes: float = 15.0
-    """Save a checkpoint after so much time without one, too."""
+    """Save a checkpoint also when there was none for so many minutes."""
     sample_prompt: str = ""
-    """What the samples continue."""
+    """The text that the samples continue."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """The number of checkpoints to keep."""
     log: tuple[Literal["tensorboard", "wandb", "wandb-offline"], ...] = ()
     """Where the figures go besides metrics.jsonl and loss.png."""
 
@@ -70,7 +67,7 @@ class RunOptions:
 class Run:
     """A training run in its folder: steps, reports, checkpoints.
 
-    Of several processes all go through the same steps, and the first one reports.
+    If there are several processes, all go through the same steps and the first one reports.
     """
 
     def __init__(
@@ -87,6 +84,7 @@ class Run:
         self.saver.saved_step = trainer.step or -1  # a resumed run begins with a checkpoint
         self.last_save = time.monotonic()
         self.bad_steps = self.rollbacks = 0
+        self.plot_failure = ""
         self.peak = peak_flops(trainer.device) * trainer.ranks.count
 
     def _describe(self, folder: Path) -> dict[str, Any]:
@@ -94,12 +92,15 @@ class Run:
             write_description(self.trainer.model.config, folder, self.start.tokenizer)
         return notes(self.out, self.start.options, self.start.corpus)
 
-    def go(self) -> None:
-        """Train to the end, or to the step in which a stop was asked for."""
+    def go(self) -> bool:
+        """Train to the end, or to the end of the step in which a stop was asked for.
+
+        Returns whether it was the end. ValueError if the run cannot go on, or was not saved.
+        """
         trainer, config = self.trainer, flat(self.start.options)
         kinds = self.options.log if trainer.ranks.first else ()
         self.logs = open_logs(self.out, kinds, trainer.step, config) if trainer.ranks.first else []
-        with _stop_requested() as stop:
+        with stop_requested() as stop:
             try:
                 self._train(stop)
             finally:
@@ -107,6 +108,7 @@ class Run:
                 for log in self.logs:
                     log.close()
         self._conclude()
+        return trainer.finished
 
     def _train(self, stop: threading.Event) -> None:
         trainer, reports = self.trainer, self.options.reports
@@ -126,13 +128,13 @@ class Run:
                     reported = int(trainer.progress * reports)
                     self._report(quick=True)
                 elif self._agree(self._is_late() or self.saver.exhausted):
-                    self._save()  # or end, if it cannot be saved
+                    self._save()  # which ends the run if saving has failed too often
                 self.saver.poll()
         if stopping:
             self.console.print(f"stopping after step {trainer.step}")
         if trainer.finished and not self._agree(self._is_reported()):
             self._report(quick=False)
-        self._save_once()  # if not yet, or the disk was full just then
+        self._save_once()  # again, if the disk was full in the report
 
     def _is_late(self) -> bool:
         return time.monotonic() - self.last_save > 60 * self.options.save_minutes
@@ -141,7 +143,7 @@ class Run:
         return self.trainer.ranks.first and has_report(self.out, self.trainer.step)
 
     def _was_cut_off(self) -> bool:
-        """Whether the run was killed in the report of the step that it goes on from."""
+        """Whether the run was killed during the report of the step that it goes on from."""
         trainer, reports = self.trainer, self.options.reports
         total = trainer.options.total_steps
         before, now = max(0, trainer.step - 1) / total, trainer.step / total
@@ -149,13 +151,13 @@ class Run:
         return due and not self._agree(self._is_reported())
 
     def _agree(self, flag: bool) -> bool:
-        """Whether it is so in any of the processes."""
+        """Whether the flag is set in any of the processes."""
         return self.trainer.ranks.sum([float(flag)], self.trainer.device)[0] > 0
 
     # ---- steps ----------------------------------------------------------------------------------
 
     def _step(self) -> StepReport | None:
-        """One step, recorded; None if it was left out."""
+        """Take and record one step; None if its update was skipped."""
         try:
             report = self.trainer.run_step()
         except NotFinite as error:
@@ -171,7 +173,7 @@ class Run:
         return report
 
     def _leave_out(self, error: NotFinite) -> None:
-        """Put the batch away; go on without it, if that is wanted."""
+        """Store the batch of a bad step, then skip it or, by default, end the run."""
         step = self.trainer.step + 1
         file = self.out / f"bad-step-{step:08d}.npz"
         where = f"the batch is in {file}"
@@ -180,19 +182,19 @@ class Run:
                 with written(file) as stream:
                     np.savez(stream, **error.batch.arrays())
             except OSError as failure:  # a full disk is no reason to stop
-                where = f"its batch is nowhere, {file} cannot be written: {failure.strerror}"
+                where = f"the batch is lost, {file} cannot be written: {failure.strerror}"
         self.bad_steps += 1
         if not self.trainer.options.skip_bad_steps or self.bad_steps >= _BAD_STEPS:
             raise ValueError(f"{error}; stopped before the update; {where}; {self._way_on()}")
-        self._alarm(f"{error}; left out; {where}")
+        self._alarm(f"{error}; the step is left out; {where}")
         self.trainer.leave_out_step()
         self._record({"step": step, "left_out": str(error)})
 
     def _way_on(self) -> str:
-        """What can be done about bad steps. Weights that led to them are not worth a checkpoint."""
-        again = "begin in another --out with a lower --learning-rate or more --warmup-steps"
+        """The advice after bad steps. Weights that led to them are not worth a checkpoint."""
+        again = "begin in another folder with a lower learning_rate or more warmup_steps"
         self.saver.wait()
-        return f"resume with --skip-bad-steps, or {again}" if step_directories(self.out) else again
+        return f"resume with skip_bad_steps, or {again}" if step_directories(self.out) else again
 
     def _is_spike(self, loss: float) -> bool:
         limit, losses = self.trainer.options.rollback, self.trainer.losses
@@ -201,13 +203,13 @@ class Run:
         return loss > statistics.fmean(losses) + limit
 
     def _roll_back(self, report: StepReport) -> None:
-        """Return to the newest checkpoint, and do not read again what was read since."""
+        """Return to the newest checkpoint, and skip the batches that were read since then."""
         self.rollbacks += 1
         self.saver.wait()
         if self.rollbacks > _ROLLBACKS:
             raise ValueError(
-                f"the loss has left its mean {self.rollbacks} times; resume with a lower "
-                "--learning-rate or without --rollback"
+                f"the loss has left its mean {self.rollbacks} times; resume with rollback 0, or "
+                "begin another run with a lower learning_rate"
             )
         trainer = self.trainer
         reached = trainer.step + trainer.passed_over
@@ -217,7 +219,7 @@ class Run:
             put_aside(directory)
         restore(trainer, directory)
         trainer.passed_over = reached - trainer.step
-        self.saver.saved_step = -1  # it does not say what is passed over
+        self.saver.saved_step = -1  # that checkpoint does not say which batches are skipped
         self._alarm(
             f"loss {report.loss:.3f} at step {report.step} is a spike: back to step {trainer.step}"
         )
@@ -226,7 +228,7 @@ class Run:
     # ---- reports --------------------------------------------------------------------------------
 
     def _conclude(self) -> None:
-        """Say how the run ended and what to do next."""
+        """Say how the run ended; ValueError if its last step is not saved."""
         if any(isinstance(log, MetricsLog) and log.unwritten for log in self.logs):
             self._alarm(f"the last records are missing in {self.out / METRICS}")
         if self.saver.saved_step != self.trainer.step:
@@ -234,9 +236,6 @@ class Run:
         if self.trainer.finished:
             newest = self.out / f"step-{self.trainer.step:08d}"
             say(self.console, f"done: {newest}  (plot: {self.out / 'loss.png'})")
-        else:
-            command = shlex.join(["receptance", "train", "--resume", "--out", str(self.out)])
-            say(self.console, f"continue with: {command}")
 
     def _report(self, *, quick: bool) -> None:
         """Save, validate, sample, plot."""
@@ -248,34 +247,43 @@ class Run:
         if not quick and whole > _QUICK_VALIDATION:
             self._validate(whole, "whole validation")
         if self.trainer.ranks.first:
-            try:
-                plots.draw_losses(self.out / METRICS, self.out / "loss.png")
-            except (OSError, ValueError) as error:
-                say(self.console, f"no plot: {error}")
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draw the plot; if that fails, say why once."""
+        try:
+            plots.draw_losses(self.out / METRICS, self.out / "loss.png")
+        # A plot must not end days of training, and matplotlib raises whatever its fonts, its cache
+        # or its backend come across.
+        except Exception as error:
+            failure = " ".join(str(error).split()) or type(error).__name__
+            if failure != self.plot_failure:
+                say(self.console, f"no plot: {failure}")
+            self.plot_failure = failure
 
     def _validate(self, limit: int, what: str) -> None:
-        """Say and record the figure of so many tokens; of little text there may be none."""
+        """Say and record the figure of so many tokens; little text may have none."""
         step, (name, value) = self.trainer.step, self._figure(limit)
         if value is None:
-            self.console.print(f"step {step}: nothing to validate on; give a larger --validation")
+            self.console.print(f"step {step}: nothing to validate on; set validation higher")
             return
         self.console.print(f"step {step}: {what} {value:.4f} {name}")
         self._record({"step": step, f"{what} {name}".replace(" ", "_"): value})
 
     def _figure(self, limit: int) -> tuple[str, float | None]:
-        """Bits per byte of text, or nats per token of what is to be learned of examples."""
+        """Bits per byte of text, or nats per token of the responses in examples."""
         corpus, mask = self.start.corpus, self.start.corpus.validation_mask
         tokens = np.asarray(corpus.validation[:limit])
         if mask is not None:
             return "nats per token", self.trainer.validate_examples(tokens, mask[:limit])
         nats = self.trainer.validate(tokens)
-        # In blocks, because a list of all ids would take many times the memory of the text.
+        # Blocks keep memory small: a list of all ids would take many times that of the text.
         texts = (block[block != corpus.end_of_text].tolist() for block in blocks(tokens))
         size = sum(len(self.start.tokenizer.decode_bytes(ids)) for ids in texts)
         return "bits per byte", bits_per_byte(nats, size) if size else None
 
     def _sample(self, step: int) -> None:
-        """A continuation; where no process holds the whole model there is none."""
+        """Print and record a continuation, unless no process holds the whole model."""
         trainer, prompt = self.trainer, self.options.sample_prompt
         if not trainer.ranks.first or trainer.sharded:
             return
@@ -291,7 +299,7 @@ class Run:
                 seed=step,
                 state=state,
             )
-        except ValueError as error:  # weights out of bounds, which the next step will notice
+        except ValueError as error:  # the weights are not finite, as the next step will say
             self._alarm(f"no sample: {error}")
             return
         self.console.print(f"  {prompt + text!r}", style="dim", markup=False, highlight=False)
@@ -320,24 +328,3 @@ class Run:
 
     def _alarm(self, line: str) -> None:
         say(self.console, line, style="bold red")
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def ask(signum: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

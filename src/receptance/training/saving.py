@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written while the run goes on, by one process or by all.
+"""Checkpoints of a training run, written in the background by one process or by all.
 
 Every process writes the whole tensors that fall to it into a file of its own, so that any number
 of processes can read them again.
@@ -26,15 +26,15 @@ from receptance.training.sharding import assign
 from receptance.training.trainer import Snapshot, Trainer
 from receptance.version import __version__
 
-# After this many saves that failed in a row the run gives up.
+# The run ends after this many failed saves in a row.
 FAILED_SAVES = 3
 
 
 class Saver:
     """Saves a trainer's steps into the run's folder, in the background, and removes old ones.
 
-    `describe` puts files into the directory that are not the trainer's, and returns what its
-    training.json is to say besides. All processes call the same methods.
+    `describe` puts the files that are not the trainer's into the directory, and returns further
+    entries of training.json. All processes must call the same methods.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Saver:
         say: Callable[[str], object],
     ) -> None:
         self.run, self.keep, self.describe, self.ranks, self.say = run, keep, describe, ranks, say
-        # A group of their own: the threads that save must not wait for those that train.
+        # The threads that save have a process group of their own, apart from those that train.
         self._group = dist.new_group(backend="gloo") if ranks.count > 1 else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: tuple[int, Future[None]] | None = None
@@ -55,7 +55,7 @@ class Saver:
         self.saved_step = -1
 
     def save(self, trainer: Trainer) -> None:
-        """Copy this step and begin to write it; ValueError if the last ones all failed."""
+        """Copy this step and begin to write it; ValueError if the last saves all failed."""
         self.wait()
         if self.exhausted:
             raise ValueError(f"{self.failed} saves failed in a row; see above")
@@ -65,11 +65,11 @@ class Saver:
 
     @property
     def exhausted(self) -> bool:
-        """Whether saving has failed too often to go on."""
+        """Whether saving has failed too often for the run to go on."""
         return self.failed >= FAILED_SAVES
 
     def poll(self) -> None:
-        """Say how a save ended, if it has and nobody was told."""
+        """If a save has ended since the last call, take note of it, and report a failure."""
         if self._under_way is None or not self._under_way[1].done():
             return
         (step, task), self._under_way = self._under_way, None
@@ -82,7 +82,7 @@ class Saver:
             self.failed, self.saved_step = 0, step
 
     def wait(self) -> None:
-        """Until the save that is under way has ended."""
+        """Wait until the save that is under way has ended."""
         if self._under_way is not None:
             futures.wait([self._under_way[1]])
         self.poll()
@@ -103,7 +103,7 @@ class Saver:
         return Draft(path, Path(found))
 
     def _ours(self, draft: Draft, snapshot: Snapshot) -> Entries:
-        """The files of this process."""
+        """Write the files of this process, and return their manifest entries."""
         if self.ranks.rank >= self.shards:
             return {}
         files = {snapshot.stem: snapshot.parameters, "optimizer": snapshot.optimizer}
@@ -117,7 +117,7 @@ class Saver:
         return draft.seal(names)
 
     def _rest(self, draft: Draft, snapshot: Snapshot, shards: list[Entries]) -> Entries:
-        """The files of the first process alone; the entries of all."""
+        """Write the files of the first process alone, and return the entries of all files."""
         entries = {name: entry for part in shards for name, entry in part.items()}
         with one_line(draft.path):
             if self.shards > 1:
@@ -130,7 +130,7 @@ class Saver:
         return entries | draft.seal(names)
 
     def _all(self, work: Callable[[], Any]) -> list[Any]:
-        """What work returns in every process; ValueError everywhere if it failed in one."""
+        """What `work` returns in each process; ValueError in all of them if it failed in one."""
         try:
             found, error = work(), None
         except ValueError as failure:
@@ -145,7 +145,7 @@ class Saver:
         return [part for part, _ in everyone]
 
     def _first(self, work: Callable[[], Any]) -> Any:
-        """The same for work of the first process alone."""
+        """What `work` returns in the first process, which alone does it; errors as in `_all`."""
         return self._all(lambda: work() if self.ranks.first else None)[0]
 
 
@@ -158,7 +158,7 @@ def _versions() -> dict[str, str]:
 
 
 def read_training(directory: Path) -> dict[str, Any]:
-    """What a checkpoint says about its run; ValueError if it does not."""
+    """The content of a checkpoint's training.json; ValueError if it cannot be read."""
     try:
         about = json.loads((directory / ABOUT).read_text())
     except (OSError, ValueError) as error:
@@ -169,7 +169,10 @@ def read_training(directory: Path) -> dict[str, Any]:
 
 
 def restore(trainer: Trainer, directory: Path, *, parameters: bool = True) -> None:
-    """Continue a trainer from a whole checkpoint; its parameters may be loaded already."""
+    """Continue a trainer from a whole checkpoint.
+
+    parameters=False leaves out the parameters, which are then loaded already.
+    """
     if parameters:
         stem = "model" if trainer.adapter is None else "adapter"
         for name, value in read_tensors(directory, stem).items():

@@ -52,8 +52,8 @@ def build(
     sharded = parallel == "fsdp" and ranks.count > 1
     if offload and not sharded:
         raise ValueError(
-            "--offload keeps the shares of --parallel fsdp in the host's memory, and a single "
-            "process has none; start several with torchrun, or give --no-offload"
+            'offload keeps the shares of parallel="fsdp" in the host\'s memory, and there are no '
+            "shares here; start several processes with torchrun, or leave offload out"
         )
     if sharded:
         _shard(objective, model, options, device, offload)
@@ -73,12 +73,13 @@ def build(
 def _shard(
     objective: nn.Module, model: Model, options: TrainOptions, device: torch.device, offload: bool
 ) -> None:
-    """Two groups a block: matrices travel in the activations' type, vectors stay float32.
+    """Shard each block in two groups, so that matrices travel in the activations' type.
 
-    bfloat16 would round a slow decay. On a CPU the float32 masters are the better operands.
+    Vectors travel in float32, because bfloat16 would round a slow decay. On a CPU matrices do so
+    as well: there the float32 masters are the better operands.
     """
     if offload and device.type == "cpu":
-        raise ValueError("--offload moves shards from a GPU to the host; leave it out on a CPU")
+        raise ValueError("offload moves shards from a GPU to the host; leave it out on a CPU")
     narrow = options.dtype == "bfloat16" and device.type != "cpu"
     dtypes = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if narrow else None,
@@ -106,31 +107,41 @@ def whole_model(objective: nn.Module) -> Model:
 
 @torch.no_grad()
 def fill(model: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Put values into the parameters of those names; a sharded one takes its share."""
+    """Put values into the parameters of the same names; a sharded parameter takes its share."""
     for name, value in values:
         assign(model.get_parameter(name), value)
 
 
 @torch.no_grad()
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor to where it belongs, or our share of it."""
+    """Copy a whole tensor, or this process's share of it, into a parameter.
+
+    ValueError unless their shapes are the same but for axes of size 1, which official files have
+    more of: a transposed matrix has as many values and is another matrix.
+    """
+    if [n for n in value.shape if n != 1] != [n for n in target.shape if n != 1]:
+        raise ValueError(
+            f"a tensor of shape {list(value.shape)} does not fit a parameter of shape "
+            f"{list(target.shape)}; give the weights of a model of the same sizes"
+        )
+    value = value.reshape(target.shape)
     if isinstance(target, DTensor):
         mesh, placements = target.device_mesh, target.placements
         value = value.to(target.to_local().device, target.dtype)
         local = distribute_tensor(value, mesh, placements, src_data_rank=None).to_local()
         target.to_local().copy_(local)
     else:
-        target.copy_(value.reshape(target.shape))
+        target.copy_(value)
 
 
 def working_device(parameter: Tensor) -> torch.device:
-    """Where a parameter is used; with offload it is kept elsewhere."""
+    """The device on which a parameter is used; with offload it is kept on another one."""
     if isinstance(parameter, DTensor):
         return torch.device(parameter.device_mesh.device_type)
     return parameter.device
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process has to ask."""
+    """The whole of a tensor that may be sharded; all processes must call this together."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,9 +1,9 @@
-"""What a run begins with: a corpus, a model and a trainer; new, or as a checkpoint has them."""
+"""How a run begins, or goes on from a checkpoint: its corpus, its model and its trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,16 @@ from receptance.adapters import Adapter, StateTuningOptions, load_adapter, make_
 from receptance.config import ModelConfig
 from receptance.data import Batches, PrepareOptions, TokenFiles, is_corpus, prepare
 from receptance.model import Model, starting_values
+from receptance.model.devices import resolve_device
+from receptance.progress import say
 from receptance.storage import checkpoint
-from receptance.storage.directories import step_directories
+from receptance.storage.directories import (
+    expanded,
+    is_step,
+    newest_checkpoint,
+    pin,
+    step_directories,
+)
 from receptance.storage.opening import look
 from receptance.storage.pairing import check_tokenizer, no_tokenizer
 from receptance.tokenizer import Tokenizer
@@ -27,7 +35,7 @@ from receptance.training.saving import restore
 from receptance.training.sharding import build, whole_model
 from receptance.training.trainer import Trainer
 
-# Of a model that is trained from nothing on text.
+# The tokenizer of a new model if none is named.
 NEW_TOKENIZER = "bpe:2048"
 
 
@@ -45,46 +53,91 @@ class Start:
 
 
 def begin(
-    out: Path, data: Sequence[str], options: StartOptions, ranks: Ranks, console: Console
+    out: Path,
+    data: Sequence[str],
+    options: StartOptions,
+    ranks: Ranks,
+    console: Console,
+    device: torch.device | None = None,
 ) -> Start:
-    """Read and tokenize the text, make a new model or take the given one."""
+    """Read and tokenize the text, make a new model or take the given one.
+
+    device is where to train if that is not simply what the options name.
+    """
     if not data:
-        raise ValueError("no data; name a text file, a folder or a glob, or use --resume")
+        raise ValueError("no data; name a text file, a folder or a glob, or resume a run")
     ranks.check_rows(options.train.batch)  # before any text is read
     given: Iterable[tuple[str, Tensor]] | None = None
     options = located(options)
+    options = replace(options, train=options.train.with_rates(options.trained))
     tokenizer = options.named_tokenizer()
     if options.init is not None:
-        sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=tokenizer)
+        base = options.init
+        if options.tune != "all":
+            base = _kept_base(out, base, ranks, console)
+            options = replace(options, init=base)
+        sizes, tensors, tokenizer = checkpoint.read_model(base, tokenizer=tokenizer)
         if tokenizer is None and not (len(data) == 1 and is_corpus(data[0])):
-            raise no_tokenizer(sizes, options.init)
+            raise no_tokenizer(sizes, base)
         options.check_sizes(sizes)
         given = tensors.items()
     else:
-        options.sizes(1)  # the same
-    with ranks.first_alone():  # the others find it done
+        options.sizes(1)  # refuses now what would be refused after the text has been tokenized
+    with ranks.first_alone():  # the other processes find the corpus made
         corpus = _corpus(out, data, options, tokenizer, console)
     tokenizer = tokenizer or corpus.tokenizer
     assert tokenizer is not None
     if given is None:
         sizes = options.sizes(tokenizer.vocab_size)
-        seed, bound = options.train.seed, options.train.learning_rate
+        seed, bound = options.train.seed, options.train.rates[0]
         given = starting_values(sizes, seed=seed, embedding_bound=bound)
-    trainer = _trainer(sizes, given, corpus, tokenizer, options, ranks)
+    trainer = _trainer(sizes, given, corpus, tokenizer, options, ranks, device)
     return Start(trainer, tokenizer, corpus, options)
 
 
+def _kept_base(out: Path, init: str, ranks: Ranks, console: Console) -> str:
+    """The very checkpoint that an adapter is trained on, which its run keeps from now on.
+
+    Without the mark that `pin` leaves, the run would remove that checkpoint as it goes on, and no
+    model would fit the adapter any more.
+    """
+    base = Path(ranks.share(lambda: str(_newest(expanded(init)))))
+    if not (is_step(base) and base.is_dir()):
+        return init
+    if ranks.first:
+        try:
+            pin(base, f"needed by the adapter in {out.resolve()}")
+        except OSError as error:
+            say(
+                console,
+                f"{base} may be removed when its run goes on, and the adapter needs it: copy it "
+                f"elsewhere ({error.strerror})",
+                style="bold yellow",
+            )
+        else:
+            say(console, f"the adapter is trained on {base}, which its run keeps from now on")
+    return str(base)
+
+
+def _newest(path: Path) -> Path:
+    """The newest whole checkpoint of a run's folder, any other path as it is."""
+    return newest_checkpoint(path, optimizer=False)[0] if is_run(path) else path
+
+
 def check_new(out: Path, *, again: bool) -> None:
-    """ValueError if a run is in the folder; again clears one away that never saved anything."""
+    """ValueError if a run is in the folder.
+
+    With again, the metrics of a run that never saved anything are removed instead.
+    """
     if out.is_dir() and step_directories(out):
-        raise ValueError(f"{out} already holds a run; add --resume, or choose another --out")
+        raise ValueError(f"{out} already holds a run; resume it, or choose another folder")
     if not (out / METRICS).exists():
         return
     if not again:
         raise ValueError(
-            f"{out} holds a run without a checkpoint; delete it or choose another --out"
+            f"{out} holds a run without a checkpoint; delete it or choose another folder"
         )
-    (out / METRICS).unlink(missing_ok=True)  # another process may be faster
+    (out / METRICS).unlink(missing_ok=True)  # another process may have removed it already
 
 
 def _corpus(
@@ -94,16 +147,16 @@ def _corpus(
     tokenizer: Tokenizer | None,
     console: Console,
 ) -> TokenFiles:
-    """The tokens that are named, or those of the text that is, in the run folder."""
+    """The corpus that data names, or one made in the run folder of the text that data names."""
     if len(data) == 1 and is_corpus(data[0]):
         end = tokenizer.end_of_text if tokenizer else 0
         corpus = TokenFiles.open(data[0], validation=options.validation, end_of_text=end)
         if tokenizer is None and corpus.tokenizer is None:
-            raise ValueError(
-                f"{data[0]} does not say which tokenizer made it; give it with --tokenizer"
-            )
+            raise ValueError(f"{data[0]} does not say which tokenizer made it; name that tokenizer")
         if tokenizer is None and options.tokenizer is not None:
-            raise ValueError(f"{data[0]} has its own tokenizer; leave {options.tokenizer} out")
+            raise ValueError(
+                f"{data[0]} has its own tokenizer; leave the tokenizer {options.tokenizer} out"
+            )
         return corpus
     how = PrepareOptions(
         **asdict(options.read),
@@ -119,14 +172,20 @@ def _corpus(
 
 
 def resume(
-    out: Path, directory: Path, data: Sequence[str], options: StartOptions, ranks: Ranks
+    out: Path,
+    directory: Path,
+    data: Sequence[str],
+    options: StartOptions,
+    ranks: Ranks,
+    device: torch.device | None = None,
 ) -> Start:
-    """Everything as a whole checkpoint of the run has it.
+    """The run as a whole checkpoint has it.
 
-    data may name a corpus of tokens, if that is elsewhere now.
+    data may name a corpus of tokens, if that is elsewhere now; device is as for `begin`.
+    ValueError if the options end the run before the step that it has reached.
     """
     about = read_about(directory)
-    # Text is given again by a command that is repeated; its tokens are in the run's folder.
+    # A command that is repeated names its text again; the tokens of it are in the run's folder.
     path = Path(data[0]) if data and is_corpus(data[0]) else about.corpus
     corpus = TokenFiles.open(path, validation=options.validation, end_of_text=about.end_of_text)
     if corpus.fingerprint != about.fingerprint:
@@ -135,14 +194,39 @@ def resume(
         sizes, tokenizer = checkpoint.read_description(look(directory, verified=True))
         tensors = checkpoint.read_tensors(directory, "model")
     else:
+        options = replace(options, init=_same_base(about.options, options))
         assert options.init is not None
         named = options.named_tokenizer()
         sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=named)
     if tokenizer is None:
         raise no_tokenizer(sizes, directory)
-    trainer = _trainer(sizes, tensors.items(), corpus, tokenizer, options, ranks, directory)
+    trainer = _trainer(sizes, tensors.items(), corpus, tokenizer, options, ranks, device, directory)
     restore(trainer, directory, parameters=False)
+    _check_end(about.options, trainer)
     return Start(trainer, tokenizer, corpus, options)
+
+
+def _same_base(stored: StartOptions, given: StartOptions) -> str | None:
+    """The model of an adapter's run: in a run's folder, the checkpoint that it was trained on."""
+    if stored.init is None or given.init is None or not is_step(Path(stored.init)):
+        return given.init
+    same = Path(given.init) / Path(stored.init).name
+    return str(same) if same.is_dir() else given.init
+
+
+def _check_end(stored: StartOptions, trainer: Trainer) -> None:
+    """ValueError if a run that goes on has passed the end that it is now given."""
+    step, options = trainer.step, trainer.options
+    if options.total_steps < step:
+        raise ValueError(
+            f"the run is at step {step} already and steps={options.total_steps} is behind it; give "
+            "more steps, or leave steps out"
+        )
+    if options.minutes != stored.train.minutes and options.clock(trainer.seconds) > 1:
+        raise ValueError(
+            f"the run has trained for {trainer.seconds / 60:.1f} minutes already and "
+            f"minutes={options.minutes:g} is less; give more minutes, or leave minutes out"
+        )
 
 
 # ---- both ---------------------------------------------------------------------------------------
@@ -155,6 +239,7 @@ def _trainer(
     tokenizer: Tokenizer,
     options: StartOptions,
     ranks: Ranks,
+    device: torch.device | None,
     saved: Path | None = None,
 ) -> Trainer:
     check_tokenizer(tokenizer, sizes)
@@ -179,7 +264,7 @@ def _trainer(
         sizes,
         values,
         options.train,
-        device=options.device,
+        device=device or resolve_device(options.device),
         ranks=ranks,
         parallel=options.parallel if options.tune == "all" else "none",
         offload=options.offload,
@@ -199,7 +284,7 @@ def _adapter(model: Model, options: StartOptions, saved: Path | None) -> Adapter
 
 
 def adapter_size(sizes: ModelConfig, options: StartOptions) -> int:
-    """Numbers in the adapter that the options ask for."""
+    """The number of parameters of the adapter that the options ask for."""
     with torch.device("meta"):
         model = Model(sizes)
     return sum(x.numel() for x in _adapter(model, options, None).tensors().values())

@@ -1,4 +1,4 @@
-"""Training: one step, and what a run must keep.
+"""Training: one step, and everything that a checkpoint must hold to continue.
 
 A step is a pure function of the parameters, the optimizer's state and the step's number: batches
 and dropout are drawn from (seed, step), so a run that stopped continues as if it had not.
@@ -28,9 +28,9 @@ from receptance.training.passes import Passes
 from receptance.training.ranks import Ranks
 from receptance.training.sharding import assign, gather, working_device
 
-# Steps whose mean a spike of the loss is measured against.
+# A spike of the loss is measured against the mean of this many steps.
 SPIKE_MEMORY = 100
-# Positions of each row of a text that validation reads at one time, and rows of examples.
+# Validation reads this many positions of each row of a text, or rows of examples, at a time.
 _VALIDATION_CHUNK, _VALIDATION_ROWS = 256, 16
 
 
@@ -42,8 +42,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW with one group per (learning-rate scale, decayed or not).
 
-    scales are multipliers of the learning rate by parameter name, 1 where there is none.
-    is_decayed says of a name and shape whether weight decay acts there: on matrices if not given.
+    scales are multipliers of the learning rate by parameter name; the default is 1. is_decayed says
+    of a name and shape whether weight decay acts there; the default is on matrices.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in parameters:
@@ -54,7 +54,7 @@ def make_optimizer(
             {"params": group, "scale": scale, "weight_decay": options.weight_decay * decayed}
             for (scale, decayed), group in groups.items()
         ],
-        lr=options.learning_rate,
+        lr=options.rates[0],
         betas=options.betas,
         eps=options.epsilon,
         fused=True,
@@ -67,21 +67,21 @@ def _is_matrix(shape: torch.Size) -> bool:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did."""
+    """The figures of one step."""
 
     step: int
-    """Steps done so far, this one included."""
+    """The number of steps done so far, this one included."""
     loss: float
-    """Mean cross entropy of the batch before the update, in nats per token."""
+    """The mean cross entropy of the batch before the update, in nats per token."""
     learning_rate: float
     gradient_norm: float
-    """Before clipping."""
+    """The norm before clipping."""
     tokens_per_second: float
-    """Over all processes."""
+    """The speed of all processes together."""
 
 
 class NotFinite(ValueError):
-    """A loss or gradient that is not a number; nothing was changed. Holds the batch."""
+    """A loss or gradient is not finite, so nothing was changed; `batch` is what led to it."""
 
     def __init__(self, message: str, batch: Batch) -> None:
         super().__init__(message)
@@ -90,23 +90,23 @@ class NotFinite(ValueError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A step in host memory: what this process writes of a checkpoint."""
+    """A copy of a step in host memory: the part of a checkpoint that this process writes."""
 
     stem: str
-    """The name of the file with the parameters: of the model or of the adapter."""
+    """The name of the file with the parameters: "model" or "adapter"."""
     parameters: dict[str, Tensor]
-    """Whole tensors by name."""
+    """The whole tensors by name."""
     metadata: dict[str, str]
-    """What that file says about itself."""
+    """The entries of that file's header."""
     optimizer: dict[str, Tensor]
     about: dict[str, Any]
 
 
 class Trainer:
-    """A model in training: steps, and everything needed to continue them.
+    """A model in training: its steps, and everything needed to continue them.
 
-    Only the adapter is trained if there is one. objective is what sharding.build returned, for
-    several processes (`ranks`); left out, the model trains in this one.
+    Only the adapter is trained if there is one. objective is what `sharding.build` returned for the
+    same options; without it, the model trains in this process alone.
     """
 
     def __init__(
@@ -122,11 +122,14 @@ class Trainer:
         self.model, self.batches, self.options = model, batches, options
         self.adapter, self.ranks = adapter, ranks or Ranks()
         self.device = working_device(model.emb.weight)
-        # No process holds the whole model. Known now: a forward pass makes whole tensors of some.
+        # Whether no process holds the whole model. This is asked before the first forward pass,
+        # for which FSDP makes whole tensors of some parameters.
         self.sharded = isinstance(model.emb.weight, DTensor)
-        self.objective = objective or Objective(model, options)
+        if objective is None:
+            model.dropout, model.recompute = options.dropout, options.recompute
+            objective = Objective(model, options)
+        self.objective = objective
         self.dtype = getattr(torch, options.dtype)
-        model.dropout, model.recompute = options.dropout, options.recompute
         self.ranks.check_rows(options.batch)
         scales: dict[str, float] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -154,7 +157,7 @@ class Trainer:
 
     @property
     def _clock(self) -> float:
-        return self.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
+        return self.options.clock(self.seconds)
 
     @property
     def finished(self) -> bool:
@@ -162,7 +165,10 @@ class Trainer:
         return self.progress >= 1
 
     def run_step(self) -> StepReport:
-        """One update; NotFinite, before anything is changed, if loss or gradient is not finite."""
+        """Make one update.
+
+        NotFinite, before anything is changed, if the loss or the gradient is not finite.
+        """
         began = time.perf_counter()
         batch = self._read.at(self.step + self.passed_over)
         rate = self._set_learning_rate()
@@ -180,7 +186,7 @@ class Trainer:
         return StepReport(self.step, loss, rate, norm, batch.inputs.numel() / took)
 
     def switch(self, training: bool) -> None:
-        """Dropout on or off."""
+        """Put model and adapter into training or evaluation mode: dropout on or off."""
         self.model.train(training)
         if self.adapter is not None:
             self.adapter.train(training)
@@ -190,7 +196,7 @@ class Trainer:
         self.step += 1
 
     def _gradients(self, batch: Batch) -> float:
-        """Fill in the gradients, of all processes; the mean cross entropy of the whole batch."""
+        """Compute the gradients over all processes, and return the batch's mean cross entropy."""
         ranks = self.ranks
         ours = batch.part(ranks.rows(self.options.batch), ranks.time(batch.inputs.shape[1]))
         # Groups of processes are averaged, so each divides by its share of the positions.
@@ -201,14 +207,17 @@ class Trainer:
         return ranks.sum([entropy], self.device)[0] / ranks.data_count
 
     def _here(self, batch: Batch) -> Batch:
-        """On our device, where an id that the model lacks would be a crash without a reason."""
+        """The batch on this process's device.
+
+        ValueError names an id that the model lacks: on a GPU it would be a crash without a reason.
+        """
         known = self.model.config.vocab_size
         for ids in (batch.inputs, batch.targets):
             wrong = ids[(ids < 0) | (ids >= known)]
             if len(wrong):
                 raise ValueError(
                     f"the corpus has the token id {int(wrong[0])} and the model knows 0 to "
-                    f"{known - 1}; give the tokenizer that the corpus was made with"
+                    f"{known - 1}; name the tokenizer that the corpus was made with"
                 )
         return batch.to(self.device)
 
@@ -229,9 +238,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, tokens: np.ndarray) -> float:
-        """Nats over all tokens of a text [N].
+        """The negative log-likelihood of all tokens of a text [N], in nats.
 
-        The text is cut into a few long rows, read side by side and divided over the processes.
+        The text is cut into a few long rows, which are read side by side and divided over the
+        processes.
         """
         self.switch(training=False)
         whole = text_rows(tokens, start=self.batches.end_of_text)
@@ -245,9 +255,10 @@ class Trainer:
 
     @torch.no_grad()
     def validate_examples(self, tokens: np.ndarray, mask: np.ndarray) -> float | None:
-        """Mean nats over the tokens [N] whose mask [N] is 1, read in rows as training reads them.
+        """The mean cross entropy, in nats, of the tokens [N] whose mask [N] is 1.
 
-        Every process reads all of them. None if there is nothing to predict.
+        They are read in the rows in which training reads them, all of them by every process. None
+        if there is nothing to predict.
         """
         if not mask[1:].any():
             return None
@@ -270,7 +281,10 @@ class Trainer:
         return total / count if count else None
 
     def snapshot(self) -> Snapshot:
-        """A copy in host memory; every process has to take part, and holds some whole tensors."""
+        """A copy of this step in host memory, of which each process gets some whole tensors.
+
+        All processes must call it, because shards are gathered.
+        """
         states = {
             f"{name}/{key}": tensor
             for name, parameter in self.parameters.items()
@@ -284,11 +298,11 @@ class Trainer:
 
     @property
     def shards(self) -> int:
-        """How many processes write a share of the tensors: the small ones of an adapter, one."""
+        """The number of processes that write a share of the tensors: one for a small adapter."""
         return self.ranks.count if self.adapter is None else 1
 
     def _host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole copies of the tensors that fall to this process."""
+        """Whole copies, in host memory, of those tensors that fall to this process."""
         copies = {}
         for number, (name, tensor) in enumerate(tensors.items()):
             whole = gather(tensor)

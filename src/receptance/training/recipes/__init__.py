@@ -1,7 +1,7 @@
-"""Recipes: named sets of training options, TOML files beside this one, with where they come from.
+"""Recipes: named sets of training options, in TOML files that say where each figure comes from.
 
-A recipe is a table of the options of `receptance train` by their names in Python. What has a dot
-on the command line (--lora.rank) stands in a section ([lora], rank).
+A recipe is a table of the options of `receptance train` by their names in Python. An option whose
+name has a dot, such as lora.rank, stands in a section: `rank` in `[lora]`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """Options by name, of a recipe of the package or of a TOML file; `rank` of [lora] is lora.rank.
+    """The options, by name, of a recipe of the package or of a TOML file.
 
-    ValueError when there is none (naming the nearest), or when it is not TOML.
+    `rank` in the section [lora] gets the name lora.rank. ValueError if there is no such recipe,
+    naming the nearest one, or if the file is not TOML.
     """
     name, path = str(name_or_path), Path(name_or_path)
     file: Traversable = path
@@ -54,8 +55,8 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 def apply_recipe(options: Options, name_or_path: str | Path) -> Options:
     """The options with a recipe's values in place of theirs.
 
-    options is a dataclass, parts of which may be dataclasses as well. ValueError names a key that
-    is no option, the nearest there is, and values that an option does not take.
+    options is a dataclass, whose fields may be dataclasses as well. ValueError names a key that is
+    no option, with the nearest one that is, or a value that its option does not take.
     """
     recipe, known = load_recipe(name_or_path), option_names(options)
     for key in recipe:
@@ -68,7 +69,7 @@ def apply_recipe(options: Options, name_or_path: str | Path) -> Options:
 
 
 def option_names(options: Any, prefix: str = "") -> list[str]:
-    """The fields of a dataclass, in place of those that are dataclasses their fields."""
+    """The names that a recipe may use: the fields of a dataclass and of the dataclasses in it."""
     names = []
     for name, value, inner in _fields(options, prefix):
         names += [name] if inner is None else option_names(value, inner)
@@ -76,20 +77,19 @@ def option_names(options: Any, prefix: str = "") -> list[str]:
 
 
 def _fields(options: Any, prefix: str) -> Iterator[tuple[str, Any, str | None]]:
-    """Name in a recipe and value of each field, and what the names inside it begin with if it is a
-    dataclass: nothing if it has the empty name on the command line (tyro.conf.arg(name=""))."""
-    hints = get_type_hints(type(options), include_extras=True)
+    """Name in a recipe and value of each field; of a dataclass also the prefix of the names in it.
+
+    That prefix is the dataclass's own name if its field is marked as a section (options.SECTION).
+    """
     for field in dataclasses.fields(options):
         value, inner = getattr(options, field.name), None
         if dataclasses.is_dataclass(value):
-            notes = getattr(hints[field.name], "__metadata__", ())
-            nameless = any(getattr(note, "name", None) == "" for note in notes)
-            inner = prefix if nameless else f"{prefix}{field.name}."
+            inner = f"{prefix}{field.name}." if field.metadata.get("section") else prefix
         yield prefix + field.name, value, inner
 
 
 def _replaced(options: Options, recipe: Mapping[str, Any], prefix: str) -> Options:
-    """A copy with all values in it that it has fields for."""
+    """A copy of the options in which every field that the recipe names has the recipe's value."""
     hints, changes = get_type_hints(type(options)), {}
     for name, value, inner in _fields(options, prefix):
         field = name.removeprefix(prefix)
@@ -101,7 +101,7 @@ def _replaced(options: Options, recipe: Mapping[str, Any], prefix: str) -> Optio
 
 
 def _fitted(name: str, value: Any, hint: Any) -> Any:
-    """The value as its field holds it: TOML has no paths, no tuples, and 1 is no float in it."""
+    """The value as its field holds it: TOML has no paths and no tuples, and 1 is no float."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _fitted(name, value, next(kind for kind in inner if kind is not type(None)))
@@ -128,7 +128,7 @@ def _described(hint: Any) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """What to add to the refusal of a name."""
+    """The end of the message that refuses a name: what may have been meant, or all there is."""
     known = list(known)
     if close := difflib.get_close_matches(name, known, 1):
         return f"; did you mean {close[0]}?"
