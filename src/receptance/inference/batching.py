@@ -153,6 +153,8 @@ class Slots:
     # ---- coming in --------------------------------------------------------------------------
 
     def _tokens(self, prompt: Prompt) -> Tensor:
+        if isinstance(prompt, bytearray):
+            prompt = bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str | bytes) else prompt
         tokens = reading.token_ids(ids, self.engine.config.vocab_size)
         return tokens if len(tokens) else torch.tensor([self.tokenizer.end_of_text])
