@@ -474,6 +474,13 @@ class TestTrouble:
         for row, request in enumerate(requests):
             assert anonymous(found[row]) == solo(model, "fox", request, deterministic=True)
 
+    @pytest.mark.parametrize("empty", ["", [], b""])
+    def test_an_end_of_text_that_the_model_does_not_know(self, model, empty):
+        tokenizer = ByteTokenizer()
+        tokenizer.end_of_text = 300
+        with pytest.raises(ValueError, match="token id 300 is out of range"):
+            Slots(model, tokenizer).admit(empty)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_damaged_state_ends_its_own_row(self, engine, kind):
         request = Request(sampling=kind, max_tokens=12, seed=9)

@@ -156,8 +156,9 @@ class Slots:
         if isinstance(prompt, bytearray):
             prompt = bytes(prompt)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str | bytes) else prompt
-        tokens = reading.token_ids(ids, self.engine.config.vocab_size)
-        return tokens if len(tokens) else torch.tensor([self.tokenizer.end_of_text])
+        known = self.engine.config.vocab_size
+        tokens = reading.token_ids(ids, known)
+        return tokens if len(tokens) else reading.token_ids([self.tokenizer.end_of_text], known)
 
     def _fitting(self, state: State) -> State:
         """The state with the engine's dtypes; a wrong one would later fail all rows with it."""
