@@ -64,8 +64,8 @@ class Ours:
 
     def about(self) -> dict[str, float]:
         return {
-            "weights": measure.weight_bytes(self.engine),
-            "bytes per token": measure.bytes_per_token(self.engine),
+            "weights": self.engine.weight_bytes,
+            "bytes per token": self.engine.bytes_per_token,
             "skipped": getattr(self.engine, "skipped", 0.0),
         }
 

@@ -145,8 +145,8 @@ def test_speeds_are_tokens_over_time():
 def test_bytes_of_a_token_are_those_of_all_but_the_embedding():
     model = make_model(300, width=16)
     every = sum(4 * x.numel() for x in model.parameters())
-    assert measure.weight_bytes(model) == every
-    assert measure.bytes_per_token(model) == every - 4 * 300 * 16
+    assert model.weight_bytes == every
+    assert model.bytes_per_token == every - 4 * 300 * 16
 
 
 def test_without_kernels_torch_reads_the_memory(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 
 import numpy as np
@@ -10,16 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import make_model, same_bits
+from tiny import make_model, same_bits, small_bpe
 from torch import Tensor
 
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
 from receptance.engine.adapted import AdaptedModel
 from receptance.engine.base import Engine
 from receptance.engine.load import native_engine
-from receptance.inference.batching import Slots
-from receptance.inference.generation import Generation
-from receptance.inference.rows import Left, Request, Token
+from receptance.inference.batching import Slots, _Group
+from receptance.inference.generation import Generation, prefill
+from receptance.inference.rows import Left, Request, Row, Token
 from receptance.inference.sampling import Sampling
 from receptance.model import Model
 from receptance.ops import native
@@ -76,6 +77,9 @@ class Recorder:
         self.calls.append(tuple(tokens.shape))
         return self._engine.features(tokens, *args, **kwargs)  # type: ignore[arg-type]
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        return self._engine.evaluating()
+
     def head(self, features: Tensor) -> Tensor:
         if len(self.calls) + len(self.heads) == self.fails_at:
             self.fails_at = -1
@@ -114,7 +118,7 @@ def solo(
 def some_request(chance: random.Random) -> Request:
     return Request(
         sampling=chance.choice(KINDS),
-        max_tokens=chance.choice([1, 2, 7, 20, 40]),
+        max_tokens=chance.choice([0, 1, 2, 7, 20, 40]),
         stop=chance.choice([(), ("e",), ("\x13", "ab"), ("zzzzzz",)]),
         seed=chance.randrange(5),
         ignore_end_of_text=chance.random() < 0.5,
@@ -170,7 +174,9 @@ class TestDeterministic:
         for row, (prompt, request) in schedule.asked.items():
             found, wanted = schedule.tokens[row], solo(engine, prompt, request, deterministic=True)
             if row not in schedule.evicted:
-                assert found[-1].finish_reason
+                assert schedule.left[row].finish_reason == (
+                    found[-1].finish_reason if request.max_tokens else "length"
+                )
                 assert len(found) == len(wanted)
             assert anonymous(found) == wanted[: len(found)]
 
@@ -434,12 +440,17 @@ class TestTrouble:
         lambda slots, state: slots.admit(["a"]),
         lambda slots, state: slots.admit([[1], [2]]),
         lambda slots, state: slots.admit([1 << 70]),
-        lambda slots, state: slots.admit("x", Request(max_tokens=0)),
+        lambda slots, state: slots.admit(7),
+        lambda slots, state: slots.admit(None),
+        lambda slots, state: slots.admit("x", Request(max_tokens=-1)),
         lambda slots, state: slots.admit("x", Request(max_tokens=2.5)),
         lambda slots, state: slots.admit("x", Request(seed=-1)),
         lambda slots, state: slots.admit("x", Request(seed="7")),
         lambda slots, state: slots.admit("x", Request(stop=["a", ""])),
         lambda slots, state: slots.admit("x", Request(stop=[3])),
+        lambda slots, state: slots.admit("x", Request(stop=3)),
+        lambda slots, state: slots.admit("x", Request(stop=b"x")),
+        lambda slots, state: slots.admit("x", Request(sampling="greedy")),
         lambda slots, state: slots.admit("x", Request(sampling=Sampling(temperature=-1))),
         lambda slots, state: slots.admit("x", state=State.cat([state, state])),
         lambda slots, state: slots.admit("x", state=broken(state, lambda x: x[:1])),
@@ -462,6 +473,13 @@ class TestTrouble:
             found[row] += tokens
         for row, request in enumerate(requests):
             assert anonymous(found[row]) == solo(model, "fox", request, deterministic=True)
+
+    @pytest.mark.parametrize("empty", ["", [], b""])
+    def test_an_end_of_text_that_the_model_does_not_know(self, model, empty):
+        tokenizer = ByteTokenizer()
+        tokenizer.end_of_text = 300
+        with pytest.raises(ValueError, match="token id 300 is out of range"):
+            Slots(model, tokenizer).admit(empty)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_damaged_state_ends_its_own_row(self, engine, kind):
@@ -549,6 +567,107 @@ class TestText:
         request = Request(seed=np.int64(7), max_tokens=torch.tensor(3))
         assert request == Request(seed=7, max_tokens=3)
         assert type(request.seed) is int
+
+
+class TestNothingToGenerate:
+    """A `max_tokens` of 0: the prompt is read, and that is all."""
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("prompt", ["x", "a longer one", ""])
+    def test_the_prompt_is_read_to_its_end(self, engine, prompt, deterministic):
+        slots = Slots(engine, BYTES, 2, chunk=4, deterministic=deterministic)
+        slots.admit(prompt, Request(max_tokens=0))
+        while slots.active or slots.waiting:
+            assert slots.step() == []
+        (left,) = slots.left.values()
+        assert (left.unread, left.text, left.finish_reason) == ([], "", "length")
+        _, wanted = prefill(engine, [BYTES.encode(prompt) or [0]])
+        assert int(left.state.tokens) == int(wanted.tokens)
+        for name, x in wanted.tensors.items():
+            torch.testing.assert_close(left.state.tensors[name], x, atol=1e-5, rtol=1e-5)
+        assert slots.step() == [] and slots.left == {}
+
+    def test_neighbors_generate_and_the_head_is_theirs(self, model):
+        recorder = Recorder(model)
+        slots = Slots(recorder, BYTES, 3)
+        request = Request(max_tokens=3, ignore_end_of_text=True)
+        for own in (Request(max_tokens=0), request, Request(max_tokens=0)):
+            slots.admit("fox", own)
+        found = drain(slots)
+        assert list(found) == [1] and recorder.heads == [1, 1, 1]
+        assert [t.id for t in found[1]] == [t.id for t in solo(model, "fox", request)]
+
+
+class TestGroups:
+    def test_a_permutation_is_obeyed(self, model):
+        """An index of full length need not be in order."""
+        rows = tuple(Row(n, Request(), torch.tensor([n]), BYTES) for n in range(3))
+        _, state = prefill(model, [[1], [2, 3], [4, 5, 6]])
+        group = _Group(rows, (1, 2, 3), state)
+        found = group.pick([2, 0, 1])
+        assert [row.number for row in found.rows] == [2, 0, 1]
+        assert found.read == (3, 1, 2)
+        assert found.state is not None and found.state.tokens.tolist() == [3, 1, 2]
+        assert same_bits(found.state.tensors, state.rows([2, 0, 1]).tensors)
+        assert group.pick([0, 1, 2]) is group
+
+
+def test_bytes_are_a_text(model):
+    """Which the tokenizer encodes; they are not token ids."""
+    slots = Slots(make_model(300), small_bpe(), 2)
+    text = "little foxes, naïvely — 狐"
+    for prompt in (text, text.encode(), bytearray(text.encode())):
+        number = slots.admit(prompt)
+        assert slots.evict(number).unread == small_bpe().encode(text) != list(text.encode())
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_model_in_training_mode_drops_nothing_out(deterministic):
+    model = make_model()
+    model.dropout = 0.5
+    requests = [Request(sampling=kind, max_tokens=9, seed=3) for kind in KINDS[:3]]
+
+    def run() -> dict[int, list[Token]]:
+        slots = Slots(model, BYTES, 3, deterministic=deterministic)
+        state = prefill(model, [[5, 6]])[1]
+        for request in requests:
+            slots.admit("fox", request, state=state)
+        return drain(slots)
+
+    wanted = run()
+    model.train()
+    model.blocks[1].eval()  # as someone does who trains a part of a model
+    modes = [module.training for module in model.modules()]
+    before = torch.get_rng_state()
+    assert run() == wanted
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_engine_that_fails_leaves_the_mode_as_it_was():
+    model = make_model().train()
+    recorder = Recorder(model)
+    recorder.fails_at = 0
+    slots = Slots(recorder, BYTES, 1)
+    slots.admit("x")
+    with pytest.raises(MemoryError):
+        slots.step()
+    assert all(module.training for module in model.modules())
+
+
+def test_digits_do_not_count(model, monkeypatch):
+    """A frequency penalty lets a row repeat "1", and "a" only as long as it pays."""
+    monkeypatch.setattr(
+        Slots, "_logits", lambda self, x: torch.zeros(len(x), 256).index_fill_(1, at, 1.0)
+    )
+    for character, repeats in (("1", True), (" ", True), ("\t", True), ("a", False)):
+        at = torch.tensor([ord(character)])
+        for options, wanted in (({}, repeats), ({"count_digits": True}, False)):
+            kind = Sampling(temperature=0, frequency_penalty=0.3, penalty_decay=1, **options)
+            request = Request(sampling=kind, max_tokens=9, ignore_end_of_text=True)
+            found = solo(model, "x", request)
+            assert [t.text for t in found[:4]] == [character] * 4
+            assert all(t.text == character for t in found) == wanted
 
 
 def test_a_penalty_is_a_rows_own(model):

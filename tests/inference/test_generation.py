@@ -1,6 +1,8 @@
 """Prefill and decoding: the same whatever the chunks, the company, the cuts between tokens."""
 
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -13,9 +15,12 @@ from tiny import make_model, same_bits, small_bpe
 from torch import Tensor
 
 import receptance
+from receptance.config import ModelConfig
 from receptance.inference import generation
 from receptance.inference.generation import Generation, Token, prefill
+from receptance.inference.rows import Request
 from receptance.inference.sampling import Sampling
+from receptance.inference.scoring import negative_log_likelihood
 from receptance.model import Model
 from receptance.state import State
 from receptance.tokenizer import ByteTokenizer, Tokenizer
@@ -104,6 +109,32 @@ class TestPrefill:
         with pytest.raises(ValueError, match="no prompt"):
             prefill(model, [])
 
+    @pytest.mark.parametrize("wrong", ["Once", b"Once", ["Once"], [b"Once"]])
+    def test_text_is_not_taken_for_ids(self, wrong, model):
+        """Bytes are numbers too, but not the ids of a tokenizer."""
+        with pytest.raises(ValueError, match="prefill reads token ids, not text; encode it"):
+            prefill(model, wrong)
+
+    @pytest.mark.parametrize("wrong", [None, 7, [1, 2], [None], [[0.5]], [["a"]]])
+    def test_what_is_no_list_of_prompts_is_refused(self, wrong, model):
+        with pytest.raises(ValueError, match=r"^(a prompt|prompts) is ") as caught:
+            prefill(model, wrong)
+        assert "\n" not in str(caught.value)
+
+    def test_ids_in_tensors_and_arrays_will_do(self, model):
+        wanted, _ = prefill(model, [[1, 2], [3]])
+        for kind in (torch.tensor, np.array):
+            assert torch.equal(prefill(model, [kind([1, 2]), kind([3])])[0], wanted)
+
+    @pytest.mark.parametrize("chunk", [2, 512])
+    def test_a_model_in_training_mode_drops_nothing_out(self, chunk, monkeypatch):
+        monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+        model = make_model()
+        model.dropout = 0.5
+        wanted, _ = prefill(model, [ids(9), ids(4)])
+        assert torch.equal(prefill(model.train(), [ids(9), ids(4)])[0], wanted)
+        assert all(module.training for module in model.modules())
+
 
 class TestBatches:
     """Several prompts of different lengths are one batch whose rows equal solo runs."""
@@ -173,11 +204,30 @@ class TestBatches:
         ]
         assert texts[0] == texts[1] == texts[2]
 
-    def test_it_can_be_repeated(self, model):
-        generation = Generation(model, BYTES, ["one", "two"], max_tokens=9, seed=3)
-        first = next(iter(generation))
-        assert list(generation) == list(generation)
-        assert next(iter(generation)) == first
+    def test_a_loop_goes_on_where_the_last_one_stopped(self, model):
+        """In the middle of a step too; nothing begins anew, and nothing comes after the end."""
+        prompts = ["one", "two", "three"]
+        wanted = list(Generation(model, BYTES, prompts, max_tokens=9, seed=3))
+        generation = Generation(model, BYTES, prompts, max_tokens=9, seed=3)
+        found = []
+        for size in (4, 0, 1, 5):
+            found += itertools.islice(generation, size)
+        for token in generation:
+            found.append(token)
+            if len(found) == 14:
+                break
+        assert len(found) == 14
+        found.append(next(generation))
+        assert found + list(generation) == wanted
+        assert list(generation) == []
+
+    @pytest.mark.parametrize("single", ["Once", b"Once"])
+    def test_a_single_text_is_one_prompt(self, model, single):
+        wanted = list(Generation(model, BYTES, ["Once"], max_tokens=9))
+        generation = Generation(model, BYTES, single, max_tokens=9)
+        assert len(generation.states) == 1
+        assert list(generation) == wanted
+        assert receptance.generate(model, BYTES, single, max_tokens=9) == text_of(wanted)
 
     def test_an_empty_prompt_begins_after_an_end_of_text(self, model):
         empty, ended = rows_of(list(Generation(model, BYTES, ["", [0]], max_tokens=20)), 2)
@@ -382,6 +432,45 @@ class TestStates:
         rest = self.run(model, first.unread[0], 12, state)
         assert [token.id for token in rest] == whole[8:]
 
+    @pytest.mark.parametrize("stop", [(), ("e",)])
+    def test_the_final_state_has_read_all_tokens(self, stop, model):
+        """What is left unread is fed, whatever ended the row; the rest stays as it was."""
+        prompts = ["one", "twenty two", ""]
+        generation = Generation(model, BYTES, prompts, max_tokens=20, stop=stop)
+        tokens = list(generation)
+        for row, prompt in enumerate(prompts):
+            text = BYTES.encode(prompt) or [0]
+            text += [token.id for token in tokens if token.row == row]
+            unread, before = list(generation.unread[row]), generation.states[row]
+            state = generation.final_state(row)
+            assert state.tokens.tolist() == [len(text)]
+            for name, x in prefill(model, [text])[1].tensors.items():
+                torch.testing.assert_close(state.tensors[name], x, atol=1e-4, rtol=1e-4)
+            assert generation.unread[row] == unread and generation.states[row] is before
+
+    def test_there_is_no_final_state_before_the_end(self, model):
+        generation = Generation(model, BYTES, "x", max_tokens=3, ignore_end_of_text=True)
+        for _ in range(2):
+            next(generation)
+            with pytest.raises(ValueError, match="row 0 has not finished; take its tokens"):
+                generation.final_state()
+        next(generation)
+        assert generation.final_state().tokens.tolist() == [1 + 3]
+
+    def test_no_tokens_leave_the_state_behind_the_prompt(self, model):
+        """A `max_tokens` of 0 reads the prompts; they go on as if nothing had been between."""
+        prompts = ["one", "twenty two"]
+        first = Generation(model, BYTES, prompts, max_tokens=0)
+        assert list(first) == [] and first.unread == [[], []]
+        wanted = [prefill(model, [BYTES.encode(prompt)])[1] for prompt in prompts]
+        for row, state in enumerate(wanted):
+            assert first.states[row].tokens.tolist() == state.tokens.tolist()
+            assert same_bits(first.final_state(row).tensors, first.states[row].tensors)
+            for name, x in state.tensors.items():
+                found = first.states[row].tensors[name]
+                torch.testing.assert_close(found, x, atol=1e-5, rtol=1e-5)
+        assert receptance.generate(model, BYTES, prompts, max_tokens=0) == ["", ""]
+
     def test_a_state_that_is_kept_stays_as_it_is(self, model):
         _, state = prefill(model, [ids(5)])
         before = {name: x.clone() for name, x in state.tensors.items()}
@@ -436,8 +525,18 @@ class TestProbabilities:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda g: g(["x"], max_tokens=0), "max_tokens is 0"),
+        (lambda g: g(["x"], max_tokens=-1), "max_tokens is -1; it must be at least 0"),
         (lambda g: g([]), "no prompts"),
+        (lambda g: g(None), "prompts is None; give a text, or a list of texts"),
+        (lambda g: g(7), "prompts is 7; give a text"),
+        (lambda g: g([None]), "a prompt is a text or a list of token ids; found None"),
+        (lambda g: g([65, 66]), "a prompt is a text or a list of token ids; found 65"),
+        (lambda g: g([["a"]]), r"a prompt is a text or a list of token ids; found \['a'\]"),
+        (lambda g: g(["x"], stop=b"x"), "a stop string is b'x'; it must be text"),
+        (lambda g: g(["x"], stop=[b"x"]), "a stop string is b'x'; it must be text"),
+        (lambda g: g(["x"], stop=7), "a stop string is 7; it must be text"),
+        (lambda g: g(["x", "y"], seed="12"), "seed is '12'; it must be a whole number"),
+        (lambda g: g(["x"], sampling="greedy"), "sampling is 'greedy'; it must be a Sampling"),
         (lambda g: g(["x"], stop=("a", "")), "empty stop string"),
         (lambda g: g(["x"], seed=[1, 2]), "2 seeds for 1 prompts"),
         (lambda g: g(["x"], seed=-1), "seed is -1"),
@@ -451,3 +550,59 @@ def test_bad_requests_are_refused(call: Callable, message, model):
     with pytest.raises(ValueError, match=message) as caught:
         call(lambda prompts, **options: list(Generation(model, BYTES, prompts, **options)))
     assert "\n" not in str(caught.value)
+
+
+def test_none_is_the_default_everywhere(model):
+    """Of every option of every call."""
+    wanted = list(Generation(model, BYTES, "x"))
+    names = set(inspect.signature(Generation).parameters) - {"engine", "tokenizer", "prompts"}
+    assert list(Generation(model, BYTES, "x", **dict.fromkeys(names))) == wanted
+    names = set(inspect.signature(receptance.generate).parameters)
+    assert names >= {field.name for field in dataclasses.fields(Sampling)}
+    names -= {"engine", "tokenizer", "prompts"}
+    assert receptance.generate(model, BYTES, "x", **dict.fromkeys(names)) == text_of(wanted)
+    names = {field.name for field in dataclasses.fields(Request)}
+    assert Request(**dict.fromkeys(names)) == Request()
+    assert list(Generation(model, BYTES, ["x", "x"], seed=[None, 0])) == list(
+        Generation(model, BYTES, ["x", "x"])
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: receptance.generate(model, BYTES, "x"),
+        lambda model: prefill(model, [[1]]),
+        lambda model: negative_log_likelihood(model, np.array([1])),
+    ],
+)
+def test_a_model_without_weights_is_refused(use):
+    with torch.device("meta"):
+        model = Model(ModelConfig(vocab_size=256, width=8, num_layers=1))
+    with pytest.raises(ValueError, match=r"^the model has no weights: it is on the meta device"):
+        use(model)
+
+
+def test_generate_leaves_a_model_in_training_mode(model):
+    trained = make_model()
+    trained.dropout = 0.5
+    trained.train()
+    wanted = receptance.generate(model, BYTES, ["x", "yz"], max_tokens=20)
+    assert receptance.generate(trained, BYTES, ["x", "yz"], max_tokens=20) == wanted
+    generation = Generation(trained, BYTES, "x", max_tokens=5, ignore_end_of_text=True)
+    for _ in generation:
+        assert all(module.training for module in trained.modules())
+    wanted_state = prefill(
+        model,
+        [
+            [
+                120,
+                *(
+                    t.id
+                    for t in Generation(model, BYTES, "x", max_tokens=5, ignore_end_of_text=True)
+                ),
+            ]
+        ],
+    )[1]
+    for name, x in generation.final_state().tensors.items():
+        torch.testing.assert_close(x, wanted_state.tensors[name], atol=1e-4, rtol=1e-4)

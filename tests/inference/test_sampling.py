@@ -1,5 +1,6 @@
 """The sampler against one in plain Python, over whole distributions."""
 
+import dataclasses
 import math
 import re
 from collections import defaultdict
@@ -12,7 +13,14 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from receptance.inference import sampling
-from receptance.inference.sampling import Sampling, Seen, choose, log_probabilities, penalize
+from receptance.inference.sampling import (
+    Sampling,
+    Seen,
+    choose,
+    is_counted,
+    log_probabilities,
+    penalize,
+)
 
 GRID = 2000
 
@@ -325,6 +333,27 @@ class TestPenalties:
         penalize(logits, [seen], [options])
         assert logits.tolist() == [[0, 0, 1]]
 
+    def test_a_token_that_is_not_counted_has_occurred_nevertheless(self):
+        """As in the rwkv package: the presence penalty is its, the frequency penalty is not."""
+        options = Sampling(presence_penalty=0.5, frequency_penalty=1, penalty_decay=0.5)
+        seen = Seen()
+        for token in (0, 0, 1):
+            seen.add(token, options, counted=token != 0)
+        logits = torch.ones(1, 3)
+        penalize(logits, [seen], [options])
+        assert logits.tolist() == [[0.5, -0.5, 1]]
+        seen.add(0, options)
+        assert seen.counts.tolist() == [1, 0.5]
+
+    def test_digits_and_blanks_are_those_of_the_rwkv_package(self):
+        """Every text that it does not count, here neither; and all others of the same letters."""
+        rule = " \t0123456789"  # PIPELINE.generate: `if ttt in ' \t0123456789': www = 0`
+        parts = {rule[a:b] for a in range(len(rule)) for b in range(a, len(rule) + 1)}
+        assert not any(is_counted(text.encode()) for text in parts)
+        assert not any(is_counted(text) for text in (b"10", b" 13", b"2026", b"    ", b"\t\t"))
+        for text in (b"a", b"1a", b"\n", b" \n", b",", b"1.", b"\x00", "１".encode(), b"\xc3"):
+            assert is_counted(text)
+
     def test_impossible_tokens_stay_impossible(self):
         options = Sampling(repetition_penalty=2, presence_penalty=1, frequency_penalty=1)
         seen = Seen()
@@ -382,11 +411,25 @@ class TestPenalties:
         ("presence_penalty", math.nan),
         ("frequency_penalty", math.inf),
         ("penalty_decay", 1.01),
+        ("temperature", 1j),
+        ("presence_penalty", []),
     ],
 )
 def test_options_are_checked(name, value):
     with pytest.raises(ValueError, match=rf"^{name} is {re.escape(str(value))}; it must be "):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "penalty_decay"])
+def test_a_text_is_no_number(name):
+    with pytest.raises(ValueError, match=rf"^{name} is '1'; it must be "):
+        Sampling(**{name: "1"})
+
+
+def test_none_is_the_default():
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    assert Sampling(**dict.fromkeys(names)) == Sampling()
+    assert Sampling(temperature=None, top_k=3) == Sampling(top_k=3)
 
 
 def test_a_lower_top_p_keeps_fewer():

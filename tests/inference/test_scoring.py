@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_model
 
+from receptance.adapters.lora import LoRA, LoRAOptions
+from receptance.engine.adapted import AdaptedModel
 from receptance.inference.scoring import (
     bits_per_byte,
     negative_log_likelihood,
@@ -101,9 +103,28 @@ def test_the_mode_comes_back_and_dropout_is_off(training):
 def test_bfloat16_activations_are_close():
     model, tokens = make_model(), text(200)
     exact = negative_log_likelihood(model, tokens)
-    rounded = negative_log_likelihood(model, tokens, dtype=torch.bfloat16)
+    rounded = negative_log_likelihood(model.bfloat16(), tokens)
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", ["123", b"123", [0.5], [True], [[1], [2]], 7, None])
+def test_only_token_ids_are_scored(wrong):
+    """The text "123" is not the number 123."""
+    with pytest.raises(ValueError, match="a text is scored by its token ids") as caught:
+        negative_log_likelihood(make_model(), wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_any_engine_is_scored_and_put_back():
+    """One that is no `Model`: an adapter in training mode drops nothing out, and trains on."""
+    model = make_model()
+    lora = LoRA(model, LoRAOptions(dropout=0.5)).train()
+    torch.nn.init.ones_(lora.pairs[0].up.weight)
+    engine = AdaptedModel(model, lora)
+    first = negative_log_likelihood(engine, text(50))
+    assert negative_log_likelihood(engine, text(50)) == first
+    assert lora.training and not model.training
 
 
 def test_no_bytes_have_no_bits_per_byte():

@@ -204,8 +204,8 @@ def measure_one(options: Options, size: str | None = None) -> Iterator[dict[str,
     yield {
         "load s": time.perf_counter() - began,
         "first token s": measure.first_token(engine),
-        "weights": measure.weight_bytes(engine),
-        "bytes per token": measure.bytes_per_token(engine),
+        "weights": engine.weight_bytes,
+        "bytes per token": engine.bytes_per_token,
         "about": {
             "model": options.model if size is None else f"random weights of {size}",
             "sizes": engine.config.to_dict(),

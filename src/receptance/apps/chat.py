@@ -130,6 +130,8 @@ def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
     options = tyro.cli(Options, args=argv, prog="receptance chat")
     Request(max_tokens=options.max_tokens, seed=options.seed)  # checks them before a model is read
+    if not options.max_tokens:
+        raise ValueError("max_tokens is 0; an answer needs at least 1")
     engine, tokenizer = options.engine.load(options.model)
     chat = Chat(engine, tokenizer, options)
     print(f"{options.model}: type a message, or /help.")

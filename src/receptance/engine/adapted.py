@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from receptance.adapters import Adapter
 from receptance.config import ModelConfig
 from receptance.engine.base import OneCall
 from receptance.model import Model
+from receptance.model.modes import evaluating
 from receptance.state import State
 
 
@@ -53,3 +55,21 @@ class AdaptedModel(OneCall):
     def fingerprint(self) -> str:
         """Whose the states are that model and adapter make together."""
         return self._adapter.fingerprint(self._model.fingerprint())
+
+    @property
+    def weight_bytes(self) -> int:
+        """The memory of all weights, the adapter's included."""
+        return self._model.weight_bytes + self._adapter_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of weights that a step over one row reads: all but the embedding."""
+        return self._model.bytes_per_token + self._adapter_bytes
+
+    @property
+    def _adapter_bytes(self) -> int:
+        return sum(x.nbytes for x in self._adapter.parameters())
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A block without dropout; model and adapter are in their own modes again after it."""
+        return evaluating(self._model, self._adapter)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.engine.base import OneCall
+from receptance.engine.base import NotCopied, OneCall
 from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.model.inputs import check_features, check_inputs
@@ -52,7 +52,7 @@ def _unrecorded(run: Run) -> Run:
     return run
 
 
-class GpuEngine(OneCall):
+class GpuEngine(NotCopied, OneCall):
     """A model whose weights lie on a GPU (an `Engine`).
 
     `initial`, of one row, is where rows begin if not empty. `capture` makes a recording of a step

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.engine.base import OneCall
+from receptance.engine.base import NotCopied, OneCall
 from receptance.engine.memory import Arena, room
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
@@ -33,7 +33,7 @@ POSITIONS = 512
 _PRODUCTS_PER_THREAD = 1 << 18
 
 
-class NativeEngine(OneCall):
+class NativeEngine(NotCopied, OneCall):
     """A model whose matrices are packed, of one type or several (an `Engine`).
 
     The tensors are read where they are; `copy_before`, for those of a mapped file, is the number of

@@ -11,4 +11,5 @@ The modules, in reading order:
     scoring      how well a model predicts text
     measure      how fast a model runs on this machine
     transfer     tensors from the host to a device without waiting
+    defaults     None as the value of an option
 """

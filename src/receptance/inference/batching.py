@@ -17,13 +17,13 @@ from receptance.engine.base import Engine
 from receptance.inference import reading, sampling
 from receptance.inference.rows import Left, Prompt, Request, Row, Token
 from receptance.inference.transfer import upload
-from receptance.model.inputs import check_ids
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
 
-# Positions of prompts in one call of the engine: memory stays bounded whatever there is to read.
+# One call of the engine reads so many positions, of all prompts together, so that its memory is
+# bounded whatever there is to read.
 CHUNK = 512
-# The same while others generate, who wait for it.
+# One call reads so many while other rows generate, because these wait for it.
 CHUNK_BESIDE = 64
 
 
@@ -32,12 +32,13 @@ class _Group:
     """Rows that go through the engine together."""
 
     rows: tuple[Row, ...] = ()
-    read: tuple[int, ...] = ()  # how many tokens of each one's prompt
-    state: State | None = None  # None: of rows that have read nothing
+    read: tuple[int, ...] = ()  # how many tokens of its prompt each row has read
+    state: State | None = None  # None if no row has read anything
 
     def pick(self, index: Sequence[int]) -> _Group:
-        if len(index) == len(self.rows):
-            return self
+        """The chosen rows, in that order."""
+        if list(index) == list(range(len(self.rows))):
+            return self  # as in most steps, and no state has to be copied
         rows = tuple(self.rows[i] for i in index)
         read = tuple(self.read[i] for i in index)
         state = None if self.state is None or not rows else self.state.rows(index)
@@ -45,18 +46,19 @@ class _Group:
 
 
 class Slots:
-    """Up to `capacity` rows that generate together; more of them wait for their turn.
+    """Up to `capacity` rows that generate together; further rows wait for their turn.
 
     A step gives every generating row one token. Before that it reads a piece of the prompts that
     were admitted: `chunk` positions in all, or `chunk_beside` if there are rows that have to wait
     for it. All prompts get the same share of them, so that a short one is not stuck behind a long
     one. With `lockstep` no row generates before every prompt is read.
 
-    `deterministic`: each row is the same to the bit whatever its company and whenever it came. An
-    engine that is not `batch_invariant` then runs every row alone.
+    With `deterministic` each row is the same to the bit whatever its company and whenever it came:
+    an engine that is not `batch_invariant` then runs every row alone.
 
-    An engine that fails leaves everything as it was: step again, or evict rows. Not for several
-    threads at once.
+    A model in training mode is run without dropout and is in training mode again between the calls.
+    If the engine fails, everything stays as it was: step again, or evict rows. Several threads must
+    not use one `Slots` at the same time.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Slots:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        reading.check_weights(engine)
         self.engine, self.tokenizer, self.capacity = engine, tokenizer, capacity
         self.left: dict[int, Left] = {}
-        """What the rows that finished in the last step left behind."""
+        """What the rows that finished in the last step left behind, by number."""
         self._apart = deterministic and not engine.batch_invariant
         self._lockstep, self._chunk, self._beside = lockstep, chunk, chunk_beside
         self._numbers = count()
@@ -86,28 +89,28 @@ class Slots:
 
     @property
     def active(self) -> list[int]:
-        """The rows that have a slot, by age."""
+        """The numbers of the rows that have a slot, by age."""
         return sorted(row.number for row in self._reading.rows + self._running.rows)
 
     @property
     def waiting(self) -> list[int]:
-        """The rows that wait for one, the next one first."""
+        """The numbers of the rows that wait for a slot; the next one to get it comes first."""
         return [row.number for row, _ in self._waiting]
 
     @property
     def free(self) -> int:
-        """How many slots have no row."""
+        """The number of slots without a row."""
         return self.capacity - len(self._reading.rows) - len(self._running.rows)
 
     @torch.no_grad()
     def admit(
         self, prompt: Prompt, request: Request | None = None, *, state: State | None = None
     ) -> int:
-        """The number of a new row: `Token.row`, and what `evict` wants.
+        """Add a row; its number is the `row` of its tokens and the argument of `evict`.
 
         The row begins with the next step if a slot is free, else when it is its turn. An empty
-        prompt begins after an end-of-text token; `state`, of one row, continues what it has read.
-        ValueError if they are not for this model; no other row notices.
+        prompt begins after an end-of-text token. A `state` of one row continues the text that it
+        has read. ValueError if prompt or state do not fit the model; no other row notices.
         """
         tokens, request = self._tokens(prompt), request or Request()
         state = None if state is None else self._fitting(state)
@@ -117,7 +120,7 @@ class Slots:
 
     @torch.no_grad()
     def evict(self, number: int) -> Left:
-        """Take a row out between two steps, wherever it is; ValueError if there is none."""
+        """Take a row out, wherever it is, and return what it leaves; ValueError if it is gone."""
         for place, (row, state) in enumerate(self._waiting):
             if row.number == number:
                 del self._waiting[place]
@@ -129,39 +132,36 @@ class Slots:
                     alone = group.pick([place])
                     others = [i for i in range(len(group.rows)) if i != place]
                     setattr(self, name, group.pick(others))
-                    return row.left(alone.state, *alone.read)
+                    return row.left(alone.state, alone.read[0])
         raise ValueError(f"there is no row {number}: it has finished, or was never admitted")
 
     @torch.no_grad()
     def step(self) -> list[Token]:
-        """The next token of every row whose prompt has been read, by age."""
+        """The next token of every row whose prompt has been read, by age.
+
+        A row with a `max_tokens` of 0 has no token: `left` alone says that it has finished.
+        """
         self._fill()
         rest, through, ends = self._read()
         running, last = self._feed()
-        group = self._join(running, through)
-        ids, scores = self._choose(group.rows, last + ends) if group.rows else ([], [])
+        group, features = self._join(running, through), last + ends
+        tokens = self._next(group, features) if group.rows else {}
         self._reading = rest
-        return self._take(group, ids, scores)
+        self._settle(group, tokens)
+        return sorted(tokens.values(), key=lambda token: token.row)
 
     # ---- coming in --------------------------------------------------------------------------
 
     def _tokens(self, prompt: Prompt) -> Tensor:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        try:
-            tokens = torch.as_tensor(ids if len(ids) else [self.tokenizer.end_of_text])
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"a prompt is a text or a list of token ids: {error}") from error
-        if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(
-                f"a prompt is a text or a list of token ids, not {tokens.dtype} "
-                f"{list(tokens.shape)}"
-            )
-        tokens = tokens.to("cpu", torch.int64, copy=True)
-        check_ids(tokens, self.engine.config.vocab_size)
-        return tokens
+        if isinstance(prompt, bytearray):
+            prompt = bytes(prompt)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str | bytes) else prompt
+        known = self.engine.config.vocab_size
+        tokens = reading.token_ids(ids, known)
+        return tokens if len(tokens) else reading.token_ids([self.tokenizer.end_of_text], known)
 
     def _fitting(self, state: State) -> State:
-        """As the engine makes them; a wrong one would fail later, together with all others."""
+        """The state with the engine's dtypes; a wrong one would later fail all rows with it."""
         if state.batch != 1:
             raise ValueError(f"the state holds {state.batch} rows; choose one with State.rows()")
         like = self._nothing()
@@ -189,7 +189,7 @@ class Slots:
         return _Group(rows, read, state)
 
     def _fill(self) -> None:
-        """Free slots go to those that wait, first come, first served."""
+        """Give the free slots to the rows that wait, first come, first served."""
         coming = list(self._waiting)[: self.free]
         groups = (_Group((row,), (0,), state) for row, state in coming)
         self._reading = self._join(self._reading, *groups)
@@ -199,14 +199,14 @@ class Slots:
     # ---- through the engine -----------------------------------------------------------------
 
     def _share(self, rows: int) -> tuple[int, int]:
-        """How many of the rows read on at once, and how many positions each."""
+        """How many of the rows read on in one call, and how many positions each of them."""
         budget = self._beside if self._running.rows else self._chunk
-        if self._apart:  # where a prompt is cut must not depend on the company
+        if self._apart:  # the pieces of a prompt must not depend on the other rows
             return max(1, budget // self._beside), self._beside
         return budget, max(1, budget // rows)
 
     def _read(self) -> tuple[_Group, _Group, list[Tensor]]:
-        """The prompts that are still being read, those that are through, and their features."""
+        """The rows that are still reading, those that have read, and the features of these."""
         rest, through, ends = self._reading, _Group(), []
         while rest.rows:
             count, positions = self._share(len(rest.rows))
@@ -215,7 +215,7 @@ class Slots:
             now, features = self._read_on(now, positions)
             done = [i for i, row in enumerate(now.rows) if now.read[i] == len(row.prompt)]
             going = [i for i in range(len(now.rows)) if i not in done]
-            # Behind those that did not read, so that all have their turn.
+            # These rows go behind those that did not read, so that all have their turn.
             rest = self._join(later, now.pick(going))
             through = self._join(through, now.pick(done))
             ends.append(features[done])
@@ -231,7 +231,7 @@ class Slots:
         return _Group(group.rows, tuple(read), state), features
 
     def _feed(self) -> tuple[_Group, list[Tensor]]:
-        """What follows the last token of every generating row."""
+        """Read the last token of every generating row: the rows and their features."""
         group = self._running
         if not group.rows:
             return group, []
@@ -247,14 +247,26 @@ class Slots:
 
     # ---- tokens -----------------------------------------------------------------------------
 
+    def _next(self, group: _Group, parts: list[Tensor]) -> dict[int, Token]:
+        """The next token by place in the group, of the rows that generate any."""
+        places = [i for i, row in enumerate(group.rows) if row.request.max_tokens]
+        if not places:
+            return {}
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(places) < len(group.rows):
+            features = features[_index(places, features)]
+        rows = [group.rows[i] for i in places]
+        chosen = zip(places, rows, *self._choose(rows, features), strict=True)
+        return {i: row.take(token, score) for i, row, token, score in chosen}
+
     def _choose(
-        self, rows: Sequence[Row], features: Sequence[Tensor]
+        self, rows: Sequence[Row], features: Tensor
     ) -> tuple[list[int], list[float | None]]:
-        """The next id of every row, and its log-probability if it was asked for."""
-        logits = self._logits(features[0] if len(features) == 1 else torch.cat(list(features)))
+        """The next id of every row, and its log-probability if the row asks for it."""
+        logits = self._logits(features)
         options = [row.request.sampling for row in rows]
         asked = [i for i, row in enumerate(rows) if row.request.log_probabilities]
-        # Before the penalties, which work in place.
+        # The scores come before the penalties, which change the logits in place.
         scores = None
         if asked:
             own = logits if len(asked) == len(rows) else logits[_index(asked, logits)]
@@ -272,22 +284,20 @@ class Slots:
     def _logits(self, features: Tensor) -> Tensor:
         head = reading.head_apart if self._apart else lambda engine, x: engine.head(x)
         logits = head(self.engine, features).float()
-        # Rows of the embedding beyond the vocabulary stand for nothing.
+        # An embedding may have more rows than the tokenizer has tokens; these ids have no text.
         logits[:, self.tokenizer.vocab_size :] = -torch.inf
         return logits
 
-    def _take(
-        self, group: _Group, ids: Sequence[int], scores: Sequence[float | None]
-    ) -> list[Token]:
-        chosen = zip(group.rows, ids, scores, strict=True)
-        tokens = [row.take(token, score) for row, token, score in chosen]
-        going = [i for i, token in enumerate(tokens) if token.finish_reason is None]
-        ending = [i for i, token in enumerate(tokens) if token.finish_reason is not None]
-        self.left = {
-            group.rows[i].number: group.rows[i].left(group.pick([i]).state) for i in ending
-        }
+    def _settle(self, group: _Group, tokens: dict[int, Token]) -> None:
+        """Part the rows that go on from those that have finished."""
+        reasons = {i: token.finish_reason for i, token in tokens.items()}
+        going = [i for i, reason in reasons.items() if reason is None]
+        self.left = {}
+        for i, row in enumerate(group.rows):
+            if (reason := reasons.get(i, "length")) is not None:
+                state = group.pick([i]).state
+                self.left[row.number] = row.left(state, group.read[i], reason)
         self._running = group.pick(going)
-        return sorted(tokens, key=lambda token: token.row)
 
 
 def _index(rows: Sequence[int], like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How fast this machine reads memory, and how fast a model runs on it.
 
-Every token needs every matrix but the embedding. At batch 1, reading them is what limits decoding:
-the memory limit is (bytes a second) / (bytes of weights a token).
+Every token needs every matrix but the embedding. At batch 1 decoding is limited by reading them:
+the most tokens per second are (bytes read per second) / (bytes of weights per token).
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from receptance.engine.base import Engine
 from receptance.engine.memory import allocate
 from receptance.formats.names import tensor_shapes
 from receptance.inference.generation import prefill
-from receptance.model import Model
 from receptance.ops import native
 from receptance.tokenizer import Tokenizer
 
-# More than any cache holds.
+# No processor's cache holds so many bytes.
 _BANDWIDTH_BYTES = 1 << 29
-_STEPS = 8  # decoding steps between two looks at the clock
+_STEPS = 8  # the number of decoding steps between two looks at the clock
 _LEAST_REPEATS = 3
 
 
 def read_bandwidth(threads: int | None = None) -> tuple[float, str]:
-    """Bytes per second at which threads (None: torch's) read memory, and what measured it."""
+    """Bytes per second that the threads (None: torch's number) read, and the method's name."""
     threads = threads or torch.get_num_threads()
     library = native.library()
     data = allocate(_BANDWIDTH_BYTES).fill_(1).view(torch.int64)
@@ -44,60 +43,51 @@ def read_bandwidth(threads: int | None = None) -> tuple[float, str]:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """The wall time of one call."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
 
 
-def weight_bytes(engine: Engine) -> int:
-    """Memory of an engine's weights."""
-    if isinstance(engine, Model):
-        return sum(x.nbytes for x in engine.parameters())
-    return int(engine.weight_bytes)  # type: ignore[attr-defined]
-
-
-def bytes_per_token(engine: Engine) -> int:
-    """Bytes of weights that a step at batch 1 reads: all but the embedding."""
-    if isinstance(engine, Model):
-        return weight_bytes(engine) - engine.emb.weight.nbytes
-    return int(engine.bytes_per_token)  # type: ignore[attr-defined]
-
-
 def decode_speed(engine: Engine, batch: int = 1, at_least: float = 1.0) -> float:
-    """Tokens per second of all rows together, greedy, a median over `at_least` seconds or more."""
+    """Tokens per second of greedy decoding, of all rows together.
+
+    The figure is the median of measurements that take `at_least` seconds in all.
+    """
     advance = decoder(engine, batch)
     return batch * _STEPS / _median_seconds(lambda: advance(_STEPS), at_least)
 
 
 def decoder(engine: Engine, batch: int = 1) -> Callable[[int], None]:
-    """A function that generates so many tokens in every row, going on where it stopped."""
-    logits, state = engine(_ids(engine, batch)[:, None])
+    """A function that generates a number of tokens in every row, going on where it stopped."""
+    tokens, state = _ids(engine, batch)[:, None], None
 
     @torch.no_grad()
     def advance(steps: int) -> None:
-        nonlocal logits, state
-        for _ in range(steps):
-            logits, state = engine(logits[:, -1].argmax(-1, keepdim=True), state)
+        nonlocal tokens, state
+        with engine.evaluating():
+            for _ in range(steps):
+                logits, state = engine(tokens, state)
+                tokens = logits[:, -1].argmax(-1, keepdim=True)
 
-    advance(2 * _STEPS)  # weights of a mapped file are in memory of their own by then
+    advance(2 * _STEPS + 1)  # an engine copies the weights of a mapped file within so many calls
     return advance
 
 
 def prefill_speed(engine: Engine, length: int, at_least: float = 1.0) -> float:
-    """Tokens per second of reading one prompt of that length, and scoring what follows it."""
+    """Tokens per second of reading a prompt of a length up to the logits of the next token."""
     prompt = _ids(engine, length).tolist()
     return length / _median_seconds(lambda: prefill(engine, [prompt]), at_least)
 
 
-def first_token(engine: Engine, prompt: int = 16) -> float:
-    """Seconds until the token after a prompt of that length, called once, on a new engine."""
-    ids = _ids(engine, prompt).tolist()
+def first_token(engine: Engine, length: int = 16) -> float:
+    """Seconds until the token after a prompt of a length; to be called once, on a new engine."""
+    ids = _ids(engine, length).tolist()
     return seconds(lambda: prefill(engine, [ids])[0].argmax(-1).item())
 
 
 def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM, where the system tells (Linux)."""
+    """The bytes of this process that are in RAM; None where the system is not Linux."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
@@ -106,7 +96,7 @@ def resident_bytes() -> int | None:
 
 
 def machine() -> dict[str, object]:
-    """The hardware and the libraries that a figure belongs to."""
+    """The hardware and the libraries that were used for a figure."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -126,7 +116,7 @@ def machine() -> dict[str, object]:
 
 
 class NumberedTokens(Tokenizer):
-    """A vocabulary of the wanted size that stands for nothing: what random weights need."""
+    """A vocabulary of any size for random weights: the text of every token is its number."""
 
     kind = "numbered"
 
@@ -134,18 +124,18 @@ class NumberedTokens(Tokenizer):
         super().__init__([b"%d " % number for number in range(vocab_size)], b"%d" % vocab_size)
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Numbers with spaces between them."""
+        """The ids that a text of numbers with spaces between them names."""
         return [int(number) for number in text.split()]
 
     def save(self, directory: Path) -> list[str]:
-        """Nothing to write: the size is that of the model."""
+        """Write no file, because the size of the vocabulary is that of the model."""
         return []
 
 
 def random_tensors(
     config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """Weights that keep activations in their usual ranges, none of them zero, by official name."""
+    """Random weights by official name: none is zero, and activations keep their usual ranges."""
     generator, matrices = torch.Generator().manual_seed(seed), config.architecture.layouts(config)
     return {
         name: (
@@ -158,7 +148,7 @@ def random_tensors(
 
 
 def _ids(engine: Engine, count: int) -> Tensor:
-    """Token ids that do not follow each other in the embedding: [count]."""
+    """Token ids [count] that are far apart in the embedding, as those of a text are."""
     return torch.arange(1, count + 1, device=engine.device) * 7919 % engine.config.vocab_size
 
 

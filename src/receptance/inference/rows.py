@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from receptance.inference.sampling import Sampling, Seen
+from receptance.inference.defaults import fill_defaults
+from receptance.inference.sampling import Sampling, Seen, is_counted
 from receptance.inference.streaming import TextStream
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
 
-# Random numbers that are drawn at once: one alone costs torch as much as all of these.
+# A row draws so many random numbers at once, because one alone costs torch as much as all of these.
 _DRAWS = 64
 
-Prompt = str | Sequence[int]
+Prompt = str | bytes | Sequence[int]
+"""A text, as str or in any bytes, or its token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +29,23 @@ class Token:
     row: int
     id: int
     text: str
-    """Text that is certain now: incomplete characters and possible stop strings wait."""
+    """The text that has become certain with this token. Incomplete characters wait for the next
+    one, and so does what may become a stop string."""
     log_probability: float | None
-    """Natural logarithm, under the model itself, before penalties and truncation; None if the
-    request did not ask for it."""
+    """The token's natural logarithm of probability under the model itself, before penalties and
+    truncation; None if the request did not ask for it."""
     finish_reason: str | None = None
-    """Set on a row's last token: "stop", "end_of_text" or "length". Or "error", with the id -1:
-    the model's logits are not numbers."""
+    """On a row's last token: "stop", "end_of_text" or "length"; or "error", with the id -1, if the
+    model's logits are not numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """How to continue one text."""
+    """How to continue one text; None stands for an option's default."""
 
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 256
-    """The longest continuation."""
+    """The longest continuation; with 0 the prompt is read and nothing is generated."""
     stop: Sequence[str] = ()
     """Strings that end the text and are not part of it; a single one may be given as it is."""
     seed: int = 0
@@ -50,45 +53,58 @@ class Request:
     ignore_end_of_text: bool = False
     """Whether to go on behind an end-of-text token."""
     log_probabilities: bool = True
-    """Whether tokens come with theirs: a pass over the whole vocabulary."""
+    """False skips computing log-probabilities, which costs a pass over the vocabulary per token."""
 
     def __post_init__(self) -> None:
+        fill_defaults(self)
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling is {self.sampling!r}; it must be a Sampling")
         for name in ("max_tokens", "seed"):
             value = getattr(self, name)
             if not isinstance(value, SupportsIndex):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
             object.__setattr__(self, name, value.__index__())
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 0")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}; it must be at least 0 and less than 2**63")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if wrong := [s for s in stop if not isinstance(s, str)]:
-            raise ValueError(f"a stop string is {wrong[0]!r}; it must be text")
-        if not all(stop):
-            raise ValueError("an empty stop string would stop before the first token")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    if isinstance(stop, str | bytes) or not isinstance(stop, Iterable):
+        stop = (stop,)
+    strings = tuple(stop)
+    if wrong := [s for s in strings if not isinstance(s, str)]:
+        raise ValueError(f"a stop string is {wrong[0]!r}; it must be text (str)")
+    if not all(strings):
+        raise ValueError("an empty stop string would stop before the first token")
+    return strings
 
 
 @dataclass(frozen=True)
 class Left:
-    """What a row leaves behind: it goes on with `unread` as the prompt, from `state`."""
+    """What a row leaves behind: `unread`, as a prompt from `state`, continues the row."""
 
     state: State | None
-    """After everything but the unread tokens; None if nothing has been read."""
+    """The state after everything but the unread tokens; None if nothing has been read."""
     unread: list[int]
     """The rest of the prompt, or the last generated token: it is fed when the next is wanted."""
     text: str
-    """What was held back and not shown."""
+    """Text that was held back and is part of no token."""
+    finish_reason: str | None = None
+    """That of the row's last token; "length" as well if the row was to generate none; None if the
+    row was evicted."""
 
 
 class Row:
-    """A request, its prompt, and what belongs to nobody else."""
+    """A request, its prompt, and all else that belongs to one row alone."""
 
     def __init__(self, number: int, request: Request, prompt: Tensor, tokenizer: Tokenizer) -> None:
         self.number, self.request, self.prompt = number, request, prompt
         self.generated, self.last = 0, -1
         self.seen = Seen()
+        self._tokenizer = tokenizer
         self._end_of_text = -1 if request.ignore_end_of_text else tokenizer.end_of_text
         self._text = TextStream(tokenizer, request.stop)
         self._random = torch.Generator().manual_seed(request.seed)
@@ -103,14 +119,14 @@ class Row:
         return self._block[self.generated - self._start]
 
     def take(self, token: int, log_probability: float | None) -> Token:
-        """The next token, with the text that it makes certain and why the row ends with it."""
+        """Go on by one token: the text that is certain with it, and why the row ends if it does."""
         if not self.generated:
-            self.prompt = self.prompt.new_empty(0)  # it may have been long
+            self.prompt = self.prompt.new_empty(0)  # a long prompt's memory is not needed any more
         self.last = token
         self.generated += 1
         text, reason = self._read(token)
         if self.request.sampling.penalizes and reason is None:
-            self.seen.add(token, self.request.sampling)
+            self._count(token)
         return Token(self.number, token, text, log_probability, reason)
 
     def _read(self, token: int) -> tuple[str, str | None]:
@@ -125,9 +141,14 @@ class Row:
             return text + self._text.finish(), "length"
         return text, None
 
-    def left(self, state: State | None, read: int = 0) -> Left:
-        """What remains of the row when `read` tokens of the prompt have been read, or all."""
+    def _count(self, token: int) -> None:
+        options = self.request.sampling
+        counted = options.count_digits or is_counted(self._tokenizer.decode_bytes([token]))
+        self.seen.add(token, options, counted=counted)
+
+    def left(self, state: State | None, read: int = 0, finish_reason: str | None = None) -> Left:
+        """What remains of the row after it has read `read` tokens of its prompt."""
         unread = self.prompt[read:].tolist()
         if self.generated:
             unread = [self.last] if self.last >= 0 else []
-        return Left(state, unread, self._text.finish())
+        return Left(state, unread, self._text.finish(), finish_reason)

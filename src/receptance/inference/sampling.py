@@ -1,7 +1,7 @@
 """Logits to token ids: functions of logits, what was generated before, and random numbers.
 
-A row's result is the same to the bit whatever other rows there are. So exponentials and sums are
-taken by kernels that treat a row as a whole, and never over a batch seen as one long vector.
+Each row's result is the same to the bit whatever other rows there are. Therefore exponentials and
+sums are taken by kernels that treat a row as a whole, never over the batch as one long vector.
 """
 
 from __future__ import annotations
@@ -9,36 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from receptance.inference.defaults import fill_defaults
 from receptance.inference.transfer import upload
 
-# Tokens considered before the whole vocabulary is sorted; top_p rarely needs more.
+# So many of the likeliest tokens are looked at before the vocabulary is sorted as a whole; top_p
+# rarely keeps more.
 _SHORTLIST = 128
-# In size, of an option: logits stay numbers when they are multiplied with it or divided by it.
+# No option may be larger in size: logits that are multiplied or divided by this stay finite.
 _LARGEST = 1e9
-# Dividing float32 logits by less than this would overflow; nothing but the likeliest is left.
+# A temperature below this counts as 0: dividing float32 logits by it would overflow, and it leaves
+# no token but the likeliest a chance.
 _GREEDY_BELOW = 1e-6
-# Weights that are added up before one of them is looked for.
+# Drawing first chooses one block of so many weights by their sums, then a weight inside it.
 _BLOCK = 256
-# The float64 before 1.
+# This is the largest float64 below 1.
 _LESS_THAN_ONE = 1 - 2**-53
+# A token whose text consists of these characters is not counted for the frequency penalty.
+_UNCOUNTED = frozenset(b" \t0123456789")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token."""
+    """How to choose the next token; None stands for an option's default."""
 
     temperature: float = 1.0
     """Probabilities are raised to 1/temperature after truncation; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """Keep the likeliest tokens whose probabilities add up to this, and those as likely as the
-    last of them."""
+    """Keep the likeliest tokens whose probabilities add up to this, and all tokens that are as
+    likely as the last of them."""
     top_k: int = 0
     """Keep at most this many tokens; 0 keeps all."""
     repetition_penalty: float = 1.0
@@ -49,13 +54,19 @@ class Sampling:
     """Subtract this times the (decayed) count of each token already generated."""
     penalty_decay: float = 0.996
     """Counts fade by this factor per generated token."""
+    count_digits: bool = False
+    """Count tokens of digits, spaces and tabs alone for the frequency penalty as well; the rwkv
+    package does not, so that numbers and tables may go on."""
 
     def __post_init__(self) -> None:
+        fill_defaults(self)
         if not isinstance(self.top_k, SupportsIndex):
-            raise ValueError(f"top_k is {self.top_k}; it must be a whole number")
+            raise ValueError(f"top_k is {self.top_k!r}; it must be a whole number")
         for name, value in vars(self).items():
-            if name != "top_k" and not abs(value) <= _LARGEST:
-                raise ValueError(f"{name} is {value}; it must be a number of at most {_LARGEST:g}")
+            if not isinstance(value, SupportsFloat) or not abs(float(value)) <= _LARGEST:
+                raise ValueError(
+                    f"{name} is {value!r}; it must be a number of at most {_LARGEST:g}"
+                )
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
@@ -78,6 +89,17 @@ class Sampling:
 # ---- penalties ----------------------------------------------------------------------------------
 
 
+def is_counted(text: bytes) -> bool:
+    """Whether a token with this text is counted for the frequency penalty by default.
+
+    A token of digits, spaces and tabs alone is not: otherwise a model cannot count to 100 or
+    indent a page of code. The rule is that of `PIPELINE.generate` in the rwkv package (0.8.32),
+    which adds 0 to the count if the token's text is a part of the string " \\t0123456789". That
+    holds for the token "12" and not for "13", which was hardly meant; here both are not counted.
+    """
+    return not _UNCOUNTED.issuperset(text)
+
+
 class Seen:
     """The different tokens that a row has generated, and their fading counts."""
 
@@ -90,20 +112,20 @@ class Seen:
 
     @property
     def ids(self) -> np.ndarray:
-        """[N], in the order of their first occurrence."""
+        """The tokens [N], in the order of their first occurrence."""
         return self._ids[: len(self)]
 
     @property
     def counts(self) -> np.ndarray:
-        """[N] float32."""
+        """Their counts [N] float32."""
         return self._counts[: len(self)]
 
-    def add(self, token: int, options: Sampling) -> None:
-        """One more token; the counts of those before it fade first."""
+    def add(self, token: int, options: Sampling, *, counted: bool = True) -> None:
+        """Add one more token after all counts have faded; without `counted` its count stays."""
         self._counts[: len(self)] *= options.penalty_decay
         place = self._places.get(token)
         place = self._append(token) if place is None else place
-        self._counts[place] += 1
+        self._counts[place] += counted
 
     def _append(self, token: int) -> int:
         place = len(self)
@@ -115,7 +137,7 @@ class Seen:
 
 
 def penalize(logits: Tensor, seen: Sequence[Seen], options: Sequence[Sampling]) -> None:
-    """Make what each row has generated less attractive to it, in place: [B,V] float32."""
+    """Lower the logits [B,V] float32 of the tokens that each row has generated, in place."""
     rows = [row for row, o in enumerate(options) if o.penalizes and len(seen[row])]
     if not rows:
         return
@@ -141,15 +163,15 @@ def penalize(logits: Tensor, seen: Sequence[Seen], options: Sequence[Sampling]) 
 
 
 def choose(logits: Tensor, uniform: Tensor, options: Sampling | Sequence[Sampling]) -> Tensor:
-    """One token id per row from one random number in [0, 1) per row: [B,V], [B] -> [B].
+    """Choose one token id per row by one random number in [0, 1) per row: [B,V], [B] -> [B].
 
-    The order is that of ChatRWKV: softmax, top_p, top_k, then temperature on what is left.
-    options is one for all rows, or one for each. -1 for a row whose logits are no distribution:
-    not numbers, or without a finite largest one.
+    The order is that of ChatRWKV: softmax, top_p, top_k, then temperature on the tokens that are
+    left. `options` are one for all rows, or one for each. The id is -1 for a row whose logits are
+    no distribution, because some are NaN or because the largest is not finite.
     """
     rows = [options] * len(logits) if isinstance(options, Sampling) else options
     logits = logits.detach().float()
-    # Looking at a part of the tokens only, and asking whether it was enough, is for CPUs.
+    # A shortlist is for CPUs: a GPU would have to wait for the answer whether it was long enough.
     methods = _by_method(rows, logits.shape[-1], _SHORTLIST if logits.is_cpu else logits.shape[-1])
     if len(methods) == 1:
         return _choose_by(*next(iter(methods)), logits, uniform, rows)
@@ -174,7 +196,7 @@ def _choose_by(
 def _by_method(
     rows: Sequence[Sampling], vocabulary: int, shortlist: int
 ) -> dict[tuple[str, int], list[int]]:
-    """Rows by how they are drawn, and by the number of their likeliest tokens to look at."""
+    """Group the rows by how they are drawn and by how many of their likeliest tokens it takes."""
     found: dict[tuple[str, int], list[int]] = {}
     for row, o in enumerate(rows):
         if o.temperature < _GREEDY_BELOW or o.top_p == 0 or o.top_k == 1:
@@ -188,18 +210,18 @@ def _by_method(
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """The first of the largest, -1 where it is not finite: [B,V] -> [B]."""
+    """The first of the largest logits' ids, -1 where the largest is not finite: [B,V] -> [B]."""
     if not logits.is_cpu:
         largest, ids = logits.max(-1)
         return ids.where(largest.isfinite(), -1)
-    table = logits.numpy()  # ten times as fast as torch
+    table = logits.numpy()  # numpy's argmax is ten times as fast as torch's
     likeliest = table.argmax(-1)
     largest = table[np.arange(len(table)), likeliest]
     return torch.from_numpy(np.where(np.isfinite(largest), likeliest, -1))
 
 
 def _column(rows: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
-    """An option of every row: [B,1] float32."""
+    """The values of one option for all rows: [B,1] float32."""
     values = [float(getattr(o, name)) for o in rows]
     return upload(torch.tensor(values), like.device)[:, None]
 
@@ -207,7 +229,7 @@ def _column(rows: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
 def _tempered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
     """Probabilities at each row's temperature: [B,N] -> [B,N]."""
     if any(o.temperature != 1 for o in rows):
-        # Relative to the largest, so that a low temperature cannot overflow.
+        # The largest logit becomes 0, so that dividing by a low temperature cannot overflow.
         logits = logits - logits.amax(-1, keepdim=True)
         logits = logits.div_(_column(rows, "temperature", logits))
     return logits.softmax(-1)
@@ -216,7 +238,7 @@ def _tempered(logits: Tensor, rows: Sequence[Sampling]) -> Tensor:
 def _draw_truncated(
     logits: Tensor, uniform: Tensor, rows: Sequence[Sampling], count: int
 ) -> Tensor:
-    """From the likeliest tokens, of which `count` are enough for nearly every row."""
+    """Draw from the `count` likeliest tokens, and from more for the few rows that need them."""
     values, ids = _largest(logits, count)
     kept, short = torch.ones_like(values, dtype=torch.bool), []
     if any(o.top_p < 1 for o in rows):
@@ -225,7 +247,7 @@ def _draw_truncated(
         cutoff = _cutoff(top, _column(rows, "top_p", logits))
         kept = top >= cutoff
         if count < logits.shape[-1]:
-            # Beyond the last one there may be tokens as likely as itself.
+            # Beyond the last of these tokens there may be others that are as likely.
             beyond = (cutoff <= top[:, -1:])[:, 0].tolist()
             short = [i for i, o in enumerate(rows) if beyond[i] and o.top_p < 1 and not o.top_k]
     if any(o.top_k for o in rows):
@@ -242,8 +264,8 @@ def _draw_truncated(
 def _draw_sorted(
     logits: Tensor, probabilities: Tensor, uniform: Tensor, options: Sampling
 ) -> Tensor:
-    """The same with top_p alone and however many tokens it keeps: [1,V], [1,V], [1] -> [1]."""
-    if probabilities.is_cpu:  # ten times as fast as torch
+    """Draw by top_p alone from however many tokens it keeps: [1,V], [1,V], [1] -> [1]."""
+    if probabilities.is_cpu:  # numpy's sort is ten times as fast as torch's
         falling = torch.from_numpy(np.sort(probabilities.numpy(), axis=-1)).flip(-1)
     else:
         falling = probabilities.sort(-1, descending=True).values
@@ -255,7 +277,7 @@ def _draw_sorted(
 def _cutoff(probabilities: Tensor, top_p: Tensor) -> Tensor:
     """The probability with which the cumulated ones reach top_p: [B,N] falling, [B,1] -> [B,1].
 
-    0 where all are wanted: rounded sums may reach 1 before the end.
+    The cutoff is 0 where top_p is 1, because rounded sums may reach 1 before the last token.
     """
     reached = torch.searchsorted(probabilities.cumsum(-1), top_p)
     last = reached.clamp_(max=probabilities.shape[-1] - 1)
@@ -263,10 +285,10 @@ def _cutoff(probabilities: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What x.topk(count) gives, on the way of a table: [B,N] -> values and ids [B,count].
+    """The same as x.topk(count), found faster: [B,N] -> values and ids [B,count].
 
-    The largest are in the columns with the largest maxima, and the maxima of columns are found
-    several times as fast as anything is sorted.
+    The row is laid out as a table. Its largest values lie in the columns with the largest maxima,
+    and taking the maximum of every column is several times as fast as sorting.
     """
     size = x.shape[-1]
     depth = math.isqrt(size // count)
@@ -286,9 +308,10 @@ def _largest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Where the cumulated weights pass uniform times their sum: [B,N], [B] -> [B], or -1.
+    """The place at which the cumulated weights pass uniform times their sum: [B,N], [B] -> [B].
 
-    Of many weights the sums of blocks are cumulated, and then the weights of one block.
+    The place is -1 where the sum is not positive. Of many weights the sums of blocks are cumulated
+    first, and then the weights inside one block.
     """
     size = weights.shape[-1]
     many = size > 2 * _BLOCK
@@ -302,11 +325,11 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
         inside = weights.gather(1, places.clamp(max=size - 1)).masked_fill_(places >= size, 0)
         within = inside.cumsum(-1, dtype=torch.float64)
         index = index * _BLOCK + _passed(within, threshold - before)
-    return index.where(total > 0, -1)[:, 0]  # NaN is not
+    return index.where(total > 0, -1)[:, 0]  # a sum that is NaN compares as false
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """[B,N] -> [B,N/256], rounded up."""
+    """The sum of every block of weights, the last one possibly shorter: [B,N] -> [B,N/256]."""
     blocks = weights.shape[-1] // _BLOCK
     whole = weights[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).sum(-1)
     return torch.cat([whole, weights[:, blocks * _BLOCK :].sum(-1, keepdim=True)], 1)
@@ -314,7 +337,7 @@ def _block_sums(weights: Tensor) -> Tensor:
 
 def _passed(cumulated: Tensor, threshold: Tensor) -> Tensor:
     """The first place beyond the threshold: [B,N], [B,1] -> [B,1]."""
-    # A threshold that rounding has moved to the end would pass the last weight.
+    # A threshold that rounding has moved to the sum itself would lie beyond the last weight.
     threshold = torch.minimum(threshold, cumulated[:, -1:] * _LESS_THAN_ONE)
     return torch.searchsorted(cumulated, threshold, right=True).clamp_(max=cumulated.shape[-1] - 1)
 

@@ -8,20 +8,20 @@ from receptance.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Holds back incomplete characters and what may become a stop string."""
+    """The text of a row; it holds back incomplete characters and what may become a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
         self._decoder = tokenizer.stream()
-        self._stop = tuple(stop)
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string ended it."""
+        """The text that is certain after one more token, and whether a stop string ended it."""
         text = self._decoder.push(token)
         if not self._stop:
             return text, False
         self._held += text
-        # The one that is complete first ends the text, however it is cut into tokens.
+        # The stop string that is complete first ends the text, however it is cut into tokens.
         found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             text, self._held = self._held[: min(found)[1]], ""
@@ -31,12 +31,12 @@ class TextStream:
         return text, False
 
     def finish(self) -> str:
-        """What is still held when the row ends for another reason."""
+        """The text that is still held back when the row ends without a stop string."""
         text, self._held = self._held + self._decoder.flush(), ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
+    """The length of the longest end of the text with which the stop string begins."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from receptance.model.config import ModelConfig
 from receptance.model.inputs import check_inputs
+from receptance.model.modes import evaluating
 from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
 
@@ -264,6 +267,28 @@ class Model(nn.Module):
     def fingerprint(self) -> str:
         """Whose states these are: see the function `fingerprint`."""
         return self.origin or fingerprint(self.config, self.state_dict())
+
+    @property
+    def weight_bytes(self) -> int:
+        """The memory of all weights."""
+        return sum(x.nbytes for x in self.parameters())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes of weights that a step over one row reads: all but the embedding."""
+        return self.weight_bytes - self.emb.weight.nbytes
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """A block without dropout; every module is in its own mode again after it."""
+        return evaluating(self)
+
+    def save_state(self, state: State, path: str | Path) -> None:
+        """Write a state of this model to a file (see `State.save`)."""
+        state.save(path, self.fingerprint())
+
+    def load_state(self, path: str | Path) -> State:
+        """Read a state of this model from a file, on its device (see `State.load`)."""
+        return State.load(path, self.fingerprint()).to(self.device)
 
 
 def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:

@@ -24,7 +24,7 @@ from receptance.storage.directories import (
     pin,
     step_directories,
 )
-from receptance.storage.opening import look
+from receptance.storage.opening import is_run, look
 from receptance.storage.pairing import check_tokenizer, no_tokenizer
 from receptance.tokenizer import Tokenizer
 from receptance.training.logs import METRICS
