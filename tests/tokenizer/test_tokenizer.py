@@ -256,9 +256,11 @@ class TestWorld:
         ("line", "message"),
         [
             ("257 'ab' 3", "'ab' has 2 bytes where the line says 3"),
-            ("258 'ab' 2", "id 258 where 257 was due"),
+            ("256 'ab' 2", "id 256 follows 256; ids must increase"),
+            ("0 'ab' 2", "id 0 follows 256; ids must increase"),
+            ("4294967296 'ab' 2", "id 4294967296 follows 256; ids must increase, up to 4194304"),
             ("257 'a' 1", "b'a' is there twice"),
-            ("257 '' 0", "at least one byte"),
+            ("257 '' 1", "'' has 0 bytes where the line says 1"),
             ("257 12 2", "12 is not a str or bytes literal"),
             ("257 'ab 2", "'ab is not a str or bytes literal"),
             ("257 __import__('os') 2", "not a str or bytes literal"),
@@ -273,6 +275,18 @@ class TestWorld:
             WorldTokenizer(content, "some/vocab.txt")
         assert str(caught.value).startswith("some/vocab.txt, line 257: ")
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("filler", ["257 '' 0\n", "257 b'' 0\r\n", ""])
+    def test_ids_may_stand_for_nothing(self, filler):
+        """Vocabularies that are around leave out an id, or end with empty tokens."""
+        content = vocabulary() + f"{filler}259 'ab' 2\n".encode()
+        tokenizer = WorldTokenizer(content)
+        assert tokenizer.vocab_size == 260
+        assert tokenizer.encode("cab") == [100, 259]
+        assert tokenizer.decode_bytes([259, 257, 258, 0, 259]) == b"abab"
+        padded = WorldTokenizer(content + b"260 '' 0\n261 '' 0\n")
+        assert padded.vocab_size == 262
+        assert padded.encode("cab") == [100, 259] and padded.decode([261, 98]) == "a"
 
     @pytest.mark.parametrize("enabled", [True, False])
     def test_garbage_is_collected_again_as_before(self, enabled):
