@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from receptance.config import WORLD_VOCAB_SIZE, ModelConfig
-from receptance.formats.hf import find_tokenizer, read_hf
+from receptance.formats.hf import read_hf
 from receptance.formats.names import from_hf, to_hf
 from receptance.formats.safetensors import read_safetensors
+from receptance.tokenizer.files import find_tokenizer
 
 CONFIG = RwkvConfig(
     vocab_size=19,

@@ -15,12 +15,14 @@ import torch
 import tyro
 from rich.console import Console
 
+from receptance.config import PILE_VOCAB_SIZE
 from receptance.data import TokenFiles, is_corpus
 from receptance.progress import say
 from receptance.storage import checkpoint
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import Tokenizer, load_tokenizer
+from receptance.tokenizer.files import PILE_PUBLISHED
 from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
 from receptance.training.logs import check_kinds
 from receptance.training.notes import check_changes, located, read_about
@@ -31,7 +33,7 @@ from receptance.training.run import Run, RunOptions
 from receptance.training.start import NEW_TOKENIZER, adapter_size, begin, check_new, resume
 
 # Those of the paper's models.
-_PILE_TOKENIZER, _PILE_VOCABULARY = "20B_tokenizer.json", 50277
+_PILE_TOKENIZER, _PILE_VOCABULARY = PILE_PUBLISHED, PILE_VOCAB_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)

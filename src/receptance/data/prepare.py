@@ -30,6 +30,7 @@ from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, WORLD_FILE
 
 # Starting processes takes seconds; for less text than this it is not worth them.
 _WORTH_WORKERS = 32 << 20
@@ -86,7 +87,7 @@ def _check_free(folder: Path) -> None:
     """ValueError if files of unknown origin would be overwritten."""
     if (folder / "parts/plan.json").exists():
         return
-    names = ("tokenizer.json", "rwkv_vocab.txt")
+    names = (BPE_FILE, BPE_CONFIG, WORLD_FILE)
     taken = [p for part in ("train", "validation") for p in folder.glob(f"{part}*")]
     taken += [folder / name for name in names if (folder / name).exists()]
     if taken:

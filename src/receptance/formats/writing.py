@@ -30,6 +30,6 @@ def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview
         if bool((converted.isinf() & values.cpu().isfinite()).any()):
             raise ValueError(
                 f"{name} has values too large for {str(dtype).removeprefix('torch.')}; "
-                "choose another --dtype"
+                "choose another dtype="
             )
         yield converted.contiguous().view(torch.uint8).numpy().data

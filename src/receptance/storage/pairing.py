@@ -6,9 +6,10 @@ from pathlib import Path
 
 from receptance.config import ModelConfig
 from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer.files import PUBLISHED
 
-# Rows of the embedding that a tokenizer may leave unused: World pads 65,530 ids to 65,536 and
-# others round up to a multiple of 64 or 128. More than that is another vocabulary.
+# An embedding may have rows that its tokenizer leaves unused: World pads 65,530 ids to 65,536 rows,
+# and others round up to a multiple of 64 or 128. With more such rows it is another vocabulary.
 _MAX_UNUSED_ROWS = 128
 
 
@@ -22,17 +23,20 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def check_same(directory: Path, own: Tokenizer, given: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that a directory holds; ValueError if another one was given."""
-    if given is not None and given.fingerprint != own.fingerprint:
+    """The tokenizer that a directory holds; ValueError if one with other ids was given."""
+    if given is not None and not given.same_as(own):
         raise ValueError(
             f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was "
-            f"trained with, which is not the {given.kind} one given; leave out --tokenizer"
+            f"trained with, which is not the {given.kind} one given; leave out tokenizer="
         )
     return own
 
 
 def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
-    """That of the file found beside weights; bytes for 256 ids where none is, or one of others."""
+    """The tokenizer of the file found beside weights, if there is such a file.
+
+    Weights of 256 ids are taken for bytes when no file was found, or one that does not fit them.
+    """
     found = None if file is None else load_tokenizer(file)
     own = ByteTokenizer()
     if config.vocab_size == own.vocab_size and (found is None or not _fits(found, config)):
@@ -45,10 +49,9 @@ def _fits(tokenizer: Tokenizer, config: ModelConfig) -> bool:
 
 
 def no_tokenizer(config: ModelConfig, source: str | Path) -> ValueError:
-    """What to tell someone whose weights come without a tokenizer."""
-    usual = {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}
-    name = usual.get(config.vocab_size, "its tokenizer file")
+    """The error to raise when text is needed and weights come without a tokenizer."""
+    name = PUBLISHED.get(config.vocab_size, "its tokenizer file")
     return ValueError(
         f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
-        "there or pass it with --tokenizer"
+        "there or pass it with tokenizer="
     )

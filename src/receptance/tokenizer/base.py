@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-
 LARGEST_ID = 1 << 22
 """The largest id that is believed; a damaged or hostile file must not ask for a huge table."""
 
@@ -107,7 +106,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
 
     def flush(self) -> str:
-        """The bytes of an unfinished character as U+FFFD; the decoder is then ready for new text."""
+        """The bytes of an unfinished character as U+FFFD; the decoder can then take new text."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -195,8 +195,8 @@ class BPETokenizer(Tokenizer):
 
         The library takes seconds for a "word" of two million letters, so the runs are shortened
         and their ids repeated. This is exact because merges inside different tokens do not
-        influence each other: BPE arrives at t₁ … tₙ if and only if it keeps each tᵢtᵢ₊₁, taken alone,
-        apart. Hence, if the shortened run encodes as … P P …, with P whole characters, then
+        influence each other: BPE arrives at t₁ … tₙ if and only if it keeps each tᵢtᵢ₊₁, taken
+        alone, apart. Hence, if the shortened run encodes as … P P …, with P whole characters, then
         … P P P … is the encoding of a run longer by one P: it contains no new pair.
         """
         if not self._repeats_runs or len(text) < _KEPT_BLOCKS * _BLOCK:
@@ -244,7 +244,7 @@ class _Run(NamedTuple):
 
 
 def _shorten_runs(text: str) -> tuple[str, list[_Run]]:
-    """The text with at most _KEPT_BLOCKS whole blocks of one character in a row, and what was cut."""
+    """The text with at most _KEPT_BLOCKS blocks of one character in a row, and what was cut."""
     kept: list[str] = []
     runs: list[_Run] = []
     length = 0
