@@ -277,7 +277,9 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
     if name not in tensors:
         raise ValueError(f"{name} is missing; a whole model is wanted")
     tensor = tensors[name].detach().cpu()
-    if tensor.numel() != math.prod(shape):
+    # Axes of one may be added or left out. Any other shape, such as that of the transposed matrix,
+    # has the values in another order.
+    if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
         raise ValueError(f"{name} is {list(tensor.shape)}; the configuration wants {list(shape)}")
     vector = shape[:-1] in ((), (1, 1))
     tensor = tensor.reshape(-1) if vector else tensor.reshape(shape)

@@ -138,8 +138,9 @@ def _is_cached(source: HubSource, fetch: Callable[..., str]) -> bool:
     """Whether weights of this model are on this machine already."""
     from huggingface_hub import errors
 
+    wanted = _WITH_SAFETENSORS if source.file is None else (glob.escape(source.file),)
     try:
-        directory = Path(fetch(local_files_only=True))
+        directory = Path(fetch(local_files_only=True, allow_patterns=list(wanted)))
     except (errors.LocalEntryNotFoundError, OSError, ValueError):
         return False  # What is wrong with the name or the cache, the download will say.
     if source.file is not None:

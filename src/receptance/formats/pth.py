@@ -93,8 +93,23 @@ def _plain(loaded: object) -> dict[str, Tensor]:
         raise Refused(
             "it was converted by the `rwkv` package, which changes the weights; use the original"
         )
-    # dict.items: an OrderedDict from a file may have an attribute of that name.
-    return {_checked_name(name): _checked(name, value) for name, value in dict.items(loaded)}
+    # An OrderedDict from a file may have an attribute of the name `items`.
+    entries = dict.items(loaded)
+    return _separate({_checked_name(name): _checked(name, value) for name, value in entries})
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own.
+
+    torch.save stores a tensor of two names once, as that of a tied head and embedding. Whoever
+    trains or writes the tensors takes the two for separate ones.
+    """
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _checked_name(name: object) -> str:
@@ -193,7 +208,9 @@ def write_pth(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None
         for note, content in _NOTES.items():
             _write_record(archive, note, [content])
         for name, entry in stored.items():
-            data = pieces(name, tensors[name], entry.dtype)
+            tensor = tensors[name]
+            assert tuple(tensor.shape) == entry.shape, name
+            data = pieces(name, tensor, entry.dtype)
             _write_record(archive, f"data/{entry.key}", data)
         _write_record(archive, "version", [_VERSION])
 
