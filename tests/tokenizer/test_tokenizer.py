@@ -531,9 +531,7 @@ class TestEndOfText:
     def test_other_tokenizers_have_no_choice(self, tmp_path):
         (tmp_path / "rwkv_vocab.txt").write_bytes(vocabulary())
         for source in ("bytes", tmp_path):
-            with pytest.raises(
-                ValueError, match=r"token 0 always ends a text of the (bytes|world)"
-            ):
+            with pytest.raises(ValueError, match="token 0 always ends a text of the "):
                 load_tokenizer(source, end_of_text="a")
 
 
