@@ -51,7 +51,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class HFWeights:
-    """What a transformers directory holds, in this package's terms."""
+    """The content of a transformers directory under this package's names."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -171,7 +171,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index}: there is no weight_map of tensor names to files in it")
     for file in files.values():
-        # The index comes with the weights: it must not reach for files elsewhere.
+        # The index is as foreign as the weights and must not name files elsewhere.
         plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
         if not plain or not file.isprintable() or len(file) > 255:
             raise ValueError(
@@ -221,15 +221,15 @@ def write_hf(
 
 
 def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of a model whose matrices are of this type."""
+    """The fields of config.json for a model whose matrices are of this type."""
     return {
         "architectures": ["RwkvForCausalLM"],
         "model_type": "rwkv",
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "attention_hidden_size": config.width,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        # Otherwise an evaluation divides weights, and epsilon acts on smaller numbers; but models
-        # overflow in float16 without.
+        # With any other value than 0, transformers divides weights when it evaluates the model, and
+        # epsilon then acts on smaller numbers. In float16 models overflow without that.
         "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
         "tie_word_embeddings": False,
         "bos_token_id": 0,
@@ -239,7 +239,7 @@ def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tokenizer_fields(end_of_text: str) -> dict[str, Any]:
-    """What tokenizer_config.json says beside a tokenizer.json."""
+    """The fields of the tokenizer_config.json beside a tokenizer.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -266,7 +266,7 @@ def _nbytes(planned: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def write_index(directory: Path, stem: str, files: Mapping[str, str], size: int) -> str:
-    """Write which of the files of STEM holds each tensor, and the bytes of all; the file's name."""
+    """Write the index that says which file of STEM holds each tensor; returns its name."""
     index = {"metadata": {"total_size": size}, "weight_map": files}
     name = f"{stem}.safetensors.index.json"
     (directory / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -15,9 +15,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-# Those that add to the residual stream.
+# The matrices whose outputs are added to the residual stream.
 _OUTPUTS = ("att.output.weight", "ffn.value.weight")
-# How far a step between neighbors may be from a factor of 2, or of 1, as a power of two.
+# The largest distance of the step between neighboring blocks from a factor of 2, or of 1, in powers
+# of two.
 _MARGIN = 0.4
 
 
@@ -72,7 +73,7 @@ def _halves(tensors: Mapping[str, Tensor], kind: str, num_layers: int, every: in
 
 
 def _log_size(matrix: Tensor) -> float:
-    """log2 of the root mean square of some rows."""
+    """The binary logarithm of the root mean square of some rows."""
     rows = matrix[:: max(1, len(matrix) // 256)].double()
     square = float(rows.square().mean())
     return math.log2(square) / 2 if square > 0 else -math.inf
