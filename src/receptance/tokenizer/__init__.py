@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from receptance.tokenizer.base import ByteTokenizer, StreamDecoder, Tokenizer
-from receptance.tokenizer.bpe import END_OF_TEXT, BPETokenizer
+from receptance.tokenizer.bpe import BPETokenizer
+from receptance.tokenizer.ends import END_OF_TEXT
 from receptance.tokenizer.files import only_tokenizer
 from receptance.tokenizer.world import WorldTokenizer
 

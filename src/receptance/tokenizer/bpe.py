@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from receptance.tokenizer.base import LARGEST_ID, Tokenizer, to_bytes
-from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE
+from receptance.tokenizer.ends import (
+    END_OF_TEXT,
+    ENDS_OF_TEXT,
+    only_special,
+    present,
+    read_config,
+    write_config,
+)
+from receptance.tokenizer.files import BPE_FILE
 
 if TYPE_CHECKING:
     import tokenizers
-
-END_OF_TEXT = "<|endoftext|>"
-"""The text of the end-of-text token in the Pile tokenizer, and in those trained here."""
-# Names that other published tokenizers have for the token between two documents. Names of tokens
-# that end a turn of a chat, such as <|im_end|>, are left out: a document has many turns.
-_ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 
 
 class BPETokenizer(Tokenizer):
@@ -57,10 +59,10 @@ class BPETokenizer(Tokenizer):
         if problem := _byte_level_problem(spec):
             raise ValueError(f"{name}: {problem}; wanted is the tokenizer.json of a byte-level BPE")
         tokens = _token_table(self._library, name)
-        usual = _present(self._library, _ENDS_OF_TEXT)
-        alone = usual or _only_special(spec)
+        usual = present(self._library, ENDS_OF_TEXT)
+        alone = usual or only_special(spec)
         if end_of_text is None:
-            end_of_text = usual or _present(self._library, [eos_token or ""]) or alone
+            end_of_text = usual or present(self._library, [eos_token or ""]) or alone
         # What the file itself tells need not be stored beside it.
         self._chosen_end = None if end_of_text == alone else end_of_text
         choices = "" if self._chosen_end is None else f"\0end_of_text {self._chosen_end}"
@@ -77,10 +79,10 @@ class BPETokenizer(Tokenizer):
     def from_file(cls, path: str | Path, *, end_of_text: str | None = None) -> BPETokenizer:
         """From a `tokenizer.json`, and the tokenizer_config.json beside it if there is one."""
         path = Path(path)
-        said = _read_config(path)
-        end = said.get(_END_FIELD) if end_of_text is None else end_of_text
-        eos_token = said.get("eos_token")
-        return cls(path.read_bytes(), str(path), end_of_text=end, eos_token=eos_token)
+        said = read_config(path)
+        if end_of_text is not None:
+            said["end_of_text"] = end_of_text
+        return cls(path.read_bytes(), str(path), **said)
 
     @classmethod
     def train(
@@ -142,9 +144,7 @@ class BPETokenizer(Tokenizer):
         """
         names = self._save_as(directory, BPE_FILE)
         if self._chosen_end is not None:
-            said = {_END_FIELD: self._chosen_end, "eos_token": self._chosen_end}
-            (directory / BPE_CONFIG).write_text(json.dumps(said, indent=1), encoding="utf-8")
-            names.append(BPE_CONFIG)
+            names.append(write_config(directory, self._chosen_end))
         return names
 
     def _rules(self) -> object:
@@ -156,7 +156,7 @@ class BPETokenizer(Tokenizer):
         if end is None:
             raise ValueError(
                 f"{name}: none of its tokens is known to end a text; say which one does with "
-                f"end_of_text, or as eos_token in a {BPE_CONFIG} beside it"
+                f"end_of_text, or as eos_token in a tokenizer_config.json beside it"
             )
         token_id = self._library.token_to_id(end)
         if token_id is None and (text := to_bytes(end)) in self._tokens:
@@ -274,43 +274,9 @@ def _repeats_runs(spec: dict[str, Any]) -> bool:
     )
 
 
-_END_FIELD = "end_of_text"
-"""Our own field of tokenizer_config.json, for a choice that goes before all usual names."""
-
 # What else a tokenizer.json says concerns decoding, padding and marks around a text, none of which
 # is left to the library.
 _ENCODING_PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-
-
-def _read_config(path: Path) -> dict[str, str]:
-    """The texts of tokens that the tokenizer_config.json beside a tokenizer.json names."""
-    file = path.with_name(BPE_CONFIG)
-    if path.name != BPE_FILE or not file.is_file():
-        return {}
-    try:
-        fields = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON: {str(error)[:200]}") from None
-    found = {}
-    for name in (_END_FIELD, "eos_token"):
-        token = fields.get(name) if isinstance(fields, dict) else None
-        # transformers writes either the token's text or an object with it.
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and text:
-            found[name] = text
-    return found
-
-
-def _present(library: tokenizers.Tokenizer, names: Iterable[str]) -> str | None:
-    """The first of these names that a token has."""
-    return next((name for name in names if library.token_to_id(name) is not None), None)
-
-
-def _only_special(spec: dict[str, Any]) -> str | None:
-    """The special token of a file that has a single one, besides that for unknown text."""
-    special = [token["content"] for token in spec["added_tokens"] if token["special"]]
-    special = [name for name in special if name != spec["model"].get("unk_token")]
-    return special[0] if len(special) == 1 else None
 
 
 def _load_library(content: bytes, name: str) -> tokenizers.Tokenizer:
