@@ -322,6 +322,14 @@ def test_a_download_is_announced_and_a_cached_copy_is_not(server, tmp_path):
     assert "rwkv-4.pth" not in server.fetched
 
 
+def test_nothing_is_announced_when_nothing_can_be_downloaded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+            hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+
+
 def test_a_prefix_or_a_name_that_can_be_no_path_means_the_hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()

@@ -112,11 +112,11 @@ def resolve(
     ValueError says what to do when there is no such model, no access or no network.
     """
     source = HubSource.parse(name, revision)
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     where = {"revision": source.revision, "endpoint": endpoint, "cache_dir": cache}
     fetch = partial(snapshot_download, source.name, **where)
-    if not _is_cached(source, fetch):
+    if not constants.HF_HUB_OFFLINE and not _is_cached(source, fetch):
         what = source.name if source.file is None else f"{source.name}/{source.file}"
         message = f"downloading {what} from the Hugging Face hub"
         warnings.warn(message, DownloadWarning, stacklevel=2)
