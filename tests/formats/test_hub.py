@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save
 
 import receptance.formats
+from receptance.checking.contents import find
+from receptance.conversion.source import open_source
 from receptance.formats import hub
 from receptance.formats.names import to_hf
 
@@ -354,6 +356,15 @@ def test_a_mistyped_run_is_no_hub_model(monkeypatch, tmp_path):
             f"no such file or directory: {source}; models of the Hugging Face hub are written "
             "hf:owner/name"
         )
+
+
+def test_conversion_and_inspection_ask_the_hub_for_no_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "resolve", lambda *_, **__: pytest.fail("the hub was asked"))
+    for opener in (open_source, find):
+        for source in ("runs/demo", Path("runs/demo"), Path("owner/name")):
+            with pytest.raises(ValueError, match="are written hf:owner/name$"):
+                opener(source)
 
 
 def test_read_takes_names_of_this_form_for_hub_ids(monkeypatch, tmp_path):

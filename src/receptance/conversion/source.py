@@ -74,7 +74,7 @@ def open_source(
     path = current(existing(source))
     if is_ours(path):
         return _own(path, tokenizer, revision)
-    weights = formats.read(path if path.exists() else str(source), revision=revision)
+    weights = formats.read(path if path.exists() else source, revision=revision)
     if tokenizer is None:
         tokenizer = found_tokenizer(weights.tokenizer, weights.config)
     if tokenizer is not None:
