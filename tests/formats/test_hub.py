@@ -363,7 +363,7 @@ def test_conversion_and_inspection_ask_the_hub_for_no_path(monkeypatch, tmp_path
     monkeypatch.setattr(hub, "resolve", lambda *_, **__: pytest.fail("the hub was asked"))
     for opener in (open_source, find):
         for source in ("runs/demo", Path("runs/demo"), Path("owner/name")):
-            with pytest.raises(ValueError, match="are written hf:owner/name$"):
+            with pytest.raises(ValueError, match=r"are written hf:owner/name$"):
                 opener(source)
 
 
