@@ -27,7 +27,7 @@ from receptance.formats.ggml import dequantize, quantize
 from receptance.formats.names import tensor_shapes
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage.quantized import About, write_quantized
-from receptance.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
+from receptance.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, Tokenizer
 
 BPE = small_bpe()
 FORMATS = {"pth": "x.pth", "hf": "x", "st": "x.st", "safetensors": "x.safetensors",
@@ -229,6 +229,18 @@ def test_transformers_finds_the_tokenizer(tmp_path, source):
     fields = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     assert found.eos_token == fields["eos_token"] == END_OF_TEXT
     assert found("12 little foxes")["input_ids"] == BPE.encode("12 little foxes")
+
+
+@pytest.mark.parametrize("format_", ["hf", "st", "receptance"])
+def test_what_ends_a_text_goes_along(tmp_path, format_):
+    told = BPETokenizer(BPE._content, end_of_text="!")
+    path = official(weights(), tmp_path / "0/model.pth", told)
+    assert open_source(path).tokenizer.fingerprint == told.fingerprint != BPE.fingerprint
+    turned = turn(path, tmp_path / "1" / FORMATS[format_], format=format_)
+    assert open_source(turned).tokenizer.decode([told.end_of_text]) == "!"
+    assert open_source(turned).tokenizer.fingerprint == told.fingerprint
+    if format_ == "hf":
+        assert AutoTokenizer.from_pretrained(turned, local_files_only=True).eos_token == "!"
 
 
 @every_format

@@ -15,9 +15,10 @@ from rich.console import Console
 from tiny import TEXT, small_bpe
 
 from receptance.data import PrepareOptions, TokenFiles, is_corpus, prepare
+from receptance.data.assemble import merge
 from receptance.data.files import choose
 from receptance.storage.lock import RunLock
-from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 
@@ -33,6 +34,26 @@ def test_text_is_divided_and_each_document_closed(tmp_path):
     others = [text for n, text in enumerate(texts) if n not in chosen]
     assert corpus.train.tolist() == tokenized(others, small_bpe())
     assert corpus.validation.tolist() == tokenized(kept, small_bpe())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_ends_a_text_is_kept_with_the_corpus(tmp_path, workers):
+    (tmp_path / "a.txt").write_text(TEXT)
+    told = BPETokenizer(small_bpe()._content, end_of_text="!")
+    corpus = run(tmp_path / "a.txt", out=tmp_path / "out", tokenizer=told, workers=workers)
+    again = TokenFiles.open(tmp_path / "out")
+    assert again.tokenizer.fingerprint == told.fingerprint != small_bpe().fingerprint
+    assert corpus.train[-1] == again.end_of_text == told.end_of_text != small_bpe().end_of_text
+
+
+def test_a_corpus_goes_with_its_tokenizer_in_other_bytes(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    corpus = run(tmp_path / "a.txt", out=tmp_path / "out", tokenizer=small_bpe())
+    indented = BPETokenizer(json.dumps(json.loads(small_bpe()._content), indent=2).encode())
+    merged = merge([tmp_path / "out"], tmp_path / "merged", indented)
+    assert merged.train.tolist() == corpus.train.tolist()
+    with pytest.raises(ValueError, match="was made with another tokenizer, a bpe"):
+        merge([tmp_path / "out"], tmp_path / "other", small_bpe(290))
 
 
 def test_the_tokenizer_of_bytes_takes_any_encoding(tmp_path):

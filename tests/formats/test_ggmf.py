@@ -108,6 +108,26 @@ def plain(config: ModelConfig) -> dict[str, tuple[int, tuple, bytes]]:
 # ---- writing, and reading it back ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["blocks.0.ffn.key.weight", "emb.weight"])
+def test_a_transposed_matrix_is_refused(tmp_path, name):
+    """It has as many values as are wanted, in another order."""
+    tensors = weights(WIDE)
+    tensors[name] = tensors[name].T
+    with pytest.raises(ValueError, match=rf"{name} is \[32, \d+\]; the configuration wants"):
+        write_ggmf(tmp_path / "x.bin", WIDE, tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_axes_of_one_may_be_added_or_left_out(tmp_path):
+    tensors = weights(WIDE)
+    squeezed = {name: x.squeeze() for name, x in tensors.items()}
+    deeper = {name: x[None] for name, x in tensors.items()}
+    for number, same in enumerate((tensors, squeezed, deeper)):
+        write_ggmf(tmp_path / f"{number}.bin", WIDE, same)
+    contents = {file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(contents) == 1
+
+
 @pytest.mark.parametrize("kind", ["FP32", "FP16", "Q8_0", "Q4_0"])
 def test_an_independent_decoder_finds_what_was_written(tmp_path, kind):
     tensors = weights(WIDE)

@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
+import receptance
 from receptance.config import WORLD_VOCAB_SIZE, ModelConfig
-from receptance.formats.hf import find_tokenizer, read_hf
+from receptance.formats.hf import read_hf
 from receptance.formats.names import from_hf, to_hf
 from receptance.formats.safetensors import read_safetensors
+from receptance.tokenizer.files import find_tokenizer
 
 CONFIG = RwkvConfig(
     vocab_size=19,
@@ -105,6 +107,28 @@ def test_a_tied_head_is_the_embedding(tmp_path):
     edit(tmp_path / "config.json", tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"missing are 'head.weight'"):
         read_hf(tmp_path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tied_head_is_written_and_trained_by_itself(tmp_path, pickled):
+    """The two names of one tensor in a file become two tensors, in whatever format."""
+    config = RwkvConfig(**(CONFIG.to_dict() | {"tie_word_embeddings": True, "vocab_size": 256}))
+    theirs = RwkvForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "tied")
+    if pickled:
+        (tmp_path / "tied/model.safetensors").unlink()
+        torch.save(theirs.state_dict(), tmp_path / "tied/pytorch_model.bin")
+    model, tokenizer = receptance.load(tmp_path / "tied")
+    receptance.save(model, tmp_path / "mine", tokenizer)
+    again, _ = receptance.load(tmp_path / "mine")
+    tokens = torch.arange(12)[None]
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    with torch.no_grad():
+        again.head.weight.zero_()
+    assert again.emb.weight.any() and torch.equal(again.emb.weight, model.emb.weight)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert torch.equal(again.emb.weight, model.emb.weight)
 
 
 def test_a_head_of_its_own_goes_before_a_tied_one(saved, tensors, assert_same):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,13 @@ import torch
 from safetensors.torch import save
 
 import receptance.formats
+from receptance.checking.contents import find
+from receptance.conversion.source import open_source
 from receptance.formats import hub
 from receptance.formats.names import to_hf
+
+# Whether a download is announced, the tests of that check.
+pytestmark = pytest.mark.filterwarnings("ignore::receptance.formats.hub.DownloadWarning")
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -304,6 +310,63 @@ def test_progress_goes_to_stderr(server, tmp_path, capfd):
     assert out == "" and "100%" in err
 
 
+def test_a_download_is_announced_and_a_cached_copy_is_not(server, tmp_path):
+    resolve = partial(hub.resolve, endpoint=server.url, cache=tmp_path)
+    line = "downloading owner/tiny from the Hugging Face hub"
+    with pytest.warns(hub.DownloadWarning, match=f"^{line}$"):
+        directory = resolve("hf:owner/tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve("owner/tiny") == resolve("hf:owner/tiny") == directory
+        # Before anything was fetched.
+        with pytest.raises(hub.DownloadWarning, match=r"downloading owner/tiny/rwkv-4\.pth from"):
+            resolve("hf:owner/tiny/rwkv-4.pth")
+    assert "rwkv-4.pth" not in server.fetched
+
+
+def test_nothing_is_announced_when_nothing_can_be_downloaded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+            hub.resolve("owner/tiny", endpoint=server.url, cache=tmp_path)
+
+
+def test_a_prefix_or_a_name_that_can_be_no_path_means_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/there.pth").touch()
+    for name in ("hf:owner/name", "hf:runs/demo", "hf:models/there.pth", "hf:nonsense", "o/n@v1"):
+        assert hub.means_hub(name), name
+    for path in ("runs/demo", "runs/demo@v1", "models/absent", "models/x/there.pth", "~/demo"):
+        assert not hub.means_hub(path), path
+        assert not hub.means_hub(Path("owner/name"))
+    assert not hub.means_hub(Path("hf:owner/name"))
+    with pytest.raises(ValueError, match="'hf:nonsense' is not a hub id; one looks like 'hf:RWKV"):
+        receptance.formats.read("hf:nonsense")
+
+
+def test_a_mistyped_run_is_no_hub_model(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "resolve", lambda *_, **__: pytest.fail("the hub was asked"))
+    for source in ("runs/demo", Path("runs/demo"), Path("owner/name")):
+        with pytest.raises(ValueError) as caught:
+            receptance.formats.read(source)
+        assert str(caught.value) == (
+            f"no such file or directory: {source}; models of the Hugging Face hub are written "
+            "hf:owner/name"
+        )
+
+
+def test_conversion_and_inspection_ask_the_hub_for_no_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "resolve", lambda *_, **__: pytest.fail("the hub was asked"))
+    for opener in (open_source, find):
+        for source in ("runs/demo", Path("runs/demo"), Path("owner/name")):
+            with pytest.raises(ValueError, match=r"are written hf:owner/name$"):
+                opener(source)
+
+
 def test_read_takes_names_of_this_form_for_hub_ids(monkeypatch, tmp_path):
     asked = []
 
@@ -315,7 +378,11 @@ def test_read_takes_names_of_this_form_for_hub_ids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="not today"):
         receptance.formats.read("RWKV/rwkv-4-169m-pile", revision="main")
-    for name in ("RWKV/rwkv-4-169m-pile@v1", "BlinkDL/rwkv-4-pile-169m/x.pth"):
+    for name in (
+        "RWKV/rwkv-4-169m-pile@v1",
+        "BlinkDL/rwkv-4-pile-169m/x.pth",
+        "hf:BlinkDL/rwkv-4-pile-169m/x.pth",
+    ):
         with pytest.raises(ValueError, match="not today"):
             receptance.formats.read(name)
         assert asked.pop() == (name, None)

@@ -53,6 +53,16 @@ WITH_INDEX = pytest.mark.parametrize("with_index", [with_index, with_legacy_inde
 
 
 @BOTH
+def test_a_tensor_of_two_names_is_two_tensors(tmp_path, official, as_zip):
+    """torch.save keeps a tied head and embedding as one, which safetensors refuses to write."""
+    tied = official | {"head.weight": official["emb.weight"]}
+    found = read_pth(save(tied, tmp_path / "tied.pth", as_zip))
+    assert torch.equal(found["head.weight"], official["emb.weight"])
+    addresses = {tensor.data_ptr() for tensor in found.values()}
+    assert len(addresses) == len(found) == len(official)
+
+
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_tensors_come_back_bit_for_bit(tmp_path, official, assert_same, dtype, as_zip):
     tensors = {name: tensor.to(dtype) for name, tensor in official.items()}

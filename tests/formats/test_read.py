@@ -46,7 +46,9 @@ def test_a_file_of_transformers_is_read_with_the_config_beside_it(tmp_path, offi
 
 
 def test_what_cannot_be_read_is_told(tmp_path, official, refusal):
-    assert "nor is it a hub id" in refusal(read, tmp_path / "absent")
+    assert "absent; models of the Hugging Face hub are written hf:owner/name" in refusal(
+        read, tmp_path / "absent"
+    )
     (tmp_path / "weights.gguf").touch()
     assert "weights are read from .pth, .pt, .bin, .safetensors" in refusal(
         read, tmp_path / "weights.gguf"

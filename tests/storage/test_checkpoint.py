@@ -332,7 +332,7 @@ class TestForeignWeights:
     def test_a_pth_without_a_tokenizer_says_what_to_do(self, pth):
         message = refusal(lambda: load(pth))
         assert "vocabulary of 300" in message
-        assert "--tokenizer" in message
+        assert "pass it with tokenizer=" in message
 
     def test_256_ids_are_bytes(self, tmp_path):
         torch.save(make_model(256).state_dict(), tmp_path / "model.pth")
@@ -348,6 +348,7 @@ class TestForeignWeights:
         bytes_only = [x for x in spec["model"]["vocab"] if len(x) == 1]
         spec["model"] |= {"vocab": {x: n for n, x in enumerate(bytes_only)}, "merges": []}
         elsewhere.write_text(json.dumps(spec | {"added_tokens": []}))
+        elsewhere.with_name("tokenizer_config.json").write_text('{"eos_token": "!"}')
         assert load(elsewhere.parent / "model.pth")[1].kind == "bpe"
 
     @pytest.mark.parametrize("size", [300, 301, 427])

@@ -14,7 +14,9 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny import make_model
 
+import receptance
 from receptance.tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -22,6 +24,7 @@ from receptance.tokenizer import (
     Tokenizer,
     WorldTokenizer,
     load_tokenizer,
+    stored_tokenizer,
 )
 from receptance.tokenizer import bpe as module
 
@@ -256,9 +259,11 @@ class TestWorld:
         ("line", "message"),
         [
             ("257 'ab' 3", "'ab' has 2 bytes where the line says 3"),
-            ("258 'ab' 2", "id 258 where 257 was due"),
+            ("256 'ab' 2", "id 256 follows 256; ids must increase"),
+            ("0 'ab' 2", "id 0 follows 256; ids must increase"),
+            ("4294967296 'ab' 2", "id 4294967296 follows 256; ids must increase, up to 4194304"),
             ("257 'a' 1", "b'a' is there twice"),
-            ("257 '' 0", "at least one byte"),
+            ("257 '' 1", "'' has 0 bytes where the line says 1"),
             ("257 12 2", "12 is not a str or bytes literal"),
             ("257 'ab 2", "'ab is not a str or bytes literal"),
             ("257 __import__('os') 2", "not a str or bytes literal"),
@@ -273,6 +278,18 @@ class TestWorld:
             WorldTokenizer(content, "some/vocab.txt")
         assert str(caught.value).startswith("some/vocab.txt, line 257: ")
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("filler", ["257 '' 0\n", "257 b'' 0\r\n", ""])
+    def test_ids_may_stand_for_nothing(self, filler):
+        """Vocabularies that are around leave out an id, or end with empty tokens."""
+        content = vocabulary() + f"{filler}259 'ab' 2\n".encode()
+        tokenizer = WorldTokenizer(content)
+        assert tokenizer.vocab_size == 260
+        assert tokenizer.encode("cab") == [100, 259]
+        assert tokenizer.decode_bytes([259, 257, 258, 0, 259]) == b"abab"
+        padded = WorldTokenizer(content + b"260 '' 0\n261 '' 0\n")
+        assert padded.vocab_size == 262
+        assert padded.encode("cab") == [100, 259] and padded.decode([261, 98]) == "a"
 
     @pytest.mark.parametrize("enabled", [True, False])
     def test_garbage_is_collected_again_as_before(self, enabled):
@@ -381,6 +398,20 @@ class TestBPE:
         tokenizer = BPETokenizer(library.to_str().encode())
         assert tokenizer.encode("the cat sat on") == bpe.encode("the cat sat on")
 
+    def test_a_pattern_that_backtracks_is_one_line(self, bpe_json):
+        """The library's answer is a panic of Rust, which no `except Exception` catches."""
+        library = tokenizers.Tokenizer.from_str(bpe_json)
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer = BPETokenizer(library.to_str().encode())
+        assert tokenizer.decode(tokenizer.encode("aab")) == "aab"
+        with pytest.raises(ValueError, match="by a regular expression that failed"):
+            tokenizer.encode("a" * 40 + "b")
+
     def test_importing_the_module_leaves_the_library_alone(self):
         code = (
             "import sys; from receptance.tokenizer import ByteTokenizer; ByteTokenizer(); "
@@ -388,6 +419,174 @@ class TestBPE:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.strip() == "False", done.stderr
+
+
+def with_special(bpe_json: str, *names: str, plain: tuple[str, ...] = ()) -> bytes:
+    """The same byte-level BPE with these added tokens behind all others; id 0 is "!"."""
+    spec = json.loads(bpe_json)
+    vocab = {token: i - 1 for token, i in spec["model"]["vocab"].items() if i > 0}
+    assert vocab["!"] == 0
+    spec["model"]["vocab"], spec["added_tokens"] = vocab, []
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    library.add_special_tokens(list(names))
+    library.add_tokens(list(plain))
+    return library.to_str().encode()
+
+
+class TestEndOfText:
+    """Which token ends a text, in files without "<|endoftext|>" where id 0 is "!"."""
+
+    @pytest.mark.parametrize(
+        ("names", "end"),
+        [
+            (["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"], "<|end_of_text|>"),
+            (["<s>", "</s>", "<unk>"], "</s>"),
+            (["<|im_end|>", "<|endoftext|>", "</s>"], "<|endoftext|>"),
+            (["<|doc|>"], "<|doc|>"),
+        ],
+    )
+    def test_the_special_tokens_of_the_file_tell(self, bpe_json, names, end):
+        tokenizer = BPETokenizer(with_special(bpe_json, *names, plain=("<plain>",)))
+        assert tokenizer.decode([tokenizer.end_of_text]) == end
+        assert tokenizer.encode(f"a!{end}")[-1] == tokenizer.end_of_text > 300
+
+    def test_a_token_for_unknown_text_ends_none(self, bpe_json):
+        spec = json.loads(with_special(bpe_json, "<unk>"))
+        spec["model"]["unk_token"] = "<unk>"
+        with pytest.raises(ValueError, match="none of its tokens is known to end a text"):
+            BPETokenizer(json.dumps(spec).encode())
+
+    @pytest.mark.parametrize("names", [[], ["<|im_start|>", "<|im_end|>"]])
+    def test_a_file_that_does_not_tell_is_refused_unless_it_is_told(self, bpe_json, names):
+        content = with_special(bpe_json, *names, plain=("<stop>",))
+        with pytest.raises(ValueError) as caught:
+            BPETokenizer(content, "some.json")
+        assert str(caught.value) == (
+            "some.json: none of its tokens is known to end a text; say which one does with "
+            "end_of_text, or as eos_token in a tokenizer_config.json beside it"
+        )
+        for end in ("<stop>", "!", "\n\n"):
+            tokenizer = BPETokenizer(content, end_of_text=end)
+            assert tokenizer.decode([tokenizer.end_of_text]) == end
+        for wrong in ("<none>", ""):
+            with pytest.raises(ValueError, match=f"end_of_text is '{wrong}', but it has no such"):
+                BPETokenizer(content, end_of_text=wrong)
+
+    def test_what_was_told_survives_saving(self, bpe_json, tmp_path):
+        """In a checkpoint and in a prepared corpus alike, which know a tokenizer by `about`."""
+        content = with_special(bpe_json, "<s>", "</s>", "<sep>")
+        told = BPETokenizer(content, end_of_text="<sep>")
+        assert told.save(tmp_path) == ["tokenizer.json", "tokenizer_config.json"]
+        about = {"kind": "bpe", "files": ["tokenizer.json"], "fingerprint": told.fingerprint}
+        for again in (
+            load_tokenizer(tmp_path),
+            load_tokenizer(tmp_path / "tokenizer.json"),
+            stored_tokenizer(tmp_path, about),
+            pickle.loads(pickle.dumps(told)),
+        ):
+            assert again.end_of_text == told.end_of_text != BPETokenizer(content).end_of_text
+            assert again.fingerprint == told.fingerprint and again.same_as(told)
+        (tmp_path / "tokenizer_config.json").unlink()
+        with pytest.raises(ValueError, match="holds another tokenizer"):
+            stored_tokenizer(tmp_path, about)
+
+    def test_what_was_told_survives_in_a_checkpoint(self, bpe_json, tmp_path):
+        told = BPETokenizer(with_special(bpe_json, "<a>", "<b>"), end_of_text="<b>")
+        receptance.save(make_model(told.vocab_size), tmp_path / "mine", told)
+        _, again = receptance.load(tmp_path / "mine")
+        assert again.end_of_text == told.end_of_text
+
+    def test_what_the_file_says_itself_is_not_stored_beside_it(self, bpe, bpe_json, tmp_path):
+        """So the fingerprint in a directory written by an older release stays the same."""
+        told = BPETokenizer(bpe_json.encode(), end_of_text="<|endoftext|>")
+        assert told.fingerprint == bpe.fingerprint
+        assert told.save(tmp_path) == ["tokenizer.json"]
+
+    @pytest.mark.parametrize("eos", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+    def test_the_config_beside_the_file_tells(self, bpe_json, tmp_path, eos):
+        content = with_special(bpe_json, "<|im_start|>", "<|im_end|>")
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.decode([tokenizer.end_of_text]) == "<|im_end|>"
+        told = load_tokenizer(tmp_path, end_of_text="<|im_start|>")
+        assert told.decode([told.end_of_text]) == "<|im_start|>"
+        tokenizer.save(tmp_path / "new")
+        assert load_tokenizer(tmp_path / "new").fingerprint == tokenizer.fingerprint
+
+    def test_the_end_of_a_turn_is_not_that_of_a_document(self, bpe_json, tmp_path):
+        (tmp_path / "tokenizer.json").write_bytes(with_special(bpe_json, "<|im_end|>", "</s>"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.decode([tokenizer.end_of_text]) == "</s>"
+
+    @pytest.mark.parametrize("said", ["{", "[]", '{"eos_token": 3}', '{"eos_token": "<gone>"}'])
+    def test_a_config_that_does_not_tell(self, bpe_json, tmp_path, said):
+        (tmp_path / "tokenizer.json").write_bytes(with_special(bpe_json))
+        (tmp_path / "tokenizer_config.json").write_text(said)
+        problem = "cannot be read as JSON" if said == "{" else "none of its tokens is known"
+        with pytest.raises(ValueError, match=problem):
+            load_tokenizer(tmp_path)
+
+    def test_other_tokenizers_have_no_choice(self, tmp_path):
+        (tmp_path / "rwkv_vocab.txt").write_bytes(vocabulary())
+        for source in ("bytes", tmp_path):
+            with pytest.raises(ValueError, match="token 0 always ends a text of the "):
+                load_tokenizer(source, end_of_text="a")
+
+
+class TestSameTokenizer:
+    """What a tokenizer does counts, not the bytes of its file."""
+
+    def test_layout_of_the_json_does_not_matter(self, bpe, bpe_json):
+        spec = json.loads(bpe_json)
+        # Older releases of the library write merges as one text each.
+        merges = [merge if isinstance(merge, str) else " ".join(merge)
+                  for merge in spec["model"]["merges"]]  # fmt: skip
+        vocab = dict(sorted(spec["model"]["vocab"].items()))
+        other = spec | {"model": spec["model"] | {"merges": merges, "vocab": vocab}}
+        for same in (json.dumps(spec, indent=4), json.dumps(other, ensure_ascii=False)):
+            tokenizer = BPETokenizer(same.encode())
+            assert tokenizer.fingerprint != bpe.fingerprint
+            assert tokenizer.same_as(bpe) and bpe.same_as(tokenizer)
+
+    def test_what_is_done_around_a_text_does_not_matter(self, bpe, bpe_json):
+        library = tokenizers.Tokenizer.from_str(bpe_json)
+        library.enable_truncation(5)
+        library.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+        assert BPETokenizer(library.to_str().encode()).same_as(bpe)
+
+    def test_other_ids_are_another_tokenizer(self, bpe, bpe_json):
+        spec = json.loads(bpe_json)
+        merges = spec["model"]["merges"]
+        fewer = spec | {"model": spec["model"] | {"merges": merges[:-1]}}
+        normalized = spec | {"normalizer": {"type": "NFC"}}
+        for other in (fewer, normalized):
+            assert not BPETokenizer(json.dumps(other).encode()).same_as(bpe)
+        assert not BPETokenizer(bpe_json.encode(), end_of_text="the").same_as(bpe)
+
+    def test_world_files_of_other_line_ends_literals_and_padding(self, small_world):
+        content = small_world._content
+        assert small_world.same_as(WorldTokenizer(content.replace(b"\n", b"\r\n")))
+        assert small_world.same_as(WorldTokenizer(content.replace(b" b'a' ", b" 'a' ")))
+        padded = content + b"262 '' 0\n270 '' 0\n"
+        assert small_world.same_as(WorldTokenizer(padded))
+        assert not small_world.same_as(WorldTokenizer(content + b"262 'ab' 2\n"))
+        swapped = content.replace(b"65 b'@' 1", b"65 b'A' 1").replace(b"66 b'A' 1", b"66 b'@' 1")
+        assert swapped != content and not small_world.same_as(WorldTokenizer(swapped))
+
+    def test_kinds_are_never_the_same(self, any_tokenizer, bpe, small_world):
+        same = [any_tokenizer.same_as(other) for other in (ByteTokenizer(), small_world, bpe)]
+        assert same.count(True) == 1
+
+    def test_a_checkpoint_accepts_its_tokenizer_in_other_bytes(self, bpe, bpe_json, tmp_path):
+        receptance.save(make_model(bpe.vocab_size), tmp_path / "mine", bpe)
+        indented = BPETokenizer(json.dumps(json.loads(bpe_json), indent=1).encode())
+        _, found = receptance.load(tmp_path / "mine", tokenizer=indented)
+        assert found.fingerprint == bpe.fingerprint
+        other = BPETokenizer.train(["another text, of other words"] * 4, bpe.vocab_size)
+        with pytest.raises(ValueError, match="is not the bpe one given; leave out tokenizer="):
+            receptance.load(tmp_path / "mine", tokenizer=other)
 
 
 class TestLongRuns:

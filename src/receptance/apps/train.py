@@ -16,6 +16,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from receptance.config import PILE_VOCAB_SIZE
 from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
 from receptance.model.devices import described, resolve_device
 from receptance.progress import say
@@ -23,6 +24,7 @@ from receptance.storage import checkpoint
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import Tokenizer, load_tokenizer
+from receptance.tokenizer.files import PILE_PUBLISHED
 from receptance.training import TrainOptions, learning_rate
 from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
 from receptance.training.logs import check_kinds
@@ -34,7 +36,7 @@ from receptance.training.run import Run, RunOptions
 from receptance.training.start import NEW_TOKENIZER, Start, adapter_size, begin, check_new, resume
 
 # The tokenizer of the paper's models, which recipes name, and its number of tokens.
-_PILE_TOKENIZER, _PILE_VOCABULARY = "20B_tokenizer.json", 50277
+_PILE_TOKENIZER, _PILE_VOCABULARY = PILE_PUBLISHED, PILE_VOCAB_SIZE
 _TRAINED = {
     "new": "a new model",
     "all": "all parameters of a given model",

@@ -65,8 +65,8 @@ def find(source: str | Path) -> Contents:
     """What is at a path or a hub id. ValueError in one line when it is none of what we know."""
     try:
         path = existing(source)
-        if isinstance(source, str) and not path.exists() and hub.is_hub_id(source):
-            path = hub.resolve(source)
+        if hub.means_hub(source):
+            path = hub.resolve(str(source))
         if is_run(path):
             newest = open_path(path, optimizer=True)
             about = f"the newest whole one of {len(step_directories(path))} in {path}"
@@ -181,7 +181,10 @@ def _nothing(path: Path) -> str:
 
 def _in_file(path: Path) -> Contents:
     if not path.exists():
-        raise ValueError(f"no such file or directory: {path}")
+        raise ValueError(
+            f"no such file or directory: {path}; models of the Hugging Face hub are written "
+            "hf:owner/name"
+        )
     if is_ggmf(path):
         return _rwkv_cpp(path)
     format_, tensors = _read(path)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from receptance.checking.contents import Contents, find
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
-from receptance.formats.hf import find_tokenizer
 from receptance.formats.names import from_hf
 from receptance.storage.manifest import MANIFEST, read_manifest, verify
 from receptance.storage.opening import look
+from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED, find_tokenizer
 
 HALF_LIVES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 """Borders of the histogram, in tokens."""
@@ -32,8 +32,8 @@ _BLOCK = re.compile(r"\b(?:blocks|layers)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:emb|embeddings|embed_tokens)\.weight")
 _USUAL_TOKENIZERS = {
     256: "bytes",
-    PILE_VOCAB_SIZE: "that of the Pile, 20B_tokenizer.json",
-    WORLD_VOCAB_SIZE: "World, rwkv_vocab_v20230424.txt",
+    PILE_VOCAB_SIZE: f"that of the Pile, {PILE_PUBLISHED}",
+    WORLD_VOCAB_SIZE: f"World, {WORLD_PUBLISHED}",
 }
 
 Note = Callable[[str, int], object]

@@ -38,7 +38,8 @@ from receptance.storage.checkpoint import write_description
 from receptance.storage.directories import Draft, existing
 from receptance.storage.manifest import MANIFEST, sync, write_manifest
 from receptance.storage.pairing import found_tokenizer
-from receptance.tokenizer import END_OF_TEXT, Tokenizer
+from receptance.tokenizer import Tokenizer
+from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, find_tokenizer
 
 Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
 Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
@@ -212,10 +213,11 @@ def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> Non
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, target: Target) -> None:
     names = tokenizer.save(folder)
-    if target.format == "hf" and "tokenizer.json" in names:
-        known = tokenizer.decode([tokenizer.end_of_text]) == END_OF_TEXT
-        fields = hf.tokenizer_fields(END_OF_TEXT if known else None)
-        (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    if target.format == "hf" and BPE_FILE in names:
+        file = folder / BPE_CONFIG
+        own = json.loads(file.read_bytes()) if BPE_CONFIG in names else {}
+        fields = hf.tokenizer_fields(tokenizer.decode([tokenizer.end_of_text])) | own
+        file.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _compare(source: Source, target: Target, written: Source, note: Note) -> Difference:
@@ -290,7 +292,7 @@ def _publish(folder: Path, source: Source, target: Target) -> None:
         sync(folder)
         os.rename(folder, target.path)
     else:
-        if hf.find_tokenizer(parent, source.config.vocab_size) is None:
+        if find_tokenizer(parent, source.config.vocab_size) is None:
             for file in set(folder.iterdir()) - {folder / target.path.name}:
                 os.rename(file, parent / file.name)
         os.rename(folder / target.path.name, target.path)
@@ -334,9 +336,9 @@ def _check_beside(source: Source, folder: Path) -> None:
         raise ValueError(f"{folder} is a checkpoint, and whole without more files; write elsewhere")
     if source.tokenizer is None or not folder.is_dir():
         return
-    beside = hf.find_tokenizer(folder, source.config.vocab_size)
+    beside = find_tokenizer(folder, source.config.vocab_size)
     found = found_tokenizer(beside, source.config)
-    if beside and found and found.fingerprint != source.tokenizer.fingerprint:
+    if beside and found and not found.same_as(source.tokenizer):
         raise ValueError(
             f"{beside} is the tokenizer of another model and would be taken for that of this one; "
             "write to a folder of its own"

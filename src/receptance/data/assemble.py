@@ -210,7 +210,7 @@ def _shards(path: Path, tokenizer: Tokenizer) -> Iterator[Shard]:
             yield from _shards(file, tokenizer)
     elif path.is_dir():
         corpus = TokenFiles.open(path)
-        if corpus.tokenizer and corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+        if corpus.tokenizer and not corpus.tokenizer.same_as(tokenizer):
             raise ValueError(f"{path} was made with another tokenizer, a {corpus.tokenizer.kind}")
         yield Shard("train", lambda: (corpus.train, corpus.train_mask))
         yield Shard("validation", lambda: (corpus.validation, corpus.validation_mask))

@@ -34,6 +34,7 @@ from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, WORLD_FILE
 
 # Starting processes takes seconds, which is not worth it for less text than this many bytes.
 _WORTH_WORKERS = 32 << 20
@@ -103,7 +104,7 @@ def _check_free(folder: Path) -> None:
     """ValueError if files that no earlier call has begun would be overwritten."""
     if (folder / "parts/plan.json").exists():
         return
-    names = ("tokenizer.json", "rwkv_vocab.txt")
+    names = (BPE_FILE, BPE_CONFIG, WORLD_FILE)
     taken = [p for part in ("train", "validation") for p in folder.glob(f"{part}*")]
     taken += [folder / name for name in names if (folder / name).exists()]
     if taken:

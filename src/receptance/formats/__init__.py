@@ -15,6 +15,7 @@ from receptance.formats.ggmf import is_ggmf, open_ggmf, read_ggmf
 from receptance.formats.names import conform, infer_config, is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
+from receptance.tokenizer.files import find_tokenizer
 
 __all__ = [
     "Weights",
@@ -44,24 +45,25 @@ class Weights:
     tensors: Mapping[str, Tensor]
     """By official name, in official shapes and the file's dtypes; mapped to it where possible.
 
-    Those of an rwkv.cpp file are made when they are asked for, each time.
+    A tensor of an rwkv.cpp file is made anew each time that it is asked for.
     """
     tokenizer: Path | None
     """The tokenizer's file beside the weights, if there is one."""
     source: Path
-    """The file or directory they came from."""
+    """The file or directory that the tensors came from."""
 
 
 def read(source: str | Path, *, revision: str | None = None) -> Weights:
-    """The RWKV-4 weights in a file, a directory or a hub model (see `hub.resolve`).
+    """The RWKV-4 weights in a file, a directory or a model of the Hugging Face hub.
 
-    Files: .pth, .pt, .bin, .safetensors, .st, and those of rwkv.cpp, whatever their suffix.
-    Directories: of transformers, or with a single .pth, .safetensors or .st file.
-    Revision is for hub models alone. ValueError says what was found instead and what to do.
+    Files are .pth, .pt, .bin, .safetensors, .st, and those of rwkv.cpp, whatever their suffix.
+    Directories are those of transformers, and those with a single .pth, .safetensors or .st file.
+    A Path is never looked for on the hub, a str only if `hub.means_hub` says so; `revision` is for
+    hub models alone. ValueError says what was found instead and what to do.
     """
     try:
-        if isinstance(source, str) and _means_hub(source):
-            return _read_path(hub.resolve(source, revision=revision), None)
+        if hub.means_hub(source):
+            return _read_path(hub.resolve(str(source), revision=revision), None)
         return _read_path(Path(source), revision)
     except OSError as error:
         raise ValueError(f"{source}: cannot be read: {reason(error)}") from None
@@ -76,10 +78,6 @@ def check_local(path: Path, revision: str | None) -> None:
 def _read_path(path: Path, revision: str | None) -> Weights:
     check_local(path, revision)
     return _read_directory(path) if path.is_dir() else _read_file(path)
-
-
-def _means_hub(source: str) -> bool:
-    return hub.is_hub_id(source) and not Path(source).exists()
 
 
 def _read_directory(directory: Path) -> Weights:
@@ -99,14 +97,14 @@ def _read_directory(directory: Path) -> Weights:
 def _read_file(path: Path) -> Weights:
     if not path.exists():
         raise ValueError(
-            f"no such file or directory: {path}; nor is it a hub id, which looks like owner/name"
+            f"no such file or directory: {path}; models of the Hugging Face hub are written "
+            "hf:owner/name"
         )
-    # Its usual suffix, .bin, is that of many formats.
+    # Files of rwkv.cpp are known by their first bytes: .bin, their usual suffix, is that of many
+    # formats.
     if is_ggmf(path):
         file = open_ggmf(path)
-        return Weights(
-            file.config, file, hf.find_tokenizer(path.parent, file.config.vocab_size), path
-        )
+        return Weights(file.config, file, find_tokenizer(path.parent, file.config.vocab_size), path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
@@ -115,7 +113,7 @@ def _read_file(path: Path) -> Weights:
         fields = hf.read_config(path.parent)
         return _weights(hf.complete(path.parent, fields, tensors), path)
     config, official = conform(tensors, path)
-    return Weights(config, official, hf.find_tokenizer(path.parent, config.vocab_size), path)
+    return Weights(config, official, find_tokenizer(path.parent, config.vocab_size), path)
 
 
 def _weights(found: hf.HFWeights, source: Path) -> Weights:

@@ -1,4 +1,4 @@
-"""What every reader does first with a file: can it be read, and is it plainly something else?"""
+"""The first check of every reader: whether a file can be read and is not plainly something else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_file(path: Path) -> None:
 
 def _first_bytes(path: Path) -> bytes:
     try:
-        # Asked before opening: a pipe would wait for ever.
+        # This is asked before the file is opened, because opening a pipe would wait for ever.
         if path.is_file() or not path.exists():
             with path.open("rb") as file:
                 return file.read(64)
@@ -37,7 +37,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, on one line, for the end of a message of our own."""
+    """The reason of an error on one line, for the end of a message of our own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()

@@ -28,10 +28,10 @@ from receptance.model.architecture import Shape
 from receptance.model.v4 import log_decay
 
 Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
-"""What the matrices of a written file are; vectors are always FP32."""
+"""The types that the matrices of a written file can have; vectors are always FP32."""
 
 FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
-"""What those types are here that are no blocks."""
+"""The torch types of those stored types that are not blocks of quantized values."""
 
 _MAGIC = b"fmgg"  # "ggmf" as a little-endian number
 _VERSIONS = (100, 101)
@@ -43,13 +43,13 @@ _MAX_TENSORS = 10_000  # RWKV-4 14B has 726
 _FLOATS: dict[str, np.dtype] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
 _TYPES = {0: "FP32", 1: "FP16", 2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
 _CODES = {name: code for code, name in _TYPES.items()}
-# Left as they are by rwkv.cpp's own quantization.
+# The matrices that rwkv.cpp's own quantization leaves as they are.
 _NOT_QUANTIZED = ("emb.weight", "head.weight")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies in the file, and as what."""
+    """The place of a tensor in the file, its type and its shape."""
 
     kind: str
     shape: Shape
@@ -60,8 +60,8 @@ class _Entry:
 class GGMFFile(Mapping[str, Tensor]):
     """The tensors of a file by official name, read when they are asked for, in official shapes.
 
-    Quantized ones come as float32, others in their own dtype. What lies aligned in the file stays
-    mapped to it, and the file must not change while it is used; the rest is copied.
+    Quantized tensors come as float32, others in their own dtype. Tensors that lie aligned in the
+    file stay mapped to it, so it must not change while they are used; the others are copied.
     """
 
     def __init__(self, path: Path, data: Bytes) -> None:
@@ -129,13 +129,13 @@ def open_ggmf(path: str | Path) -> GGMFFile:
     path = Path(path)
     try:
         ours = is_ggmf(path)
-    except (OSError, ValueError):  # what is wrong with it, check_file says
+    except (OSError, ValueError):  # check_file will say what is wrong.
         ours = False
     if not ours:
         check_file(path)
         raise ValueError(f"{path}: this is no file of rwkv.cpp; those begin with {_MAGIC!r}")
     try:
-        # Mode "c" maps privately: torch wants memory it may write, the file never changes.
+        # Mode "c" maps the file privately: torch wants memory it may write to, and the file stays.
         return GGMFFile(path, np.memmap(path, mode="c"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -282,20 +282,22 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
     if name not in tensors:
         raise ValueError(f"{name} is missing; a whole model is wanted")
     tensor = tensors[name].detach().cpu()
-    if tensor.numel() != math.prod(shape):
+    # Axes of one may be added or left out. Any other shape, such as that of the transposed matrix,
+    # has the values in another order.
+    if [size for size in tensor.shape if size != 1] != [size for size in shape if size != 1]:
         raise ValueError(f"{name} is {list(tensor.shape)}; the configuration wants {list(shape)}")
     vector = shape[:-1] in ((), (1, 1))
     return tensor.reshape(-1) if vector else tensor.reshape(shape)
 
 
 def stored_decay(parameter: Tensor) -> Tensor:
-    """What a file has in place of the parameter `time_decay`: its -exp, [C] -> [C] float32."""
-    # By way of float64, so that it is the same on every machine, and reading can tell.
+    """The -exp that a file holds in place of the parameter of decays: [C] -> [C] float32."""
+    # float64 makes the result the same on every machine, so that a reader can invert it.
     return log_decay(parameter.double()).float()
 
 
 def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:
-    """What a tensor becomes in a file of this kind: only matrices are anything but FP32."""
+    """The type of a tensor in a file of this kind; all but matrices are FP32."""
     if len(shape) != 2:
         return "FP32"
     return "FP16" if kind in KINDS and name in _NOT_QUANTIZED else kind

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 BLOCK = 32
 """Values in a block; every row of a quantized matrix is a whole number of blocks."""
 
-_AT_ONCE = 1 << 15  # blocks: what is computed on the way stays small beside the tensor
+# This many blocks are handled at a time, so that intermediate results stay small.
+_AT_ONCE = 1 << 15
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -23,7 +24,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of block stores its values: value = scale * (code - zero) [+ minimum]."""
+    """The way in which blocks of one kind store values: scale * (code - zero) [+ minimum]."""
 
     bits: int
     zero: int = 0
@@ -85,7 +86,7 @@ def _values(blocks: np.ndarray, kind: Kind, old: bool) -> Floats:
         fifth = blocks["fifth"][:, None] >> np.arange(BLOCK, dtype=np.uint32) & 1
         codes = codes | fifth.astype(np.uint8) << 4
     whole = codes.astype(np.float32) - np.float32(kind.zero)
-    # Scales that are not finite are the file's own, and for whoever looks at the weights to find.
+    # Scales that are not finite are passed on, for the checks of the weights to find.
     with np.errstate(invalid="ignore", over="ignore"):
         values = whole * blocks["scale"].astype(np.float32)[:, None]
         if kind.minimum:
@@ -116,10 +117,10 @@ def _q4_0(rows: Floats) -> tuple[NDArray[np.float16], Bytes]:
 
 
 def _scaled(rows: Floats, scale: Floats) -> tuple[Floats, NDArray[np.float16]]:
-    """The rows divided by their scales, computed with more digits than are stored of them."""
+    """The rows divided by their scales in float32, and the scales as they are stored."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse, stored = np.float32(1) / scale, scale.astype(np.float16)
-    # The inverse of a scale near nothing overflows; its values are nothing in float16, too.
+    # The inverse of a tiny scale overflows. Its block is zero in float16, so zero codes are right.
     inverse[~np.isfinite(inverse)] = 0
     if not np.isfinite(stored).all():
         raise ValueError("it has values that are not finite, or too large for float16 scales")

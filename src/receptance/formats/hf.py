@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from receptance.config import WORLD_VOCAB_SIZE, ModelConfig
+from receptance.config import ModelConfig
 from receptance.formats.files import reason
 from receptance.formats.names import conform, some, to_hf, to_official
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors, write_safetensors
 from receptance.formats.writing import Layout
+from receptance.tokenizer.files import find_tokenizer
 
 Reader = Callable[[Path], dict[str, Tensor]]
 
-# In the order in which transformers looks for them; the second of each pair names shards.
+# The files of weights, in the order in which transformers looks for them. The second of each pair
+# is an index that names shards.
 _FILES: tuple[tuple[str, Reader], ...] = (
     ("model.safetensors", read_safetensors),
     ("model.safetensors.index.json", read_safetensors),
@@ -35,10 +37,10 @@ _FILES: tuple[tuple[str, Reader], ...] = (
     ("pytorch_model.bin.index.json", read_pth),
 )
 
-# What transformers divides by two after, unless told otherwise.
+# The number of blocks after which transformers halves weights, unless config.json says otherwise.
 RESCALE_EVERY = 6
 
-# Fields of config.json that the tensors decide too.
+# The fields of config.json that the shapes of the tensors decide, too.
 _SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -49,7 +51,7 @@ _SIZES = {
 
 @dataclass(frozen=True)
 class HFWeights:
-    """What a transformers directory holds, in this package's terms."""
+    """The content of a transformers directory under this package's names."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -106,18 +108,14 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
     return HFWeights(config, official, find_tokenizer(directory, config.vocab_size))
 
 
-def find_tokenizer(directory: Path, vocab_size: int) -> Path | None:
-    """The tokenizer file in a directory; of several, the one that goes with the vocabulary."""
-    bpe = [directory / name for name in ("tokenizer.json", "20B_tokenizer.json")]
-    world = sorted(directory.glob("rwkv_vocab*.txt"))
-    candidates = world + bpe if vocab_size == WORLD_VOCAB_SIZE else bpe + world
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a copy of the embedding as the head, if there is no head among them.
+
+    In this package the two are never one tensor: each is trained and written by itself.
+    """
     official = to_official(tensors)
-    if "emb.weight" in official:
-        official.setdefault("head.weight", official["emb.weight"])
+    if "emb.weight" in official and "head.weight" not in official:
+        official["head.weight"] = official["emb.weight"].clone()
     return official
 
 
@@ -173,7 +171,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(files, dict) or not files:
         raise ValueError(f"{index}: there is no weight_map of tensor names to files in it")
     for file in files.values():
-        # The index comes with the weights: it must not reach for files elsewhere.
+        # The index is as foreign as the weights and must not name files elsewhere.
         plain = isinstance(file, str) and file not in ("", "..") and Path(file).name == file
         if not plain or not file.isprintable() or len(file) > 255:
             raise ValueError(
@@ -223,15 +221,15 @@ def write_hf(
 
 
 def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of a model whose matrices are of this type."""
+    """The fields of config.json for a model whose matrices are of this type."""
     return {
         "architectures": ["RwkvForCausalLM"],
         "model_type": "rwkv",
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "attention_hidden_size": config.width,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        # Otherwise an evaluation divides weights, and epsilon acts on smaller numbers; but models
-        # overflow in float16 without.
+        # With any other value than 0, transformers divides weights when it evaluates the model, and
+        # epsilon then acts on smaller numbers. In float16 models overflow without that.
         "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
         "tie_word_embeddings": False,
         "bos_token_id": 0,
@@ -240,13 +238,12 @@ def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def tokenizer_fields(end_of_text: str | None) -> dict[str, Any]:
-    """What tokenizer_config.json says beside a tokenizer.json."""
-    marks = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
+def tokenizer_fields(end_of_text: str) -> dict[str, Any]:
+    """The fields of the tokenizer_config.json beside a tokenizer.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **(marks if end_of_text else {}),
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text),
     }
 
 
@@ -269,7 +266,7 @@ def _nbytes(planned: tuple[torch.dtype, tuple[int, ...]]) -> int:
 
 
 def write_index(directory: Path, stem: str, files: Mapping[str, str], size: int) -> str:
-    """Write which of the files of STEM holds each tensor, and the bytes of all; the file's name."""
+    """Write the index that says which file of STEM holds each tensor; returns its name."""
     index = {"metadata": {"total_size": size}, "weight_map": files}
     name = f"{stem}.safetensors.index.json"
     (directory / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import glob
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from receptance.formats.files import reason
+from receptance.tokenizer.files import PATTERNS
+
+PREFIX = "hf:"
+"""What a name of the hub may begin with, and has to where it could mean something else."""
 
 _SUFFIXES = ("pth", "pt", "bin", "safetensors", "st")
-# Checked here because they become parts of addresses and of paths in the cache.
+# The forms are checked here because names become parts of addresses and of paths in the cache.
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _FILE = rf"(?:[^/\\@\s.][^/\\@\x00-\x1f]*/)*[^/\\@\s.][^/\\@\x00-\x1f]*\.(?:{'|'.join(_SUFFIXES)})"
 _REVISION = re.compile(rf"{_WORD}(?:/{_WORD})*", re.ASCII)
 _SOURCE = re.compile(rf"({_WORD}/{_WORD})(?:/({_FILE}))?(?:@(.+))?", re.ASCII)
 
-_TOKENIZERS = ("tokenizer.json", "20B_tokenizer.json", "rwkv_vocab*.txt")
 _WITH_SAFETENSORS = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    *_TOKENIZERS,
+    *PATTERNS,
 )
 _WITH_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# The folder in which runs are kept by custom: a name in it that is not there was mistyped.
+_RUNS = "runs"
+
+
+class DownloadWarning(UserWarning):
+    """Told before anything is downloaded, so that nobody runs a stranger's model unknowingly."""
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """What "owner/name", "owner/name/file.pth" and either with "@revision" behind it mean."""
+    """What "owner/name", "owner/name/file.pth" and either with "@revision" behind it mean.
+
+    Each of them may begin with "hf:".
+    """
 
     name: str
     """owner/name."""
@@ -42,9 +55,11 @@ class HubSource:
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> HubSource:
         """ValueError unless the text has one of these forms; revision is that given beside it."""
-        found = _SOURCE.fullmatch(text)
+        found = _SOURCE.fullmatch(text.removeprefix(PREFIX))
         if found is None:
-            raise ValueError(f"{text!r} is not a hub id; one looks like 'RWKV/rwkv-4-169m-pile'")
+            raise ValueError(
+                f"{text!r} is not a hub id; one looks like '{PREFIX}RWKV/rwkv-4-169m-pile'"
+            )
         name, file, own = found.groups()
         if own is not None and revision not in (None, own):
             raise ValueError(f"{text!r} and revision {revision!r} disagree; give one of them")
@@ -57,14 +72,24 @@ class HubSource:
         return cls(name, file, revision)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether this has the form owner/name, owner/name/file.pth, or either with @revision."""
-    found = _SOURCE.fullmatch(name)
-    # Of two words, with such an ending, it is a path.
-    path_like = (
-        found is not None and not found[2] and name.endswith(tuple(f".{x}" for x in _SUFFIXES))
-    )
-    return found is not None and not path_like
+def means_hub(source: str | Path) -> bool:
+    """Whether this names a model of the hub and not a file or directory on this machine.
+
+    A Path never does, and a str that begins with "hf:" always. Another str does if it has the form
+    owner/name, owner/name/file.pth, or either with @revision, unless `owner` is a folder here or
+    "runs": then a path was meant, whether or not it is there.
+    """
+    if not isinstance(source, str):
+        return False
+    if source.startswith(PREFIX):
+        return True
+    found = _SOURCE.fullmatch(source)
+    if found is None:
+        return False
+    # Two words with the ending of a file of weights are a path, too.
+    is_file = not found[2] and source.endswith(tuple(f".{suffix}" for suffix in _SUFFIXES))
+    owner = source.partition("/")[0]
+    return not is_file and owner != _RUNS and not Path(owner).is_dir()
 
 
 def resolve(
@@ -74,33 +99,53 @@ def resolve(
     endpoint: str | None = None,
     cache: str | Path | None = None,
 ) -> Path:
-    """A local copy of what we read of a hub model, downloaded when it is not there.
+    """The path of a local copy of the files that this package reads of a hub model.
 
-    Of owner/name a directory as transformers has it, or the file of weights if there is a single
-    one; of owner/name/file.pth that file, with the tokenizer's beside it. @revision behind either,
-    or revision, is a branch, a tag or a commit. Pickled weights are fetched only if they are named
-    or if there are none as safetensors. endpoint and cache replace huggingface_hub's own.
-    huggingface_hub shows progress on stderr, goes on where a connection broke, uses the token of
-    `hf auth login`, and the cached copy when there is no network or HF_HUB_OFFLINE is set.
+    They are downloaded if they are not there, and a DownloadWarning names the model before that.
+
+    owner/name gives a directory as transformers has it, or the file of weights if there is a single
+    one; owner/name/file.pth gives that file, with the tokenizer's beside it. @revision behind
+    either, or `revision`, is a branch, a tag or a commit. Pickled weights are fetched only if they
+    are named or if there are none as safetensors. `endpoint` and `cache` replace huggingface_hub's
+    own. huggingface_hub shows progress on stderr, continues a broken download, uses the token of
+    `hf auth login`, and takes the cached copy when there is no network or HF_HUB_OFFLINE is set.
     ValueError says what to do when there is no such model, no access or no network.
     """
     source = HubSource.parse(name, revision)
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     where = {"revision": source.revision, "endpoint": endpoint, "cache_dir": cache}
     fetch = partial(snapshot_download, source.name, **where)
+    if not constants.HF_HUB_OFFLINE and not _is_cached(source, fetch):
+        what = source.name if source.file is None else f"{source.name}/{source.file}"
+        message = f"downloading {what} from the Hugging Face hub"
+        warnings.warn(message, DownloadWarning, stacklevel=2)
     names = partial(HfApi(endpoint=endpoint).list_repo_files, source.name, revision=source.revision)
     try:
         return _fetch(source, fetch, names)
     except _Missing as missing:
         raise ValueError(str(missing)) from None
-    # Which exceptions a broken connection raises depends on huggingface_hub's HTTP library.
+    # The exceptions that a broken connection raises depend on huggingface_hub's HTTP library.
     except Exception as error:
         raise ValueError(_advice(source, error)) from None
 
 
 class _Missing(ValueError):
-    """The repository is there, but not what was wanted of it."""
+    """The repository is there, but the file that was wanted is not in it."""
+
+
+def _is_cached(source: HubSource, fetch: Callable[..., str]) -> bool:
+    """Whether weights of this model are on this machine already."""
+    from huggingface_hub import errors
+
+    wanted = _WITH_SAFETENSORS if source.file is None else (glob.escape(source.file),)
+    try:
+        directory = Path(fetch(local_files_only=True, allow_patterns=list(wanted)))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        return False  # What is wrong with the name or the cache, the download will say.
+    if source.file is not None:
+        return (directory / source.file).is_file()
+    return any(re.fullmatch(_FILE, file.name) for file in directory.rglob("*"))
 
 
 def _fetch(source: HubSource, fetch: Callable[..., str], names: Callable[[], list[str]]) -> Path:
@@ -123,7 +168,7 @@ def _fetch(source: HubSource, fetch: Callable[..., str], names: Callable[[], lis
 def _fetch_file(
     source: HubSource, file: str, fetch: Callable[..., str], names: Callable[[], list[str]]
 ) -> Path:
-    directory = Path(fetch(allow_patterns=[glob.escape(file), *_TOKENIZERS]))
+    directory = Path(fetch(allow_patterns=[glob.escape(file), *PATTERNS]))
     if not (directory / file).is_file():
         listed = _listed(source, _weights(directory, names))
         raise _Missing(f"hub model {source.name!r} has no file {file!r}; {listed}")
@@ -131,7 +176,7 @@ def _fetch_file(
 
 
 def _weights(directory: Path, names: Callable[[], list[str]]) -> list[str]:
-    """Files of weights in the repository, or in the cached copy when it is out of reach."""
+    """The files of weights in the repository, or in the cached copy if the hub is out of reach."""
     from huggingface_hub import errors
 
     try:

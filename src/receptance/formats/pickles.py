@@ -1,4 +1,4 @@
-"""What a pickle's instructions ask for, read without carrying any of them out."""
+"""A scan of a pickle's instructions that finds what they ask for and carries none of them out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any
 
 from receptance.formats.names import some
 
-PROTOCOL = 2  # what torch.save writes, and all that its guarded loader understands
-MAX_INDEX = 2 * 1024 * 1024  # bytes of pickle; RWKV-4 14B has 0.2 MB
-_MAX_INSTRUCTIONS = 120_000  # some 2,600 tensors, read in half a second; the 14B has 726
-_MAX_TUPLE = 64  # the most axes that a tensor may have
+# torch.save writes this protocol, and its guarded loader understands no other.
+PROTOCOL = 2
+# The most bytes that an index may have; that of RWKV-4 14B has 0.2 MB.
+MAX_INDEX = 2 * 1024 * 1024
+# This is enough for some 2,600 tensors and takes half a second; the 14B model has 726.
+_MAX_INSTRUCTIONS = 120_000
+# A tensor has 64 axes at most.
+_MAX_TUPLE = 64
 
 _STORAGE_BYTES = {
     "torch.DoubleStorage": 8,
     "torch.FloatStorage": 4,
     "torch.HalfStorage": 2,
     "torch.BFloat16Storage": 2,
-    # Not for weights, but then the message can name the tensor.
+    # Weights are never of these types; they are allowed so that a message can name the tensor.
     "torch.LongStorage": 8,
     "torch.IntStorage": 4,
     "torch.ShortStorage": 2,
@@ -37,11 +41,11 @@ _ALLOWED = {
 
 
 class Refused(ValueError):
-    """We know what is wrong with the file; everything else is damage."""
+    """Raised when it is known what is wrong with the file; any other exception means damage."""
 
 
 class _Global(str):
-    """What a pickle asks for by name, such as `collections.OrderedDict`."""
+    """A global name that a pickle asks for, such as `collections.OrderedDict`."""
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Scan:
                 protocol = argument
             elif opcode.name != "STOP":
                 scan.step(opcode, argument)
-        # Last, so that a file of another protocol is first searched for what it asks for.
+        # The protocol is checked last, so that a file of another one is searched, too.
         if protocol != PROTOCOL:
             raise Refused(f"it is a pickle of protocol {protocol}, which torch.save does not write")
         return scan
@@ -112,7 +116,7 @@ class Scan:
                 self.stack += [known] * len(opcode.stack_after)
 
     def take(self, opcode: pickletools.OpcodeInfo) -> list[Any]:
-        """Off the stack what the instruction consumes, in order, marks left out."""
+        """Take off the stack what the instruction consumes, in order and without marks."""
         above: list[Any] = []
         count = len(opcode.stack_before)
         if pickletools.markobject in opcode.stack_before:

@@ -30,16 +30,21 @@ from receptance.model.architecture import Shape
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-_LEGACY_PICKLES = 5  # magic number, format, system, the tensors, the order of their data
+# A file of the older format holds five pickles: the magic number, the format, the system, the
+# tensors, and the order of their data.
+_LEGACY_PICKLES = 5
 
-# What torch.save writes beside the tensors.
+# torch.save writes these entries beside the tensors.
 _ROOT = "archive/"
 _NOTES = {".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
 _VERSION = b"3\n"
-_ALIGNMENT = 64  # of the data in the file: readers map it
-_PADDING = b"FB"  # the zip field that torch fills up with
-_ZIP_HEADER = 30  # bytes before the name of an entry
-_ZIP64_FIELD = 20  # which zipfile puts before ours
+# Readers map the data, so each tensor begins at a multiple of 64 bytes. torch fills the gap with a
+# zip field of the name FB; 30 bytes come before the name of an entry, and zipfile writes a field of
+# 20 bytes before ours.
+_ALIGNMENT = 64
+_PADDING = b"FB"
+_ZIP_HEADER = 30
+_ZIP64_FIELD = 20
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
     torch.float32: torch.FloatStorage,
@@ -61,7 +66,7 @@ def read_pth(path: str | Path) -> dict[str, Tensor]:
         return _plain(_load(path))
     except Refused as refusal:
         raise ValueError(f"{path}: {refusal}") from None
-    # torch interprets bytes that anyone may have written: any exception at all can come out.
+    # torch interprets bytes that anyone may have written, and any exception at all can come out.
     except Exception as error:
         raise ValueError(
             f"{path}: damaged, cut short or not written by torch.save ({_cause(error)}); "
@@ -94,8 +99,23 @@ def _plain(loaded: object) -> dict[str, Tensor]:
         raise Refused(
             "it was converted by the `rwkv` package, which changes the weights; use the original"
         )
-    # dict.items: an OrderedDict from a file may have an attribute of that name.
-    return {_checked_name(name): _checked(name, value) for name, value in dict.items(loaded)}
+    # An OrderedDict from a file may have an attribute of the name `items`.
+    entries = dict.items(loaded)
+    return _separate({_checked_name(name): _checked(name, value) for name, value in entries})
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own.
+
+    torch.save stores a tensor of two names once, as that of a tied head and embedding. Whoever
+    trains or writes the tensors takes the two for separate ones.
+    """
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
 
 
 def _checked_name(name: object) -> str:
@@ -110,14 +130,14 @@ def _checked(name: object, value: object) -> Tensor:
             f"its entry {some([str(name)])} is a {type(value).__name__}, not a tensor; if this is "
             "a training checkpoint, save the state dict in it as a file of its own"
         )
-    # A stride of 0 makes a tensor of any size out of a few bytes.
+    # A tensor with a stride of 0 can have any size on a few bytes.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise Refused(f"its tensor {some([str(name)])} claims more values than the file holds")
     return value.detach()
 
 
 def _cause(error: Exception) -> str:
-    # torch's own words here are advice on how to load the file without a guard.
+    # The message of torch would advise how to load the file without a guard.
     if isinstance(error, pickle.UnpicklingError):
         return "it has instructions that torch.save does not write"
     return reason(error)
@@ -149,8 +169,8 @@ def _root(records: dict[str, zipfile.ZipInfo]) -> str:
 
 
 def _check_record(record: zipfile.ZipInfo | None, size: int) -> None:
-    # torch maps the file and believes the index: another size reads the neighbor's bytes, and
-    # compressed data would pass for weights, both without a word.
+    # torch maps the file and believes the index. With another size it would read the bytes of the
+    # next tensor, and compressed data would pass for weights, both without an error.
     if record is None or record.file_size != size:
         found = "none" if record is None else f"{record.file_size} bytes"
         raise Refused(
@@ -167,7 +187,7 @@ def _inspect_legacy(path: Path) -> None:
     if first.stack != [_LEGACY_MAGIC]:
         raise Refused("it is a pickle, but not one that torch.save wrote")
     *_, index, order = [Scan.of(stream) for _ in range(_LEGACY_PICKLES - 1)]
-    # Data that this list leaves out torch leaves uninitialized, without a word.
+    # torch leaves data uninitialized that this list leaves out, without an error.
     if set(order.listed) != set(index.storages):
         raise Refused("it is damaged: its list of data is not that of its tensors")
     wanted = sum(index.storages.values())
@@ -194,14 +214,16 @@ def write_pth(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None
         for note, content in _NOTES.items():
             _write_record(archive, note, [content])
         for name, entry in stored.items():
-            data = pieces(name, tensors[name], entry.dtype)
+            tensor = tensors[name]
+            assert tuple(tensor.shape) == entry.shape, name
+            data = pieces(name, tensor, entry.dtype)
             _write_record(archive, f"data/{entry.key}", data)
         _write_record(archive, "version", [_VERSION])
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor's entry in the index, in place of the tensor."""
+    """An entry of the index, which is pickled in place of a tensor."""
 
     key: str
     dtype: torch.dtype
@@ -209,7 +231,8 @@ class _Stored:
 
     def __reduce__(self) -> tuple[object, ...]:
         strides = torch.empty(self.shape, device="meta").stride()
-        # The data, where the tensor begins in it, its shape, no gradient, no hooks.
+        # The arguments are the data, the offset of the tensor in it, its shape and strides, whether
+        # it has a gradient, and its hooks.
         arguments: tuple[object, ...] = (_Data(self), 0, self.shape, strides, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 

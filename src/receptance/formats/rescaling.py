@@ -17,9 +17,10 @@ from torch import Tensor
 
 from receptance.model.versions import architecture
 
-# transformers has this only for RWKV-4.
+# transformers divides the matrices whose outputs are added to the residual stream, of RWKV-4 only.
 _OUTPUTS = tuple(f"{name}.weight" for name in architecture(4).residual_outputs)
-# How far a step between neighbors may be from a factor of 2, or of 1, as a power of two.
+# The largest distance of the step between neighboring blocks from a factor of 2, or of 1, in powers
+# of two.
 _MARGIN = 0.4
 
 
@@ -74,7 +75,7 @@ def _halves(tensors: Mapping[str, Tensor], kind: str, num_layers: int, every: in
 
 
 def _log_size(matrix: Tensor) -> float:
-    """log2 of the root mean square of some rows."""
+    """The binary logarithm of the root mean square of some rows."""
     rows = matrix[:: max(1, len(matrix) // 256)].double()
     square = float(rows.square().mean())
     return math.log2(square) / 2 if square > 0 else -math.inf

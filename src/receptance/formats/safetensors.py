@@ -19,7 +19,7 @@ from receptance.formats.files import check_file, reason
 from receptance.formats.writing import Layout, pieces
 
 ALIGNMENT = 64
-"""Bytes; the line of a cache."""
+"""The bytes of a cache line; tensors begin at multiples of it where they can."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -43,7 +43,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # Besides its own error it passes on those of torch, asked for an impossible view of the bytes.
+    # The library raises its own error and passes on those that torch raises for impossible shapes.
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}: damaged, cut short or no safetensors file ({reason(error)}); get it again"
@@ -68,7 +68,7 @@ def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, T
             for piece in pieces(name, tensor, dtype):
                 file.write(piece)
             missing.remove(name)
-            del tensor  # before the next one is made
+            del tensor  # The memory is freed before the next tensor is made.
     assert not missing, missing
 
 

@@ -1,4 +1,4 @@
-"""What every writer does: tensors go to disk a few values at a time."""
+"""The part that all writers share: tensors go to disk a few million values at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from receptance.model.architecture import Shape
 Layout = Mapping[str, tuple[torch.dtype, Shape]]
 """The tensors of a file by name, in the order in which they are written: type and shape."""
 
-_AT_ONCE = 1 << 22  # values
+# The number of values that are converted and written at a time.
+_AT_ONCE = 1 << 22
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
@@ -30,6 +31,6 @@ def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview
         if bool((converted.isinf() & values.cpu().isfinite()).any()):
             raise ValueError(
                 f"{name} has values too large for {str(dtype).removeprefix('torch.')}; "
-                "choose another --dtype"
+                "choose another dtype="
             )
         yield converted.contiguous().view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""What a model's matrices are multiplied with on a text: the mean product of every two inputs."""
+"""The inputs of a model's matrices on a text: the mean product of every two of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from receptance.model import Model
 from receptance.model.parts import Linear
 
-# Positions in one pass of the model.
+# The number of positions in one pass of the model.
 _CHUNK = 256
-# Bytes of products held at a time. What does not fit is collected by reading the text again.
+# The bytes of products held at a time. Products that do not fit are collected by reading the text
+# again.
 _MEMORY = 2 << 30
 LEAST_TOKENS = 64
 
@@ -22,8 +23,8 @@ LEAST_TOKENS = 64
 class Calibration:
     """The mean products of the inputs of each matrix of a model, over a text's tokens [R,T].
 
-    Asked for in order, they are collected with as few readings as the memory (bytes) allows; the
-    model computes in float32.
+    If they are asked for in the order of `in_order`, they are collected with as few readings of the
+    text as the memory (bytes) allows. The model computes in float32.
     """
 
     def __init__(self, model: Model, tokens: Tensor, *, memory: int = _MEMORY) -> None:
@@ -52,7 +53,7 @@ class Calibration:
         if name not in self._layers:
             return None
         if name not in self._held:
-            self._held = {}  # first, so that there is room for the next ones
+            self._held = {}  # The old products are freed first, to make room for the next ones.
             self._held = self._collect(list(self._fitting(name)))
         return self._held[name]
 

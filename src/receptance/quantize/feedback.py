@@ -1,4 +1,4 @@
-"""int4 with feedback: what rounding an input's weights does to the outputs, later inputs undo.
+"""int4 with feedback: the weights of later inputs undo the errors of those rounded before.
 
 Inputs are not independent. With H the mean of x x' over the inputs x of a text, the mean squared
 error of an output is d' H d, where d are the errors of its weights. Inputs are rounded one after
@@ -17,10 +17,10 @@ from torch import Tensor
 from receptance.quantize.codes import Quantized, check_group
 from receptance.quantize.rounding import check_finite, nearest, parameters
 
-# Of the mean of H's diagonal, added to it: what keeps inputs that hardly vary from being handed
-# all the errors.
+# Damping (GPTQ's percdamp): this share of the mean of H's diagonal is added to the diagonal.
+# Without it, inputs that hardly vary would be handed all the errors.
 _DAMPING = 0.01
-# Outputs at a time, for the sake of memory: a head has many.
+# The number of outputs that are rounded at a time; it bounds the memory, for a head has many.
 _OUTPUTS = 4096
 
 
@@ -37,7 +37,8 @@ def quantize_with_feedback(weight: Tensor, moments: Tensor, group: int | None = 
             f"mean products {list(moments.shape)} of {inputs} inputs; wanted finite numbers "
             f"[{inputs},{inputs}]"
         )
-    # Only ratios matter, and numbers far from 1 have few digits or none; powers of two are exact.
+    # Only the ratios of the moments matter, so they are scaled to about 1, where float32 is in no
+    # danger of overflow or underflow. A power of two keeps every digit.
     _, exponent = math.frexp(float(moments.diagonal().double().mean()))
     moments = (moments.double() * 2.0**-exponent).float()
     importance, spread = moments.diagonal(), _spread(moments)
@@ -52,7 +53,7 @@ def _spread(moments: Tensor) -> Tensor:
     damped = moments.clone()
     mean = float(damped.diagonal().mean())
     damped.diagonal().add_(_DAMPING * mean if mean > 0 else 1)
-    # Turned round, Cholesky's lower triangle becomes an upper one R, and moments = R R'.
+    # Flipping both axes turns Cholesky's lower triangle into an upper one, R, with moments = R R'.
     root = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     return torch.linalg.solve_triangular(root, torch.eye(len(root)), upper=True)
 
@@ -78,7 +79,7 @@ def _quantize(
 
 
 def _round(left: Tensor, scale: Tensor, minimum: Tensor, spread: Tensor, codes: Tensor) -> Tensor:
-    """Rounds the inputs of a group [G,N] in turn, writes their codes; errors / U[j,j]: [G,N]."""
+    """Round the inputs of a group [G,N] in turn and write their codes; returns errors / U[j,j]."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
         code = nearest(left[j], scale, minimum, "int4")

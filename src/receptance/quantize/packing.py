@@ -7,7 +7,7 @@ A matrix has N outputs and K inputs, as the weight [N,K] of `y = W x`. Three lay
                and skipped
     embedding  the weight as it is: one row at a time is read
 
-What is padded is zero. Kp is K rounded up to a multiple of 128, G the inputs of a group.
+Padding is zero. Kp is K rounded up to a multiple of 128, G the inputs of a group.
 
     tiles      floats  [N/16, K, 16]              (n,k) at [n/16, k, n%16]
                int8    [N/16, Kp/4, 16, 4]        (n,k) at [n/16, k/4, n%16, k%4]
@@ -51,11 +51,11 @@ FLOATS: dict[FloatKind, torch.dtype] = {
     "float16": torch.float16,
 }
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "float16", "int8", "int4")
-"""In the order of the enum Weight in native/rwkv4.h."""
+"""The kinds in the order of the enum Weight in native/rwkv4.h."""
 _CODES = {"int8": torch.int8, "int4": torch.uint8}
-_TILE = 16  # outputs of a tile
-_ROW = 64  # what the outputs of the layout "rows" are padded to a multiple of
-_DEPTH = 128  # what the inputs of quantized tiles are padded to a multiple of
+# A tile has 16 outputs. The outputs of the layout "rows" are padded to a multiple of 64, the inputs
+# of quantized tiles to a multiple of 128.
+_TILE, _ROW, _DEPTH = 16, 64, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class Packed:
 
 
 def common_kind(tensors: Iterable[Tensor]) -> FloatKind:
-    """The type that all of them have; float32, which holds them all, if it is not one."""
+    """The type that all tensors have; if there are several, float32, which holds them all."""
     found = {x.dtype for x in tensors}
     return next((kind for kind, dtype in FLOATS.items() if found == {dtype}), "float32")
 

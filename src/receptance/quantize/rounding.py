@@ -1,4 +1,4 @@
-"""A matrix to codes.
+"""Rounding a matrix to codes.
 
 int8 takes its scale from the largest weight of a group. For int4 the smallest and the largest
 weight would do too, but a narrower range that clips them serves the others better. So several are
@@ -18,11 +18,11 @@ from receptance.quantize.codes import Quantized, QuantizedKind, ceil_div, check_
 HIGHEST = {"int8": 127, "int4": 15}
 """The largest code."""
 
-# Shares of a group's range that are cut off at either end. Finer steps or further ones lower the
-# squared error of a trained model's weights by 0.3 %.
+# The shares of a group's range that are tried as cuts at either end. Finer steps, or more of them,
+# lower the squared error of a trained model's weights by 0.3 % only.
 _CUTS = (0.0, 0.025, 0.05, 0.075, 0.1)
 _REFITS = 2
-# Weights looked at together: few enough for the cache of a core.
+# The number of weights that are rounded together; they fit into the cache of a core.
 _CHUNK = 1 << 18
 
 Params = tuple[Tensor, Tensor]  # scale and minimum of M groups, [M] each, exact in bfloat16
@@ -78,7 +78,7 @@ def _quantize(
     missing = -inputs % group
     if missing and importance is None:
         importance = torch.ones(inputs)
-    # The last group is filled up with its last weight, which counts for nothing there.
+    # The last group is filled up with copies of its last weight, whose errors count for nothing.
     filled = torch.cat([weight, weight[:, -1:].expand(-1, missing)], dim=1)
     groups = filled.float().view(-1, group)
     if importance is not None:

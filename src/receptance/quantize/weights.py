@@ -1,4 +1,4 @@
-"""All tensors of a model, one after another."""
+"""Quantizing all tensors of a model, one after another."""
 
 from __future__ import annotations
 

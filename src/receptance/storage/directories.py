@@ -31,9 +31,10 @@ from receptance.storage.manifest import (
     write_manifest,
 )
 
-# With a single one, a disk that damages it takes the whole run with it.
+# A run keeps at least two checkpoints: if there were a single one, a disk that damages it would
+# end the run.
 LEAST_KEPT = 2
-# In a checkpoint of a run, what it says about that.
+# The file in a run's checkpoint that holds the step, the options and the corpus.
 ABOUT = "training.json"
 _STEP = re.compile(r"step-(\d+)")
 # Ending of the mark beside a checkpoint that somebody outside its run needs.
@@ -66,20 +67,20 @@ class Draft:
     """
 
     path: Path
-    """The name it will have."""
+    """The name that the finished directory gets."""
     folder: Path
-    """Where it is until then."""
+    """The hidden folder beside it in which the files are written."""
 
     @staticmethod
     def begin(path: str | Path) -> Draft:
-        """An empty folder beside path.
+        """Make an empty folder beside path.
 
         ValueError if nothing can be written there, or if path is anything but a checkpoint.
         """
         path = expanded(path)
         with one_line(path):
             if path.is_symlink():
-                path = path.resolve()  # the link stays, what it names is replaced
+                path = path.resolve()  # The link stays, and the directory it names is replaced.
             _check_replaceable(path)
             _make_folder(path.parent)
             _restore(path)
@@ -91,7 +92,7 @@ class Draft:
         return Draft(path, folder)
 
     def seal(self, names: Iterable[str] | None = None) -> Entries:
-        """Force files (None: all there are) to disk, read them back: their manifest entries."""
+        """Force files (None: all of them) to disk and read them back; their manifest entries."""
         with one_line(self.path):
             names = plain_files(self.folder) if names is None else names
             return {name: seal_file(self.folder / name) for name in names}
@@ -104,11 +105,11 @@ class Draft:
         with one_line(self.path):
             check_listing(self.folder, entries)
             write_manifest(self.folder, entries)
-            _check_replaceable(self.path)  # again: writing may have taken hours
+            _check_replaceable(self.path)  # This is checked again: writing may have taken hours.
             _replace(self.folder, self.path)
 
     def discard(self) -> None:
-        """Remove what is left of it: nothing after `finish`."""
+        """Remove the hidden folder; after `finish` there is none, and nothing happens."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -129,7 +130,7 @@ def _check_replaceable(path: Path) -> None:
         known = {MANIFEST, *read_manifest(path)}
     except (OSError, ValueError):
         if path.is_dir() and _STEP.fullmatch(path.name):
-            return  # a damaged one of a run, whose step has come round again
+            return  # It is a damaged checkpoint of a run, which has reached that step again.
         raise ValueError(
             f"cannot write {path}: what is there is not a checkpoint; choose another name"
         ) from None
@@ -148,7 +149,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A new name for what is being written or removed; it tells whose it is."""
+    """A new hidden name for a directory in work, which tells which process made it."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     return path.with_name(f".{path.name}.{owner}.partial")
 
@@ -162,13 +163,13 @@ def _is_abandoned(partial: Path) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it lives, and belongs to somebody else
+    except OSError:  # The process is alive and belongs to another user.
         return False
     return False
 
 
 def _replace(folder: Path, path: Path) -> None:
-    """Rename the folder to path. What was there has another name until that has happened."""
+    """Rename the folder to path. A directory that was there is set aside first, then removed."""
     old = _old(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -193,19 +194,19 @@ def _restore(path: Path) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ as its user's folder; that of a user who is not known stays as it is."""
+    """The path with ~ replaced by the user's home; ~name of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))
 
 
 def existing(path: str | Path) -> Path:
-    """Path, or what had that name when a process was killed in the middle of replacing it."""
+    """The path, or that of the old directory if a process was killed while replacing it."""
     path = expanded(path)
     with _reading(path):
         return _old(path) if not path.exists() and _old(path).is_dir() else path
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory, under another name first: nobody finds half of it under its own."""
+    """Rename a directory, then remove it, so that nobody finds half of it under its own name."""
     rubbish = _beside(directory)
     with suppress(OSError):
         os.rename(directory, rubbish)
@@ -261,14 +262,14 @@ def _check_step(directory: Path) -> None:
 
 
 def put_aside(newest: Path) -> list[Path]:
-    """Rename the checkpoints behind the newest whole one, lest they count as kept: their new names.
+    """Rename the checkpoints after the newest whole one, so that they do not count as kept.
 
-    Only for whoever holds the lock of the run.
+    The caller must hold the lock of the run. Returns the new names.
     """
     later = [p for p in step_directories(newest.parent) if step_number(p) > step_number(newest)]
     moved = []
     for damaged in later:
-        with suppress(OSError):  # of two of the same step the second one stays
+        with suppress(OSError):  # If that step was set aside before, this one keeps its name.
             moved.append(damaged.rename(damaged.with_name(damaged.name + ".damaged")))
     return moved
 
@@ -283,7 +284,7 @@ def pin(directory: Path, reason: str) -> None:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Of the checkpoints up to the one just written, remove all but the last `keep`.
+    """Remove all but the last `keep` of the checkpoints up to the one just written.
 
     Pinned checkpoints stay. Later ones are not touched: a run that went back to an older step will
     write them again.
@@ -297,7 +298,7 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def clean(run: Path) -> None:
-    """Tidy up after a process that was killed; only for whoever holds the lock of the run."""
+    """Tidy up after a process that was killed. The caller must hold the lock of the run."""
     for path in _replaced(run):
         _restore(path)
         with suppress(ValueError):
@@ -308,5 +309,5 @@ def clean(run: Path) -> None:
 
 
 def _replaced(run: Path) -> list[Path]:
-    """The names of checkpoints that were in the middle of being replaced."""
+    """The names of checkpoints that a killed process was about to replace."""
     return [run / old.name[1:].removesuffix(".old") for old in run.glob(".step-*.old")]

@@ -51,7 +51,7 @@ def verify(directory: str | Path, *, optimizer: bool = True) -> None:
 
 def seal_file(file: Path) -> Entry:
     """Force a file to disk and read it back from there; OSError if it comes back different."""
-    # safetensors makes files that only their owner can read; the directory knows better.
+    # safetensors makes files that only their owner can read; they get the directory's permissions.
     os.chmod(file, file.parent.stat().st_mode & 0o666)
     entry = _entry(file)
     sync(file)
@@ -137,7 +137,7 @@ def _entry(file: Path) -> Entry:
 
 
 def _render(entries: Entries) -> bytes:
-    """The manifest's one and only form, so that no byte of it can change unnoticed."""
+    """The bytes of a manifest; there is one form only, so that no change of it goes unnoticed."""
     files = {name: asdict(entries[name]) for name in sorted(entries)}
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return (json.dumps({"files": files, "sha256": digest}, indent=1) + "\n").encode()

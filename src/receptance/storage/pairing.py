@@ -7,9 +7,10 @@ from typing import Any
 
 from receptance.config import ModelConfig
 from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, stored_tokenizer
+from receptance.tokenizer.files import PUBLISHED
 
-# Rows of the embedding that a tokenizer may leave unused: World pads 65,530 ids to 65,536 and
-# others round up to a multiple of 64 or 128. More than that is another vocabulary.
+# An embedding may have rows that its tokenizer leaves unused: World pads 65,530 ids to 65,536 rows,
+# and others round up to a multiple of 64 or 128. With more such rows it is another vocabulary.
 _MAX_UNUSED_ROWS = 128
 # What config.json says of a model that was saved without a tokenizer.
 _NO_TOKENIZER = {"kind": "none"}
@@ -29,13 +30,13 @@ def chosen_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer that a directory holds, or the one given where it holds none.
 
-    ValueError if another one was given.
+    ValueError if one with other ids was given.
     """
-    if own is None or given is None or given.fingerprint == own.fingerprint:
+    if own is None or given is None or given.same_as(own):
         return own or given
     raise ValueError(
         f"wrong tokenizer: {directory} holds the {own.kind} tokenizer that its model was trained "
-        f"with, which is not the {given.kind} one given; leave that out"
+        f"with, which is not the {given.kind} one given; leave out tokenizer="
     )
 
 
@@ -59,7 +60,10 @@ def tokenizer_in(directory: Path, about: Any) -> Tokenizer | None:
 
 
 def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
-    """That of the file found beside weights; bytes for 256 ids where none is, or one of others."""
+    """The tokenizer of the file found beside weights, if there is such a file.
+
+    Weights of 256 ids are taken for bytes when no file was found, or one that does not fit them.
+    """
     found = None if file is None else load_tokenizer(file)
     own = ByteTokenizer()
     if config.vocab_size == own.vocab_size and (found is None or not _fits(found, config)):
@@ -72,9 +76,8 @@ def _fits(tokenizer: Tokenizer, config: ModelConfig) -> bool:
 
 
 def no_tokenizer(config: ModelConfig, source: str | Path) -> ValueError:
-    """What to tell someone whose weights come without a tokenizer."""
-    usual = {50277: "20B_tokenizer.json", 65536: "rwkv_vocab_v20230424.txt"}
-    name = usual.get(config.vocab_size, "its tokenizer file")
+    """The error to raise when text is needed and weights come without a tokenizer."""
+    name = PUBLISHED.get(config.vocab_size, "its tokenizer file")
     return ValueError(
         f"no tokenizer beside {source}, which has a vocabulary of {config.vocab_size}; put {name} "
         "there or pass tokenizer=FILE"

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from receptance.tokenizer.base import ByteTokenizer, StreamDecoder, Tokenizer
-from receptance.tokenizer.bpe import END_OF_TEXT, BPETokenizer
+from receptance.tokenizer.bpe import BPETokenizer
+from receptance.tokenizer.ends import END_OF_TEXT
+from receptance.tokenizer.files import only_tokenizer
 from receptance.tokenizer.world import WorldTokenizer
 
 __all__ = [
@@ -26,18 +28,19 @@ __all__ = [
 ]
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
+def load_tokenizer(source: str | Path, *, end_of_text: str | None = None) -> Tokenizer:
     """The tokenizer called "bytes", or of a World vocabulary or tokenizer.json, or of a directory.
 
-    In a directory, tokenizer.json and rwkv_vocab.txt go before longer names such as
-    rwkv_vocab_v20230424.txt. FileNotFoundError when there is nothing; ValueError when there are
-    two, or when the file is of neither kind, or damaged.
+    In a directory, tokenizer.json and rwkv_vocab.txt are preferred to longer names such as
+    rwkv_vocab_v20230424.txt. `end_of_text` names the token that separates documents, for a
+    tokenizer.json that does not tell (see BPETokenizer). FileNotFoundError when there is nothing;
+    ValueError when there are two, or when the file is of neither kind, or damaged.
     """
     if source == "bytes":
-        return ByteTokenizer()
+        return _without_choice(ByteTokenizer(), end_of_text)
     path = Path(source)
     if path.is_dir():
-        path = _find_in(path)
+        path = only_tokenizer(path)
     if not path.exists():
         raise FileNotFoundError(
             f'{path}: no such file; wanted is "bytes", a tokenizer file or a directory with one'
@@ -45,12 +48,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     content = path.read_bytes()
     start = content.lstrip()[:1]
     if path.suffix == ".json" or start == b"{":
-        return BPETokenizer(content, str(path))
+        return BPETokenizer.from_file(path, end_of_text=end_of_text)
     if path.suffix == ".txt" or start.isdigit():
-        return WorldTokenizer(content, str(path))
+        return _without_choice(WorldTokenizer(content, str(path)), end_of_text)
     raise ValueError(
         f"{path}: neither a World vocabulary (lines like `33 ' ' 1`) nor a tokenizer.json"
     )
+
+
+def _without_choice(tokenizer: Tokenizer, end_of_text: str | None) -> Tokenizer:
+    if end_of_text is not None:
+        raise ValueError(
+            f"end_of_text is {end_of_text!r}, but token 0 always ends a text of the "
+            f"{tokenizer.kind} tokenizer; leave end_of_text out"
+        )
+    return tokenizer
 
 
 def stored_tokenizer(folder: Path, about: Any) -> Tokenizer:
@@ -62,7 +74,7 @@ def stored_tokenizer(folder: Path, about: Any) -> Tokenizer:
         case {"kind": "bytes", "fingerprint": str() as fingerprint}:
             tokenizer: Tokenizer = ByteTokenizer()
         case {"kind": str(), "files": [str() as name, *_], "fingerprint": str() as fingerprint}:
-            # The files come together: none must reach for files elsewhere.
+            # The JSON file came together with its folder and must not name files elsewhere.
             if name in ("", "..") or Path(name).name != name or not name.isprintable():
                 raise ValueError(f"{folder} names the tokenizer {name[:80]!r}, no file beside it")
             if not (folder / name).is_file():
@@ -73,19 +85,3 @@ def stored_tokenizer(folder: Path, about: Any) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(f"{folder} holds another tokenizer than the one that was written there")
     return tokenizer
-
-
-def _find_in(directory: Path) -> Path:
-    """The one tokenizer file in a directory, exact names first."""
-    for patterns in (
-        ("tokenizer.json", "rwkv_vocab.txt"),
-        ("rwkv_vocab*.txt", "*tokenizer*.json"),
-    ):
-        found = sorted(path for pattern in patterns for path in directory.glob(pattern))
-        found = [path for path in found if not path.name.endswith("_config.json")]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"{directory}: {names} are all tokenizers; name the one to load")
-        if found:
-            return found[0]
-    raise FileNotFoundError(f"{directory}: no tokenizer.json and no rwkv_vocab*.txt in it")

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+LARGEST_ID = 1 << 22
+"""The largest id that is believed; a damaged or hostile file must not ask for a huge table."""
+
 
 class Tokenizer(ABC):
     """A table of the bytes each id stands for, and a way to cut text into those ids."""
@@ -19,10 +22,13 @@ class Tokenizer(ABC):
     end_of_text: int = 0
     """The id that separates documents and ends a generation."""
 
-    def __init__(self, tokens: Sequence[bytes], content: bytes) -> None:
-        """`content` is the file that defines this tokenizer; the fingerprint is taken from it."""
+    def __init__(self, tokens: Sequence[bytes], content: bytes, choices: bytes = b"") -> None:
+        """The fingerprint is taken from `content`, the file that defines this tokenizer, and from
+        `choices`, which stands for what the caller decided where the file leaves it open.
+        """
         self._tokens = tokens
         self._content = content
+        self._choices = choices
 
     @property
     def vocab_size(self) -> int:
@@ -31,8 +37,21 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the kind and of the defining file's bytes, in hexadecimal."""
-        return hashlib.sha256(self.kind.encode() + self._content).hexdigest()
+        """sha256 of the kind, of the defining file's bytes and of the choices, in hexadecimal.
+
+        It identifies a stored file. Whether two files define one tokenizer, `same_as` tells.
+        """
+        return hashlib.sha256(self.kind.encode() + self._content + self._choices).hexdigest()
+
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give every text the same ids, however the files that define them look."""
+        if self.kind != other.kind:
+            return False
+        return self.fingerprint == other.fingerprint or self._rules() == other._rules()
+
+    def _rules(self) -> object:
+        """All that decides which ids a text gets, without the layout of the defining file."""
+        return self.end_of_text, self._tokens
 
     @abstractmethod
     def encode(self, text: str | bytes) -> list[int]:
@@ -41,8 +60,8 @@ class Tokenizer(ABC):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes the ids stand for, special tokens included.
 
-        ValueError for an id outside 0 ... vocab_size - 1. This includes the ids of padding rows of
-        an embedding (World: 65530 ... 65535), which mean nothing: a sampler has to mask them.
+        ValueError for an id outside 0 ... vocab_size - 1. An embedding may have rows for such ids,
+        as padding (World: 65530 ... 65535); they mean nothing, so a sampler has to mask them.
         """
         pieces, size = [], self.vocab_size
         for token_id in ids:
@@ -64,7 +83,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> list[str]:
-        """Write what `load_tokenizer(directory)` needs; the names of the files written."""
+        """Write what `load_tokenizer(directory)` needs, and return the names of the files written.
+
+        The first of them is the one to load.
+        """
 
     def _save_as(self, directory: Path, name: str) -> list[str]:
         directory.mkdir(parents=True, exist_ok=True)
@@ -73,7 +95,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Decoding one id at a time: all pushes and the flush, joined, are `decode` of all the ids."""
+    """A decoder for one id at a time: all pushes and the flush, joined, are `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -84,7 +106,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes([token_id]))
 
     def flush(self) -> str:
-        """What was held back, as U+FFFD: the character was never finished. Ready for new text."""
+        """The bytes of an unfinished character as U+FFFD; the decoder can then take new text."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -107,5 +129,5 @@ class ByteTokenizer(Tokenizer):
         return list(to_bytes(text))
 
     def save(self, directory: Path) -> list[str]:
-        """Nothing to write: the caller has to keep `kind`, since the directory will not tell."""
+        """Write nothing: the caller has to keep `kind`, since the directory will not tell."""
         return []

@@ -11,14 +11,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from receptance.tokenizer.base import Tokenizer, to_bytes
+from receptance.tokenizer.base import LARGEST_ID, Tokenizer, to_bytes
+from receptance.tokenizer.ends import (
+    END_OF_TEXT,
+    ENDS_OF_TEXT,
+    only_special,
+    present,
+    read_config,
+    write_config,
+)
+from receptance.tokenizer.files import BPE_FILE
 
 if TYPE_CHECKING:
     import tokenizers
-
-_LARGEST_ID = 1 << 22
-END_OF_TEXT = "<|endoftext|>"
-"""The text of the end-of-text token in the Pile tokenizer, and in those trained here."""
 
 
 class BPETokenizer(Tokenizer):
@@ -28,18 +33,41 @@ class BPETokenizer(Tokenizer):
     text that is NFC comes back byte for byte. Bytes that are not UTF-8 become base byte tokens;
     the Pile's file has none for the 13 that UTF-8 never uses (C0, C1, F5 ... FF), so those are
     refused. The text of an added token, such as "<|endoftext|>", encodes to that token.
+
+    `end_of_text` is the text of the token that separates documents. Without it this is a token of
+    a usual name ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>"), else `eos_token`, which is
+    what tokenizer_config.json says ends a text, else the only special token that the file has.
     """
 
     kind = "bpe"
 
-    def __init__(self, content: bytes, name: str = "tokenizer.json") -> None:
-        """From the JSON file's bytes; ValueError when they are damaged or not a byte-level BPE."""
+    def __init__(
+        self,
+        content: bytes,
+        name: str = BPE_FILE,
+        *,
+        end_of_text: str | None = None,
+        eos_token: str | None = None,
+    ) -> None:
+        """From the JSON file's bytes.
+
+        ValueError when they are damaged or not a byte-level BPE, and when no token is known to end
+        a text.
+        """
         self._library = _load_library(content, name)
         spec = json.loads(self._library.to_str())  # as the library understood the file
         if problem := _byte_level_problem(spec):
             raise ValueError(f"{name}: {problem}; wanted is the tokenizer.json of a byte-level BPE")
-        super().__init__(_token_table(self._library, name), content)
-        self.end_of_text = self._library.token_to_id(END_OF_TEXT) or 0
+        tokens = _token_table(self._library, name)
+        usual = present(self._library, ENDS_OF_TEXT)
+        alone = usual or only_special(spec)
+        if end_of_text is None:
+            end_of_text = usual or present(self._library, [eos_token or ""]) or alone
+        # What the file itself tells need not be stored beside it.
+        self._chosen_end = None if end_of_text == alone else end_of_text
+        choices = "" if self._chosen_end is None else f"\0end_of_text {self._chosen_end}"
+        super().__init__(tokens, content, choices.encode())
+        self.end_of_text = self._id_of_end(end_of_text, name)
         self._high_byte_ids = {
             token[0]: token_id
             for token_id, token in enumerate(self._tokens)
@@ -48,9 +76,13 @@ class BPETokenizer(Tokenizer):
         self._repeats_runs = _repeats_runs(spec) and max(map(len, self._tokens)) < _BLOCK
 
     @classmethod
-    def from_file(cls, path: str | Path) -> BPETokenizer:
-        """From a `tokenizer.json`."""
-        return cls(Path(path).read_bytes(), str(path))
+    def from_file(cls, path: str | Path, *, end_of_text: str | None = None) -> BPETokenizer:
+        """From a `tokenizer.json`, and the tokenizer_config.json beside it if there is one."""
+        path = Path(path)
+        said = read_config(path)
+        if end_of_text is not None:
+            said["end_of_text"] = end_of_text
+        return cls(path.read_bytes(), str(path), **said)
 
     @classmethod
     def train(
@@ -86,7 +118,7 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of a text. ValueError for a byte that is not UTF-8 and has no token."""
         decoded = to_bytes(text).decode("utf-8", errors="surrogateescape")
-        # Even pieces are text, odd ones the bytes that are not UTF-8, as U+DC80 ... U+DCFF.
+        # Even pieces are text; odd ones are the bytes that are not UTF-8, as U+DC80 ... U+DCFF.
         pieces = re.split(r"([\udc80-\udcff]+)", decoded)
         encoded = self._encode_distinct(list(dict.fromkeys(pieces[::2])))
         ids: list[int] = []
@@ -106,8 +138,32 @@ class BPETokenizer(Tokenizer):
         return [self._high_byte_ids[byte] for byte in data]
 
     def save(self, directory: Path) -> list[str]:
-        """Write tokenizer.json, the same bytes as were loaded."""
-        return self._save_as(directory, "tokenizer.json")
+        """Write tokenizer.json, the same bytes as were loaded.
+
+        If the file alone does not tell which token ends a text, tokenizer_config.json does.
+        """
+        names = self._save_as(directory, BPE_FILE)
+        if self._chosen_end is not None:
+            names.append(write_config(directory, self._chosen_end))
+        return names
+
+    def _rules(self) -> object:
+        spec = json.loads(self._library.to_str())
+        return self.end_of_text, {part: spec.get(part) for part in _ENCODING_PARTS}
+
+    def _id_of_end(self, end: str | None, name: str) -> int:
+        """The id of the token that ends a text; ValueError if it is not known or not there."""
+        if end is None:
+            raise ValueError(
+                f"{name}: none of its tokens is known to end a text; say which one does with "
+                f"end_of_text, or as eos_token in a tokenizer_config.json beside it"
+            )
+        token_id = self._library.token_to_id(end)
+        if token_id is None and (text := to_bytes(end)) in self._tokens:
+            token_id = self._tokens.index(text)
+        if token_id is None:
+            raise ValueError(f"{name}: end_of_text is {end!r}, but it has no such token")
+        return token_id
 
     def _encode_distinct(self, texts: list[str]) -> dict[str, list[int]]:
         encoded = {}
@@ -115,18 +171,32 @@ class BPETokenizer(Tokenizer):
             if (ids := self._encode_long_runs(text)) is not None:
                 encoded[text] = ids
         others = [text for text in texts if text not in encoded]
-        # The batch call, even for one text: it leaves out the offsets, which take half the time.
-        encodings = self._library.encode_batch_fast(others, add_special_tokens=False)
-        encoded.update(zip(others, (encoding.ids for encoding in encodings), strict=True))
+        encoded.update(zip(others, self._encode_with_library(others), strict=True))
         return encoded
 
+    def _encode_with_library(self, texts: list[str]) -> list[list[int]]:
+        # The batch call serves even for one text: it leaves out the offsets, which take half the
+        # time.
+        try:
+            encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            # The library gives up on a regular expression that backtracks too often with a panic
+            # of Rust, which Python does not count as an Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(
+                f"this tokenizer.json cuts text by a regular expression that failed ({error}); use "
+                "a tokenizer without it"
+            ) from None
+        return [encoding.ids for encoding in encodings]
+
     def _encode_long_runs(self, text: str) -> list[int] | None:
-        """The ids of a text with long runs of one character; None without such, or if unsure.
+        """The ids of a text with long runs of one character; None if it has none, or if unsure.
 
         The library takes seconds for a "word" of two million letters, so the runs are shortened
-        and their ids repeated. Why that is exact: merges inside different tokens do not influence
-        each other, so BPE arrives at t₁ … tₙ if and only if it keeps each tᵢtᵢ₊₁, taken alone,
-        apart. Hence, if the shortened run encodes as … P P …, with P whole characters, then
+        and their ids repeated. This is exact because merges inside different tokens do not
+        influence each other: BPE arrives at t₁ … tₙ if and only if it keeps each tᵢtᵢ₊₁, taken
+        alone, apart. Hence, if the shortened run encodes as … P P …, with P whole characters, then
         … P P P … is the encoding of a run longer by one P: it contains no new pair.
         """
         if not self._repeats_runs or len(text) < _KEPT_BLOCKS * _BLOCK:
@@ -158,9 +228,11 @@ class BPETokenizer(Tokenizer):
         return len(self.decode_bytes(ids)) == _BLOCK * len(single.encode("utf-8"))
 
 
-# A multiple of the length of most tokens made of one repeated character (the Pile has one of 256).
+# The length of a block is a multiple of the length of most tokens that are made of one repeated
+# character; the Pile's vocabulary has one of 256.
 _BLOCK = 2**8 * 3**2 * 5
-# One to count, one after it to compare, and one on each side as distance from the run's ends.
+# Of the blocks that are kept, one is counted, the one after it is compared with it, and one on each
+# side keeps both away from the run's ends.
 _KEPT_BLOCKS = 4
 
 
@@ -172,7 +244,7 @@ class _Run(NamedTuple):
 
 
 def _shorten_runs(text: str) -> tuple[str, list[_Run]]:
-    """The text with at most _KEPT_BLOCKS whole blocks of one character in a row; what was cut."""
+    """The text with at most _KEPT_BLOCKS blocks of one character in a row, and what was cut."""
     kept: list[str] = []
     runs: list[_Run] = []
     length = 0
@@ -193,7 +265,7 @@ def _only_character(text: str, start: int) -> str:
 
 
 def _repeats_runs(spec: dict[str, Any]) -> bool:
-    """Whether normalizer, pre-tokenizer and model are ones that never count characters."""
+    """Whether normalizer, pre-tokenizer and model are of kinds that never count characters."""
     options = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     return (
         (spec.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
@@ -202,16 +274,21 @@ def _repeats_runs(spec: dict[str, Any]) -> bool:
     )
 
 
+# What else a tokenizer.json says concerns decoding, padding and marks around a text, none of which
+# is left to the library.
+_ENCODING_PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+
+
 def _load_library(content: bytes, name: str) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:
         library = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises nothing more specific; it names the line
+    except Exception as error:  # The library raises nothing more specific; it names the line.
         about = str(error).partition("\n")[0][:200]
         raise ValueError(f"{name}: not a usable tokenizer.json: {about}") from None
-    # Asked for what it understood, it would count up to the largest id there is.
-    if (largest := max(library.get_vocab().values(), default=0)) > _LARGEST_ID:
+    # When the library is asked for what it understood, it counts up to the largest id there is.
+    if (largest := max(library.get_vocab().values(), default=0)) > LARGEST_ID:
         raise ValueError(f"{name}: id {largest} is larger than that of any vocabulary")
     library.no_truncation()
     library.no_padding()
@@ -250,7 +327,7 @@ def _token_table(library: tokenizers.Tokenizer, name: str) -> list[bytes]:
             f"{name}: no token for byte 0x{min(missing):02x}; "
             "a byte-level BPE has one for every byte of UTF-8"
         )
-    # What stands for no byte becomes a character that Latin-1 has no byte for.
+    # A character that stands for no byte is replaced by one that Latin-1 cannot encode.
     values = defaultdict(lambda: 0x100, {ord(char): value for char, value in alphabet.items()})
     tokens: dict[int, bytes] = {}
     for text, token_id in vocabulary.items():

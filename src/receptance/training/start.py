@@ -243,7 +243,7 @@ def _trainer(
     saved: Path | None = None,
 ) -> Trainer:
     check_tokenizer(tokenizer, sizes)
-    if corpus.tokenizer is not None and corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+    if corpus.tokenizer is not None and not corpus.tokenizer.same_as(tokenizer):
         raise ValueError(
             f"the corpus was made with another tokenizer ({corpus.tokenizer.kind}) than the one "
             f"to be used ({tokenizer.kind}); prepare the text again with that"
