@@ -579,3 +579,13 @@ def test_an_instruction_set_that_is_not_there_is_refused():
     x = draw(0, 1, 2, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="instruction set neon9 is not available"):
         native.forward(*x, "neon9")
+
+
+@pytest.mark.skipif(not native.is_available(), reason="kernels not built")
+@pytest.mark.parametrize(("name", "wanted"), [("wkv4_forward", 14), ("wkv4_backward", 16)])
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_the_kernels_refuse_another_number_of_addresses(name, wanted, difference):
+    addresses = [0] * (wanted + difference)
+    message = f"{name} takes {wanted} addresses and was given {len(addresses)}"
+    with pytest.raises(ValueError, match=message):
+        getattr(native.library(), name)(1, 1, 1, 0, 1, "", addresses)

@@ -28,7 +28,8 @@ class PrepareOptions(ReadOptions):
     """How a corpus is made."""
 
     workers: int | None = None
-    """Processes that tokenize; 0: this one alone. None: one per processor, 0 for little text."""
+    """Processes that tokenize; 0: this one alone. None: one for each CPU that this process
+    may use, and 0 for little text."""
     validation: float = 0.01
     """Share of the text, or of the records' tokens, that is kept for validation."""
     format: Literal["npy", "binidx"] = "npy"

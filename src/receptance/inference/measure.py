@@ -23,6 +23,7 @@ from receptance.formats.names import tensor_shapes
 from receptance.inference.generation import prefill
 from receptance.model import Model
 from receptance.ops import native
+from receptance.ops.threads import usable_threads
 from receptance.tokenizer import Tokenizer
 
 # More than any cache holds.
@@ -32,8 +33,8 @@ _LEAST_REPEATS = 3
 
 
 def read_bandwidth(threads: int | None = None) -> tuple[float, str]:
-    """Bytes per second at which threads (None: torch's) read memory, and what measured it."""
-    threads = threads or torch.get_num_threads()
+    """Bytes per second at which threads (None: those usable) read memory, and what measured it."""
+    threads = threads or usable_threads()
     library = native.library()
     data = allocate(_BANDWIDTH_BYTES).fill_(1).view(torch.int64)
     if library is not None:

@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from receptance.ops.threads import usable_threads
+
 CHUNK = 32  # kChunk in wkv4.h
 
 # The enum Element in wkv4.h. Other types go through float32.
@@ -137,6 +139,6 @@ def _call(
     instruction_set: str,
     tensors: list[Tensor | None],
 ) -> None:
-    threads = 1 if shape.numel() < _SERIAL_ELEMENTS else torch.get_num_threads()
+    threads = 1 if shape.numel() < _SERIAL_ELEMENTS else usable_threads()
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     getattr(library(), name)(*shape, _ELEMENTS[dtype], threads, instruction_set, addresses)
