@@ -117,11 +117,10 @@ def test_processes_are_as_many_as_usable_cpus(sources, tmp_path, monkeypatch):
         asked.append(workers)
         return map(job, pieces)
 
-    module = prepare_module()
-    monkeypatch.setattr(module, "in_processes", in_this_process)
-    monkeypatch.setattr(module, "available_cpus", lambda: 3)
+    monkeypatch.setattr(prepare_module, "in_processes", in_this_process)
+    monkeypatch.setattr(prepare_module, "available_cpus", lambda: 3)
     run(*sources, out=tmp_path / "little", workers=None)
-    monkeypatch.setattr(module, "_WORTH_WORKERS", 0)
+    monkeypatch.setattr(prepare_module, "_WORTH_WORKERS", 0)
     run(*sources, out=tmp_path / "much", workers=None)
     assert asked == [3], "little text is not worth processes"
 
