@@ -1,4 +1,4 @@
-"""What `make demo` and `make clean` delete: folders that are theirs, and none that is only named."""
+"""What `make demo` and `make clean` delete: their own folders, and nothing else of that name."""
 
 from __future__ import annotations
 

@@ -157,7 +157,8 @@ def test_opcheck_of_the_forward_op(backend, masks, dtype):
 def test_opcheck_of_the_backward_op(backend, masks):
     x = draw(0, 2, CHUNK + 3, 4, masks=masks, dtype=torch.float32).placed(backend)
     out, numerator, denominator, _, starts = torch.ops.receptance.wkv4(*x, backend)
-    grads = [torch.randn_like(y) for y in (out, numerator, denominator)]
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(y.shape, generator=generator).to(y) for y in (out, numerator, denominator)]
     arguments = (*grads, *x[:4], starts, x.resets, x.lengths, backend)
     torch.library.opcheck(torch.ops.receptance.wkv4_backward.default, arguments)
 

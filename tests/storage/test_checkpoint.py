@@ -364,11 +364,11 @@ class TestForeignWeights:
     def test_a_directory_of_transformers_gives_its_logits(self, tmp_path):
         from transformers import RwkvConfig, RwkvForCausalLM
 
-        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
         theirs = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)).eval()
         for parameter in theirs.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
         theirs.save_pretrained(tmp_path / "hf")
         small_bpe().save(tmp_path / "hf")
         ours, tokenizer = load(tmp_path / "hf")
@@ -448,7 +448,6 @@ class TestTensorFiles:
         """What save_pretrained would have written, written by us."""
         from transformers import RwkvConfig, RwkvForCausalLM
 
-        torch.manual_seed(0)
         sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
         theirs = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
         theirs.config.save_pretrained(tmp_path)
