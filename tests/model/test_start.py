@@ -25,7 +25,7 @@ SIZES = [(3, 12), (6, 32), (2, 7)]
 
 @pytest.mark.parametrize(("layers", "width"), SIZES)
 def test_vectors_follow_the_official_formulas(layers, width):
-    """The code column of paper-facts, number by number; the paper's appendix prints others."""
+    """As the official code computes them, number by number; the paper's appendix prints others."""
     tensors = new_model(layers, width).state_dict()
     for layer in range(layers):
         r01, r10 = layer / (layers - 1), 1 - layer / layers
