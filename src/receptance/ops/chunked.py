@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 16
-# The exponent of nothing at all: under that of an empty state, whatever is added to it.
+# The exponent of a segment without tokens. It stays below that of an empty state, whatever decays
+# are added to it.
 ABSENT = -2e30
 LOG2_E = math.log2(math.e)
 
@@ -47,7 +48,7 @@ class Chunks(NamedTuple):
         return range(self.key.shape[2])
 
     def decay(self, j: int) -> Tensor:
-        """What the state's exponent gains on the way over position j."""
+        """What position j adds to the exponent of the state: a decay, or 0 for padding."""
         return self.log_decay if self.real is None else self.log_decay * self.real[:, :, j]
 
     def reset(self, j: int) -> Tensor | None:
@@ -206,8 +207,8 @@ def _forget(state: Parts, resets: Tensor | None) -> None:
             x.masked_fill_(resets, nothing)
 
 
-# The two functions below write into tensors that they are given: a fresh one costs more than the
-# arithmetic in it.
+# The two functions below write into tensors that they are given, because allocating a tensor costs
+# more than the arithmetic that fills it.
 
 
 def _absorb(
@@ -221,11 +222,11 @@ def _absorb(
 ) -> None:
     """Fade the state, then add the segment (exponent, p, q), in place; q None means 1.
 
-    Leaves the factors of the old and the new in keep and add.
+    The factors of the old state and of the segment are left in keep and add.
     """
     top = torch.maximum(torch.add(state[2], decay, out=keep), exponent, out=add)
-    # Subtract first: what rounding takes from state[2] + decay then stays in keep, where otherwise
-    # a slow decay would lose the same again with every token.
+    # The subtraction comes first, so that what rounding takes from state[2] + decay stays in keep;
+    # otherwise a slow decay would lose the same amount again with every token.
     _exp(torch.sub(state[2], top, out=keep).add_(decay))
     state[2].copy_(top)
     _exp(torch.sub(exponent, state[2], out=add))
@@ -245,7 +246,7 @@ def _output(
 ) -> tuple[Tensor, Tensor]:
     """y at position j of every chunk as a fraction, numerator and denominator [B,N,C].
 
-    Leaves the factors of the past and of the present in the tensors of that name.
+    The factors of the past and of the present are left in the tensors of these names.
     """
     now = torch.add(chunks.bonus, chunks.key[:, :, j], out=present)
     top = torch.maximum(state[2], now, out=past)
@@ -253,7 +254,7 @@ def _output(
     _exp(torch.sub(state[2], top, out=past))
     torch.mul(state[0], past, out=numerator).addcmul_(present, chunks.value[:, :, j])
     torch.mul(state[1], past, out=denominator).add_(present)
-    if chunks.real is not None:  # padding on a state that has seen nothing divides by 0
+    if chunks.real is not None:  # Padding after an empty state would divide by 0.
         denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)
     return numerator, denominator
 
@@ -282,7 +283,7 @@ def _summaries(chunks: Chunks) -> Parts:
 
 
 def _nothing(pieces: Tensor) -> Parts:
-    """The segment that changes nothing, for every chunk: [B,N,n,C] -> three times [B,N,C]."""
+    """For every chunk the segment that changes nothing: [B,N,n,C] -> three times [B,N,C]."""
     zero = torch.zeros_like(pieces[:, :, 0])
     return [zero, zero.clone(), torch.full_like(zero, ABSENT)]
 
@@ -328,7 +329,7 @@ def _scan(
 
 
 class _Position(NamedTuple):
-    """What the way back needs of one position of every chunk, each [B,N,C]."""
+    """What the backward pass needs of one position of every chunk, each [B,N,C]."""
 
     numerator: Tensor  # the state before it
     denominator: Tensor
@@ -341,7 +342,7 @@ class _Position(NamedTuple):
 
 
 def _replay(chunks: Chunks, grad_y: Tensor, starts: Tensor) -> tuple[list[_Position], Tensor]:
-    """Run every chunk again: all positions, and the exponents at the chunks' ends, [B,N,C]."""
+    """Recompute every chunk: all its positions, and the exponents at the chunks' ends, [B,N,C]."""
     state = [x.clone() for x in starts.unbind(2)]
     shape = len(_Position._fields), *state[0].shape
     positions = [_Position(*starts.new_empty(shape).unbind(0)) for _ in chunks.positions]

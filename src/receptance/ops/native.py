@@ -14,12 +14,12 @@ from torch import Tensor
 
 from receptance.ops.threads import usable_threads
 
-CHUNK = 32  # kChunk in wkv4.h
+CHUNK = 32  # It equals kChunk in wkv4.h.
 
-# The enum Element in wkv4.h. Other types go through float32.
+# The numbers of the enum Element in wkv4.h. Other types are converted to float32 and back.
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
-# Under this many elements a call finishes before other threads have woken up.
+# A call with fewer elements than this finishes before other threads have woken up.
 _SERIAL_ELEMENTS = 8192
 
 
@@ -30,7 +30,8 @@ def _load() -> ModuleType | None:
         return None
 
 
-# Cheap, and torch.compile cannot trace an import on first use.
+# The module is loaded here, which is cheap, because torch.compile cannot trace an import on first
+# use.
 _LIBRARY = _load()
 
 
