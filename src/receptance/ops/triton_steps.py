@@ -106,7 +106,7 @@ def _time_mix_kernel(
     WIDTH: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """No other program needs these channels of key, value and receptance: they stay in registers."""
+    """Only this program needs its channels of key, value and receptance: they stay in registers."""
     start = tl.program_id(0) * ROWS
     n = start + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
@@ -126,7 +126,7 @@ def _time_mix_kernel(
 
 
 def embed(weights: Weights, tokens: Tensor, norm: Norm, out: Tensor) -> None:
-    """The layer norm of rows of the embedding: [B] int64 -> out [B,C]; NaN where there is no token."""
+    """The layer norm of the embedding's rows: [B] int64 -> out [B,C]; NaN where there is no token."""
     weight, bias, epsilon = norm
     _embed_kernel[(len(tokens),)](
         *weights.arguments(), tokens, weight, bias, out, weights.outputs, weights.inputs, epsilon,

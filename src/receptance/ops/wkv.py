@@ -182,8 +182,7 @@ def _wkv4(
     )
 
 
-def _fake(log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths, backend):
-    # type: ignore[no-untyped-def]
+def _fake(log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths, backend):  # type: ignore[no-untyped-def]
     batch, time, width = key.shape
     kept = KERNELS[backend].kept_states(time)
     return (
