@@ -126,7 +126,7 @@ def _time_mix_kernel(
 
 
 def embed(weights: Weights, tokens: Tensor, norm: Norm, out: Tensor) -> None:
-    """The layer norm of the embedding's rows: [B] int64 -> out [B,C]; NaN where there is no token."""
+    """The layer norm of the embedding's rows: [B] int64 -> out [B,C]; NaN where an id is none."""
     weight, bias, epsilon = norm
     _embed_kernel[(len(tokens),)](
         *weights.arguments(), tokens, weight, bias, out, weights.outputs, weights.inputs, epsilon,
