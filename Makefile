@@ -1,12 +1,25 @@
 # make demo   train a small RWKV on this machine's Python library, then run it as an RNN
 # make test   everything that is tested        make check   lint, format, types
+#
+# Variables are set on make's command line, as in `make demo RUN=runs/other`. Rules below delete the folders
+# VENV and RUN, so these two ignore environment variables of the same name.
 PYTHON ?= python3
-VENV ?= .venv
-RUN ?= runs/demo
 MINUTES ?= 4
+VENV := .venv
+RUN := runs/demo
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
 BIN := $(VENV)/bin
+
+# $(call remove,FOLDER,FILES) deletes a folder that is empty or holds one of the files, which show that
+# the folder is what it is taken for.
+define remove
+	@if [ -n "$$(ls -A '$(1)' 2>/dev/null)" ]$(foreach file,$(2), && [ ! -e '$(1)/$(file)' ]); then \
+		echo "make does not delete $(1), which holds no $(firstword $(2)): name another folder" >&2; \
+		exit 1; \
+	fi
+	rm -rf -- '$(1)'
+endef
 
 .PHONY: demo test check format clean
 
@@ -25,15 +38,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/receptance doctor
-	rm -rf $(RUN)
+	$(call remove,$(RUN),metrics.jsonl .lock)
 	$(BIN)/receptance train \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
-		--exclude site-packages test tests idlelib lib2to3 --out $(RUN) \
+		--exclude site-packages test tests idlelib lib2to3 --out '$(RUN)' \
 		--minutes $(MINUTES) --tokenizer bpe:2048 --width 256 --layers 4 \
 		--batch 4 --context 256 --learning-rate 4e-3 --final-learning-rate 1e-4 \
 		--warmup-steps 50 --validation 0.02 --reports 5 --sample-prompt 'def '
-	$(BIN)/receptance generate $(RUN) 'class Queue:' --max-tokens 200 --top-p 0.8
-	$(BIN)/python benchmarks/demo.py $(RUN)
+	$(BIN)/receptance generate '$(RUN)' 'class Queue:' --max-tokens 200 --top-p 0.8
+	$(BIN)/python benchmarks/demo.py '$(RUN)'
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -48,4 +61,5 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(call remove,$(VENV),pyvenv.cfg)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,8 +12,8 @@ import torch
 from receptance.config import PUBLISHED_SIZES, ModelConfig, published
 from receptance.model import Model
 
-# Section 3 of paper-facts: layers, width, parameters (rounded in the paper, exact as recomputed),
-# FLOPs per token (table 2 of the paper), EFLOPs of training on 332.1e9 tokens.
+# Table 2 of arXiv 2305.13048: layers, width, parameters (rounded in the paper, exact as
+# recomputed), FLOPs per token, and EFLOPs of training on 332.1e9 tokens.
 PAPER = {
     "169m": (12, 768, 1.693e8, 169_342_464, 2.613e8, 260),
     "430m": (24, 1024, 4.304e8, 430_397_440, 7.573e8, 754),

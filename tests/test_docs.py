@@ -97,7 +97,7 @@ def check_make(arguments: list[str]) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for word in arguments:
         name, is_variable, _ = word.partition("=")
-        rule = rf"^{name} \?=" if is_variable else rf"^{name}:"
+        rule = rf"^{name} [:?]=" if is_variable else rf"^{name}:"
         assert re.search(rule, makefile, re.M), f"make {word}"
 
 

@@ -87,10 +87,10 @@ def test_refusals_are_one_line_and_leave_nothing(argv, words):
 
 def test_weights_that_transformers_altered():
     sizes = {"vocab_size": BPE.vocab_size, "hidden_size": 16, "num_hidden_layers": 8}
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=3))
     for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     theirs.save_pretrained("fresh")
     with torch.no_grad():
         theirs.eval()(torch.arange(5)[None])

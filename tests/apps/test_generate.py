@@ -85,7 +85,9 @@ def test_an_argument_need_not_be_utf8():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtype(dtype):
-    assert call("generate", "run", "12", "--max-tokens", 5, "--dtype", dtype).code == 0
+    result = call("generate", "run", "12", "--max-tokens", 5, "--dtype", dtype)
+    assert (result.code, result.err) == (0, "")
+    assert len(result.out) > len("12\n")
 
 
 def test_a_pth_with_a_tokenizer():

@@ -92,11 +92,16 @@ def test_the_histogram_counts_powers_of_two():
 
 SMALL_PIECES = """
 import sys
+import time
 from receptance.__main__ import main
-from receptance.data import plan, sources
+from receptance.data import plan, prepare, sources
+
+# The function hides the module of its name.
+shown = sys.modules[prepare.__module__]._Shown
 
 if __name__ == "__main__":
     plan.PIECE_BYTES = sources.PIECE_BYTES = 20_000
+    shown.finished = lambda self, report: time.sleep(10_000)  # until it is stopped
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -122,10 +127,11 @@ def test_a_stopped_run_goes_on(end, tmp_path, monkeypatch):
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
         first = tmp_path / "out/parts/00000000.json"
-        while not first.exists() and process.poll() is None:
+        deadline = time.monotonic() + 600  # only a run that hangs takes so long
+        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(process.pid, getattr(signal, end))
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == (130 if end == "SIGINT" else -signal.SIGKILL)

@@ -245,6 +245,21 @@ def test_processes_change_nothing(sources, tmp_path):
     assert contents(tmp_path / "together") == contents(tmp_path / "alone")
 
 
+def test_processes_are_as_many_as_usable_cpus(sources, tmp_path, monkeypatch):
+    asked = []
+
+    def in_this_process(pieces, job, workers):
+        asked.append(workers)
+        return map(job, pieces)
+
+    monkeypatch.setattr(prepare_module, "in_processes", in_this_process)
+    monkeypatch.setattr(prepare_module, "available_cpus", lambda: 3)
+    run(*sources, out=tmp_path / "little", workers=None)
+    monkeypatch.setattr(prepare_module, "_WORTH_WORKERS", 0)
+    run(*sources, out=tmp_path / "much", workers=None)
+    assert asked == [3], "little text is not worth processes"
+
+
 def test_an_error_in_a_process_is_one_line(tmp_path):
     write_lines(tmp_path / "a.jsonl", [*LINES, {"txt": 1}])
     with pytest.raises(ValueError, match=r"a\.jsonl, line 51: no field 'text'; there are txt"):

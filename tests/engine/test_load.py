@@ -116,9 +116,10 @@ def test_adapters_become_part_of_the_engine(saved, tmp_path, backend):
         LoRA(model, LoRAOptions(rank=2)),
         StateTuning(model, StateTuningOptions()),
     ):
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         file = tmp_path / f"{adapter.kind}.safetensors"
         adapter.save(file, model.fingerprint())
         engine, _ = load_engine(directory, adapter=file, backend=backend)

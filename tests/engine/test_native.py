@@ -342,3 +342,54 @@ def test_no_tokens_leave_the_state_as_it_is():
     assert logits.shape == (2, 0, 256)
     assert same_bits(after.tensors, state.tensors)
     assert engine.head(torch.empty(0, 16)).shape == (0, 256)
+
+
+# Each pair takes the same number of bytes in the workspace and divides them differently.
+@pytest.mark.parametrize(
+    ("width", "first", "second"), [(96, (18, 13), (2, 21)), (64, (49, 1), (1, 53))]
+)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_another_division_of_the_workspace_starts_from_zeros(kind, width, first, second):
+    model = random_model(ModelConfig(vocab_size=50, width=width, num_layers=1))
+    used, fresh = engine_of(model, kind), engine_of(model, kind)
+    generator = torch.Generator().manual_seed(0)
+    (positions, used.threads), (later, fresh.threads) = first, second
+    used.features(torch.randint(50, (1, positions), generator=generator))
+    used.threads = fresh.threads
+    tokens = torch.randint(50, (1, later), generator=generator)
+    (got, got_state), (want, want_state) = used.features(tokens), fresh.features(tokens)
+    assert torch.equal(got, want)
+    assert same_bits(got_state.tensors, want_state.tensors)
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "given"), [(None, 2), (5, 5)])
+def test_threads_are_no_more_than_the_cpus_unless_asked_for(monkeypatch, threads, given):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr("receptance.ops.threads.available_cpus", lambda: 2)
+    engine = engine_of(make_model(), "float32")
+    engine.threads = threads
+    assert engine._num_threads(1 << 30) == given
+
+
+# ---- what the kernels refuse --------------------------------------------------------------------
+
+MATRIX = (0, 1, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "matrices"), [(4, 9), (15, 2), (14, 9), (16, 9), (15, 8), (0, 2), (3, 2)]
+)
+def test_the_kernels_refuse_another_number_of_weights(vectors, matrices):
+    found = f"was given {vectors} vectors and {matrices} matrices"
+    with pytest.raises(ValueError, match=f"4 and 11 per layer.*2 and 7 per layer.*{found}"):
+        native.library().Rwkv4(1, 1, 1, 1e-5, 1e-5, [0] * vectors, [MATRIX] * matrices, "")
+
+
+@pytest.mark.parametrize("count", [0, 13, 15])
+def test_the_kernels_refuse_another_number_of_addresses(count):
+    kernels = native.library().Rwkv4(1, 1, 1, 1e-5, 1e-5, [0] * 4, [MATRIX] * 2, "")
+    with pytest.raises(ValueError, match=f"takes 14 addresses and was given {count}"):
+        kernels.features(1, 1, [0] * count, 1)

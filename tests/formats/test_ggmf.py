@@ -239,17 +239,17 @@ def test_q4_0_follows_its_definition(values):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("version", [100, 101])
 @given(st.randoms(use_true_random=False))
-def test_every_kind_of_block_is_read_as_its_definition_says(kind, version, random):
+def test_every_kind_of_block_is_read_as_its_definition_says(kind, version, rng):
     old = version == 100
     size = block_bytes(kind, old=old)
     count = 3
-    content = bytearray(random.randbytes(size * count))
+    content = bytearray(rng.randbytes(size * count))
     # Scales and minimums that are ordinary numbers.
     wide = old and kind in ("Q4_0", "Q4_1", "Q8_0")
     for block in range(count):
         for field in range(2 if kind.endswith("_1") else 1):
             at = block * size + field * (4 if wide else 2)
-            struct.pack_into("<f" if wide else "<e", content, at, random.uniform(-2, 2))
+            struct.pack_into("<f" if wide else "<e", content, at, rng.uniform(-2, 2))
     found = dequantize(np.frombuffer(bytes(content), np.uint8), kind, old=old)
     wanted = [
         value

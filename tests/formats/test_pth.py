@@ -80,7 +80,7 @@ def test_state_dicts_of_modules_and_parameters_are_read(tmp_path, assert_same, a
 
 @BOTH
 def test_views_shared_storage_and_odd_strides_are_read(tmp_path, assert_same, as_zip):
-    base = torch.randn(6, 4)
+    base = torch.arange(24.0).view(6, 4)
     tensors = {"base": base, "part": base[2:5], "turned": base.t(), "same": base}
     assert_same(read_pth(save(tensors, tmp_path / "views.pth", as_zip)), tensors)
 
@@ -360,7 +360,10 @@ def scratch(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[True, False], ids=["zip", "legacy"])
 def intact(request) -> bytes:
     buffer = io.BytesIO()
-    tensors = {"emb.weight": torch.randn(9, 4), "blocks.0.ln1.weight": torch.ones(4).bfloat16()}
+    tensors = {
+        "emb.weight": torch.arange(36.0).view(9, 4),
+        "blocks.0.ln1.weight": torch.ones(4).bfloat16(),
+    }
     torch.save(tensors, buffer, _use_new_zipfile_serialization=request.param)
     return buffer.getvalue()
 

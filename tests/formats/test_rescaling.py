@@ -21,11 +21,11 @@ TOKENS = torch.arange(9)[None]
 
 def saved(folder: Path, *, evaluated: bool, dtype: torch.dtype = torch.float32) -> Path:
     """What a user of transformers leaves behind."""
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     sizes = {"vocab_size": 19, "hidden_size": 16, "num_hidden_layers": LAYERS}
     model = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=EVERY))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     model = model.to(dtype)
     if evaluated:
         with torch.no_grad():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from receptance.quantize import Quantized, ceil_div
 from receptance.quantize.packing import FLOATS, Layout, Packed, dtypes, pack, shapes, unpack
@@ -15,6 +16,11 @@ FORMATS = [("int8", 128), ("int4", 32), ("int4", 64), ("int4", 128)]
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_format = pytest.mark.parametrize(("kind", "group"), FORMATS)
+
+
+def noise(*shape: int) -> Tensor:
+    """Normal random numbers, the same ones every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def codes(kind: str, group: int, outputs: int, inputs: int, seed: int = 0) -> Quantized:
@@ -54,7 +60,7 @@ class TestRoundTrip:
         st.integers(1, 200),
     )
     def test_floats_come_back(self, layout, dtype, outputs, inputs):
-        weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
+        weight = noise(outputs, inputs).to(dtype)
         weight[0, 0] = torch.nan
         found = unpack(pack(weight, layout))
         bits = torch.int32 if dtype == torch.float32 else torch.int16
@@ -62,7 +68,7 @@ class TestRoundTrip:
         assert torch.equal(found.view(bits), weight.view(bits))
 
     def test_a_view_is_packed_like_its_copy(self):
-        weight = torch.randn(70, 40).T[2:, ::3]
+        weight = noise(70, 40).T[2:, ::3]
         assert torch.equal(unpack(pack(weight, "tiles")), weight)
 
 
@@ -74,7 +80,7 @@ class TestPlaces:
     """Element (n,k) is where the table at the top of packing.py says."""
 
     def test_floats_in_tiles(self):
-        weight = torch.randn(N, K)
+        weight = noise(N, K)
         data = pack(weight, "tiles").data
         assert data.shape == (3, K, 16)
         for n, k in everywhere(N, K):
@@ -82,7 +88,7 @@ class TestPlaces:
         assert not data[2, :, 3:].any()
 
     def test_floats_in_rows(self):
-        weight = torch.randn(WIDE, K)
+        weight = noise(WIDE, K)
         data = pack(weight, "rows").data
         assert data.shape == (K, 128)
         assert torch.equal(data[:, :WIDE], weight.T)

@@ -298,6 +298,7 @@ class TestRuns:
     def test_a_damaged_one_can_be_written_again(self, run, model):
         (run / "step-100/manifest.json").unlink()
         save(model, run / "step-100", small_bpe())
+        assert same_bits(load(run)[0].state_dict(), model.state_dict())
         verify(run / "step-100")
 
     def test_a_run_without_checkpoints_says_so(self, tmp_path):
@@ -354,7 +355,8 @@ class TestForeignWeights:
     @pytest.mark.parametrize("size", [300, 301, 427])
     def test_unused_rows_are_padding(self, size, tmp_path):
         torch.save(make_model(size).state_dict(), tmp_path / "model.pth")
-        load(tmp_path / "model.pth", tokenizer=small_bpe())
+        loaded, tokenizer = load(tmp_path / "model.pth", tokenizer=small_bpe())
+        assert (loaded.config.vocab_size, tokenizer.vocab_size) == (size, 300)
 
     @pytest.mark.parametrize("size", [299, 428, 1000])
     def test_a_tokenizer_of_another_size_is_refused(self, size, tmp_path):
@@ -365,11 +367,11 @@ class TestForeignWeights:
     def test_a_directory_of_transformers_gives_its_logits(self, tmp_path):
         from transformers import RwkvConfig, RwkvForCausalLM
 
-        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
         theirs = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)).eval()
         for parameter in theirs.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
         theirs.save_pretrained(tmp_path / "hf")
         small_bpe().save(tmp_path / "hf")
         ours, tokenizer = load(tmp_path / "hf")
@@ -449,7 +451,6 @@ class TestTensorFiles:
         """What save_pretrained would have written, written by us."""
         from transformers import RwkvConfig, RwkvForCausalLM
 
-        torch.manual_seed(0)
         sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2}
         theirs = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
         theirs.config.save_pretrained(tmp_path)

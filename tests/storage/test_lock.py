@@ -83,7 +83,8 @@ class TestTheLock:
 
     def test_another_folder_is_free(self, tmp_path):
         with RunLock(tmp_path / "a"), RunLock(tmp_path / "b"):
-            pass
+            for name in "ab":
+                assert "in use by process" in refusal(lambda name=name: lock(tmp_path / name))
 
     def test_an_unknown_holder(self, holder, run):
         name = (run / ".lock-holder").read_text()

@@ -213,10 +213,12 @@ class TestDropout:
         model, batch = exact_model(), random_batch()
 
         def drop(step: int, seed: int) -> float:
-            torch.manual_seed(step + seed)
-            before = torch.get_rng_state()
-            entropy, gradients = found(model, batch, step=step, seed=seed, dropout=0.3, **options)
-            assert torch.equal(torch.get_rng_state(), before)
+            how = {"step": step, "seed": seed, "dropout": 0.3} | options
+            with torch.random.fork_rng():
+                torch.manual_seed(step + seed)
+                before = torch.get_rng_state()
+                entropy, gradients = found(model, batch, **how)
+                assert torch.equal(torch.get_rng_state(), before)
             assert all(torch.isfinite(x).all() for x in gradients.values())
             return entropy
 

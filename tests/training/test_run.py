@@ -57,8 +57,9 @@ class TestRollback:
             batch = at(self, step)
             if step not in places:
                 return batch
-            worse = torch.randint(128, 256, batch.targets.shape).to(batch.targets)
-            return Batch(batch.inputs, worse)
+            generator = torch.Generator().manual_seed(step)
+            worse = torch.randint(128, 256, batch.targets.shape, generator=generator)
+            return Batch(batch.inputs, worse.to(batch.targets))
 
         monkeypatch.setattr(Batches, "at", at_or_worse)
         for one in (module, trainer):

@@ -104,11 +104,12 @@ class TestSteps:
     def test_a_step_ignores_and_leaves_the_global_generator(self, dropout):
         losses = []
         for seed in (1, 2):
-            torch.manual_seed(seed)
-            trainer = make_trainer(small(dropout=dropout))
-            before = torch.get_rng_state()
-            losses.append(run(trainer, 3))
-            assert torch.equal(torch.get_rng_state(), before)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                trainer = make_trainer(small(dropout=dropout))
+                before = torch.get_rng_state()
+                losses.append(run(trainer, 3))
+                assert torch.equal(torch.get_rng_state(), before)
         assert losses[0] == losses[1]
 
     def test_dropout_differs_between_steps(self):

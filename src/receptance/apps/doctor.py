@@ -20,6 +20,7 @@ from rich.console import Console
 from receptance import __version__
 from receptance.inference.measure import read_bandwidth
 from receptance.ops import available_backends, native
+from receptance.ops.threads import available_cpus, usable_threads
 from receptance.progress import say
 
 # Optional packages, what each is for, and the command that brings it.
@@ -99,7 +100,8 @@ def _cpu() -> Finding:
     flags = (about.get("flags") or about.get("Features") or "").split()
     known = ", ".join(x for x in _INSTRUCTIONS if x in flags)
     has = known or f"what torch calls {torch.backends.cpu.get_cpu_capability()}"
-    return Finding(f"{name}, {os.cpu_count()} cores; has {has}")
+    usable = f"{available_cpus()} of {os.cpu_count()} cores usable"
+    return Finding(f"{name}, {usable}; has {has}")
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -140,7 +142,7 @@ def _native() -> Finding:
 
 def _bandwidth() -> Finding:
     speed, how = read_bandwidth()
-    return Finding(f"read at {speed / 1e9:.1f} GB/s by {torch.get_num_threads()} threads ({how})")
+    return Finding(f"read at {speed / 1e9:.1f} GB/s by {usable_threads()} threads ({how})")
 
 
 # ---- the GPU ------------------------------------------------------------------------------------

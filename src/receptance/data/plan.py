@@ -29,8 +29,8 @@ class PrepareOptions(ReadOptions):
     """How a corpus is made."""
 
     workers: int | None = None
-    """How many processes tokenize. 0: this one alone. None: one per processor, but 0 for little
-    text."""
+    """How many processes tokenize. 0: this one alone. None: one for each CPU that this process may
+    use, but 0 for little text."""
     validation: float = 0.01
     """Share of the text, or of the records' tokens, that is kept for validation."""
     format: Literal["npy", "binidx"] = "npy"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import shutil
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from receptance.data.plan import Plan, PrepareOptions, begin, digest, make_plan,
 from receptance.data.pool import in_processes, job
 from receptance.data.sources import Piece, Source, cut_pieces, find_sources, stream_pieces
 from receptance.data.tokens import TokenFiles, read_about
+from receptance.ops.threads import available_cpus
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
@@ -258,7 +258,7 @@ class _Preparation:
         if self.options.workers is not None:
             return self.options.workers
         weight = sum(p.weight for p in self.pieces if p.index not in self.reports)
-        return (os.cpu_count() or 1) if weight > _WORTH_WORKERS or self._streams else 0
+        return available_cpus() if weight > _WORTH_WORKERS or self._streams else 0
 
 
 class _Shown:

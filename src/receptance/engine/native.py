@@ -21,6 +21,7 @@ from receptance.engine.memory import Arena, room
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops import native
+from receptance.ops.threads import usable_threads
 from receptance.quantize.packing import KINDS, Packed
 from receptance.state import State
 
@@ -38,8 +39,9 @@ class NativeEngine(NotCopied, OneCall):
 
     The tensors are read where they are; `copy_before`, for those of a mapped file, is the number of
     the pass before which matrices get memory of their own. `initial`, of one row, is where rows
-    begin if not empty; `threads` None means torch's own number at every call. An engine has one
-    memory to work in, so calls from several threads wait for each other.
+    begin if not empty; `threads` None means torch's own number at every call, and at most the
+    CPUs that this process may use. An engine has one memory to work in, so calls from several
+    threads wait for each other.
     """
 
     batch_invariant = True
@@ -183,7 +185,7 @@ class NativeEngine(NotCopied, OneCall):
 
     def _num_threads(self, products: int) -> int:
         """As many as there are, but none for less work than it takes to wake it."""
-        most = self.threads or torch.get_num_threads()
+        most = self.threads or usable_threads()
         return max(1, min(most, products // _PRODUCTS_PER_THREAD))
 
 

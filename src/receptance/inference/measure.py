@@ -22,6 +22,7 @@ from receptance.engine.memory import allocate
 from receptance.formats.names import tensor_shapes
 from receptance.inference.generation import prefill
 from receptance.ops import native
+from receptance.ops.threads import usable_threads
 from receptance.tokenizer import Tokenizer
 
 # No processor's cache holds so many bytes.
@@ -31,8 +32,8 @@ _LEAST_REPEATS = 3
 
 
 def read_bandwidth(threads: int | None = None) -> tuple[float, str]:
-    """Bytes per second that the threads (None: torch's number) read, and the method's name."""
-    threads = threads or torch.get_num_threads()
+    """Bytes per second that the threads (None: those usable) read, and the method's name."""
+    threads = threads or usable_threads()
     library = native.library()
     data = allocate(_BANDWIDTH_BYTES).fill_(1).view(torch.int64)
     if library is not None:

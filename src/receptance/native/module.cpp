@@ -1,4 +1,4 @@
-// The Python module receptance._native: raw addresses in, nothing of torch's ABI.
+// The Python module receptance._native. It takes raw addresses and knows nothing of torch's ABI.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -22,11 +22,11 @@ using namespace receptance;
 namespace {
 
 struct InstructionSet {
-    const Kernels* wkv4;
+    const Wkv4Kernels* wkv4;
     const Rwkv4Kernels* rwkv4;
 };
 
-// What this machine can run, the fastest first.
+// The instruction sets that this machine can run, the fastest first.
 std::vector<InstructionSet> runnable() {
     std::vector<InstructionSet> found;
 #if defined(RECEPTANCE_X86)
@@ -60,26 +60,35 @@ T* pointer(uintptr_t address) {
 
 using Addresses = std::vector<uintptr_t>;
 
+// Python and C++ agree about addresses by their order, so a wrong number of them must not be read.
+void check_count(const char* of, size_t found, size_t wanted) {
+    if (found != wanted)
+        throw std::invalid_argument(std::string(of) + " takes " + std::to_string(wanted) +
+                                    " addresses and was given " + std::to_string(found));
+}
+
 void forward(int64_t batch, int64_t time, int64_t width, int element, int threads,
              const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv4_forward", p.size(), 14);
     Forward f{batch, time, width, pointer<void>(p[0]), pointer<void>(p[1]), pointer<void>(p[2]),
               pointer<void>(p[3]), pointer<void>(p[4]), pointer<void>(p[5]), pointer<void>(p[6]),
               pointer<bool>(p[7]), pointer<int64_t>(p[8]), pointer<void>(p[9]),
               pointer<void>(p[10]), pointer<void>(p[11]), pointer<void>(p[12]),
               pointer<void>(p[13])};
-    const Kernels& k = *kernels(instruction_set).wkv4;
+    const Wkv4Kernels& k = *kernels(instruction_set).wkv4;
     nb::gil_scoped_release release;
     k.forward(f, static_cast<Element>(element), threads);
 }
 
 void backward(int64_t batch, int64_t time, int64_t width, int element, int threads,
               const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv4_backward", p.size(), 16);
     Backward f{batch, time, width, pointer<void>(p[0]), pointer<void>(p[1]), pointer<void>(p[2]),
                pointer<void>(p[3]), pointer<void>(p[4]), pointer<void>(p[5]), pointer<void>(p[6]),
                pointer<void>(p[7]), pointer<bool>(p[8]), pointer<int64_t>(p[9]),
                pointer<double>(p[10]), pointer<double>(p[11]), pointer<void>(p[12]),
                pointer<void>(p[13]), pointer<void>(p[14]), pointer<void>(p[15])};
-    const Kernels& k = *kernels(instruction_set).wkv4;
+    const Wkv4Kernels& k = *kernels(instruction_set).wkv4;
     nb::gil_scoped_release release;
     k.backward(f, static_cast<Element>(element), threads);
 }
@@ -90,17 +99,18 @@ using MatrixFields = std::tuple<int, int64_t, int64_t, int64_t, uintptr_t, uintp
 
 Matrix matrix(const MatrixFields& f) {
     const auto [kind, outputs, inputs, group, data, params] = f;
-    return {static_cast<Weight>(kind),  outputs, inputs, group, pointer<const void>(data),
+    return {static_cast<Kind>(kind),  outputs, inputs, group, pointer<const void>(data),
             pointer<const uint16_t>(params)};
 }
 
-// A model's weights, which Python owns, and the memory to work in. Calls one at a time.
+// A model's weights, which Python owns, and memory to work in. Only one call at a time may use it.
 class Rwkv4 {
 public:
     Rwkv4(int64_t width, int64_t ffn_width, int64_t vocab_size, float epsilon, float final_epsilon,
           const Addresses& vectors, const std::vector<MatrixFields>& matrices,
           const std::string& instruction_set)
         : kernels_(*kernels(instruction_set).rwkv4) {
+        check_weights(vectors.size(), matrices.size());
         auto vector = vectors.begin();
         auto fields = matrices.begin();
         const auto next = [&] { return pointer<const float>(*vector++); };
@@ -124,8 +134,9 @@ public:
         }
     }
 
-    // How many inputs of the ffn.value matrices were not zero.
+    // Runs a pass; returns how many inputs of the ffn.value matrices were not zero.
     int64_t features(int64_t rows, int64_t positions, const Addresses& p, int threads) {
+        check_count("Rwkv4.features", p.size(), 14);
         const auto parts = [&](int first) {
             return StateParts{pointer<float>(p[first]), pointer<float>(p[first + 1]),
                               pointer<float>(p[first + 2]), pointer<float>(p[first + 3]),
@@ -145,12 +156,27 @@ public:
     }
 
 private:
+    static void check_weights(int64_t vectors, int64_t matrices) {
+        const int64_t layers = (vectors - kOtherVectors) / kLayerVectors;
+        if (vectors == kOtherVectors + layers * kLayerVectors &&
+            matrices == kOtherMatrices + layers * kLayerMatrices)
+            return;
+        const auto numbers = [](int64_t other, int64_t layer) {
+            return std::to_string(other) + " and " + std::to_string(layer) + " per layer";
+        };
+        throw std::invalid_argument(
+            "Rwkv4 takes vectors (" + numbers(kOtherVectors, kLayerVectors) + ") and matrices (" +
+            numbers(kOtherMatrices, kLayerMatrices) + ") and was given " +
+            std::to_string(vectors) + " vectors and " + std::to_string(matrices) + " matrices");
+    }
+
     const Rwkv4Kernels& kernels_;
-    Weights weights_;
+    Rwkv4Weights weights_;
     Workspace features_, head_;
 };
 
-// GB/s at which `threads` threads read the bytes at an address, the best of several passes.
+// Returns the speed in GB/s at which `threads` threads read the bytes at an address: the best of
+// several passes.
 double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
     const auto* data = reinterpret_cast<const char*>(address);
     volatile uint32_t sum = 0;

@@ -32,8 +32,8 @@ inline GompParallel shared_openmp() {
     return found;
 }
 
-// Calls work(i) for i in [0, tasks), on at most `threads` threads. Which thread takes which task
-// is not fixed, so results must not depend on it.
+// Calls work(i) for every i in [0, tasks), on at most `threads` threads. Which thread takes which
+// task is not fixed, so results must not depend on it.
 template <class Work>
 void parallel_for(int64_t tasks, int threads, const Work& work) {
     if (threads > tasks) threads = static_cast<int>(tasks);
@@ -70,8 +70,9 @@ inline void pause() {
 #endif
 }
 
-// Lets `count` threads wait for each other any number of times. Spins: work between two waits takes
-// microseconds. A thread whose partner has lost its core gives up its own.
+// Lets `count` threads wait for each other any number of times. Threads spin while they wait,
+// because the work between two waits takes microseconds. A thread that has spun long yields its
+// core, since the thread it waits for may have none.
 class Barrier {
 public:
     explicit Barrier(int count) : count_(count) {}
@@ -107,7 +108,7 @@ struct Member {
     void wait() const {
         if (count > 1) barrier->wait();
     }
-    // This member's share of [0, total), cut at multiples of `step`.
+    // Returns this member's share of [0, total), cut at multiples of `step`.
     Range share(int64_t total, int64_t step = 1) const {
         const int64_t pieces = (total + step - 1) / step;
         const int64_t begin = pieces * id / count * step, end = pieces * (id + 1) / count * step;

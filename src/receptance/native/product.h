@@ -1,11 +1,12 @@
 // Products of activations with packed matrices: y[m] = W x[m] for rows m of a batch.
 //
 // The lanes of a vector are outputs, and every output is summed over its inputs in one fixed order,
-// whatever the number of rows and threads: a row's result does not depend on its company, to the
-// bit. The layouts are those of engine/packing.py.
+// whatever the number of rows and threads: a row's result does not depend, to the bit, on the rows
+// beside it. quantize/packing.py describes the layouts.
 //
-// With integer weights an activation is a 16-bit integer too, with one scale for every kBlock of
-// them: products of integers are exact, and what rounding to 15 bits costs is near that of float32.
+// With integer weights the activations are 16-bit integers too, with one scale for every kBlock of
+// them. Products of integers are exact, and rounding activations to 15 bits costs little more
+// accuracy than float32 does.
 #pragma once
 
 #include <algorithm>
@@ -17,27 +18,27 @@
 namespace receptance {
 namespace {
 
-constexpr int64_t kBlock = 128;      // inputs that share a scale of activations
-constexpr int64_t kOutputs = 16;     // outputs of a tile
+constexpr int64_t kBlock = 128;   // The number of inputs that share a scale of activations.
+constexpr int64_t kOutputs = 16;  // The number of outputs of a tile.
 constexpr int64_t kVectors = kOutputs / RECEPTANCE_LANES;
-constexpr int64_t kRows = 128;       // rows at a time: their activations stay in the L2 cache
-constexpr int64_t kPrefetch = 4096;  // bytes ahead in a stream of weights
+constexpr int64_t kRows = 128;       // Activations of so many rows stay in the second-level cache.
+constexpr int64_t kPrefetch = 4096;  // Weights are prefetched so many bytes ahead.
 
-// Rows of a tile that are summed side by side: as many as there are registers for.
+// The number of rows of a tile that are summed side by side: as many as there are registers for.
 constexpr int kIntRows = RECEPTANCE_LANES == 16 ? 8 : RECEPTANCE_LANES == 8 ? 4 : 2;
 constexpr int kFloatRows = RECEPTANCE_LANES == 16 ? 12 : RECEPTANCE_LANES == 8 ? 6 : 2;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-inline bool is_integer(Weight kind) { return kind == Weight::int8 || kind == Weight::int4; }
+inline bool is_integer(Kind kind) { return kind == Kind::int8 || kind == Kind::int4; }
 
-// Rows of activations, ready to be multiplied. Strides are numbers of elements; what lies between
-// the number of inputs and the next multiple of kBlock is zero.
+// Rows of activations, ready to be multiplied. Strides are numbers of elements; the elements
+// between the number of inputs and the next multiple of kBlock are zero.
 struct Activations {
-    float* values;         // [rows][stride]
-    int16_t* codes;        // [rows][stride], in the order that the matrices' words are taken apart
-    float* scales;         // [rows][stride / kBlock]
-    float* sums;           // [rows][stride / 32]: of every group of an int4 matrix
+    float* values;   // [rows][stride]
+    int16_t* codes;  // [rows][stride], in the order in which the matrices' words are unpacked
+    float* scales;   // [rows][stride / kBlock]
+    float* sums;     // [rows][stride / 32], for every group of an int4 matrix
     int64_t stride;
 
     Activations row(int64_t m) const {
@@ -46,10 +47,11 @@ struct Activations {
     }
 };
 
-using Tile = Float[kVectors];
+// One number for every output of a tile, as vectors.
+using OutputVectors = Float[kVectors];
 
-// The lanes of a tile, added in one order whatever the width of a vector.
-inline float sum_of(const Tile& sums) {
+// Adds all numbers in one order, whatever the width of a vector.
+inline float sum_of(const OutputVectors& sums) {
     alignas(64) float lanes[kOutputs];
     for (int v = 0; v < kVectors; ++v) store(lanes + v * RECEPTANCE_LANES, sums[v]);
     for (int64_t half = kOutputs / 2; half; half /= 2)
@@ -57,7 +59,8 @@ inline float sum_of(const Tile& sums) {
     return lanes[0];
 }
 
-// Rounds kBlock values to 16-bit integers; returns their unit: NaN if any of them is not finite.
+// Rounds kBlock values to 16-bit integers; returns their scale, which is NaN if a value is not
+// finite.
 inline float round_block(const float* from, int32_t* codes) {
     Float most{}, finite{};
     for (int64_t i = 0; i < kBlock; i += RECEPTANCE_LANES) {
@@ -76,14 +79,15 @@ inline float round_block(const float* from, int32_t* codes) {
     return scale;
 }
 
-// Makes codes, scales and sums of one row's values; order(codes, to) says how the codes of a block lie.
+// Computes codes, scales and sums of one row's values; order(codes, to) writes the codes of a block
+// in the order that the matrix wants.
 template <class Order>
 inline void encode(const Activations& a, int64_t inputs, const Matrix& like, const Order& order) {
     alignas(64) int32_t codes[kBlock];
     for (int64_t block = 0; block * kBlock < inputs; ++block) {
         const float scale = a.scales[block] = round_block(a.values + block * kBlock, codes);
         order(codes, a.codes + block * kBlock);
-        if (like.kind != Weight::int4) continue;
+        if (like.kind != Kind::int4) continue;
         for (int64_t i = 0; i < kBlock; i += like.group) {
             int32_t sum = 0;
             for (int64_t j = i; j < i + like.group; ++j) sum += (int16_t)codes[j];
@@ -92,9 +96,10 @@ inline void encode(const Activations& a, int64_t inputs, const Matrix& like, con
     }
 }
 
-// For matrices in tiles: pairs of inputs as they come out of the matrices' words.
+// Encodes activations for a matrix of the layout "tiles": in the pairs in which its words are
+// unpacked.
 inline void encode_for_tiles(const Activations& a, int64_t inputs, const Matrix& like) {
-    if (like.kind == Weight::int8)
+    if (like.kind == Kind::int8)
         encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
             for (int64_t i = 0; i < kBlock; i += 4) {
                 to[i] = (int16_t)codes[i];
@@ -103,7 +108,7 @@ inline void encode_for_tiles(const Activations& a, int64_t inputs, const Matrix&
                 to[i + 3] = (int16_t)codes[i + 3];
             }
         });
-    if (like.kind == Weight::int4)
+    if (like.kind == Kind::int4)
         encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
             for (int64_t i = 0; i < kBlock; i += 8)
                 for (int64_t j = 0; j < 4; ++j) {
@@ -113,7 +118,7 @@ inline void encode_for_tiles(const Activations& a, int64_t inputs, const Matrix&
         });
 }
 
-// For a matrix in rows: one after another.
+// Encodes activations for a matrix of the layout "rows": one input after another.
 inline void encode_for_rows(const Activations& a, int64_t inputs, const Matrix& like) {
     if (is_integer(like.kind))
         encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
@@ -123,13 +128,13 @@ inline void encode_for_rows(const Activations& a, int64_t inputs, const Matrix& 
 
 // ---- tiles: every matrix but the last of channel mixing -----------------------------------------
 
-// Sums of G tiles, kOutputs outputs each, for R rows. What the functions below add up at every step is
-// an array of their own, which stays in registers.
+// Sums of G tiles, kOutputs outputs each, for R rows. The functions below add up in a local array,
+// which the compiler keeps in registers.
 template <int R, int G>
 using Sums = Float[G][R][kVectors];
 
-// With few rows a sum waits for its last addition: so many tiles are read side by side that
-// kChains of them are under way.
+// With few rows every addition waits for the one before it in the same sum, so several tiles are
+// summed side by side: as many as make kChains independent chains of additions.
 constexpr int kChains = 4;
 template <int R>
 constexpr int kTiles = R * kVectors < kChains ? kChains / (R * kVectors) : 1;
@@ -143,8 +148,8 @@ struct Streams {
     Streams(const void* data, int64_t tile, int64_t bytes)
         : at((const char*)data + tile * bytes), bytes(bytes), left(bytes) {}
     const char* operator[](int g) const { return at + g * bytes; }
-    // Asks for what comes kPrefetch later, all streams together; behind its end a stream goes on
-    // where the last one ends.
+    // Prefetches what the streams together read kPrefetch bytes later. A stream that would end
+    // before that goes on where the last of them ends, which is where the next tiles begin.
     void prefetch(int g) const {
         constexpr int64_t ahead = kPrefetch / G;
         __builtin_prefetch(at + g * bytes + ahead + (left > ahead ? 0 : (G - 1) * bytes));
@@ -176,7 +181,7 @@ __attribute__((noinline)) void tile_product(const Matrix& w, int64_t tile, const
     std::memcpy(out, sums, sizeof sums);
 }
 
-// One bfloat16 parameter for each output of a tile.
+// Loads one bfloat16 parameter for each output of a tile.
 inline void load_params(Float (&to)[kVectors], const uint16_t* from) {
     for (int v = 0; v < kVectors; ++v)
         to[v] = load<Float>((const bfloat16*)from + v * RECEPTANCE_LANES);
@@ -237,7 +242,8 @@ __attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, 
             Word words[G][kVectors];
             for (int g = 0; g < G; ++g) {
                 from.prefetch(g);
-                // Loads, not copies into the array: those of several vectors go through memory.
+                // Vectors are loaded one by one: a copy of several into the array goes through
+                // memory.
                 for (int v = 0; v < kVectors; ++v)
                     words[g][v] = load<Word>((const uint32_t*)from[g] + v * RECEPTANCE_LANES);
             }
@@ -272,17 +278,17 @@ __attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, 
     }
 }
 
-// Sums of R rows and G tiles, handed to put(m, first output, vector) one vector at a time.
+// Hands the sums of R rows and G tiles to put(m, first output, vector), one vector at a time.
 template <int R, int G, class Put>
 void tile_rows(const Matrix& w, int64_t tile, const Activations& a, int64_t m, const Put& put) {
     Sums<R, G> sums;
     const Activations rows = a.row(m);
     switch (w.kind) {
-        case Weight::float32: tile_product<R, G, float>(w, tile, rows, sums); break;
-        case Weight::bfloat16: tile_product<R, G, bfloat16>(w, tile, rows, sums); break;
-        case Weight::float16: tile_product<R, G, float16>(w, tile, rows, sums); break;
-        case Weight::int8: tile_product_int8<R, G>(w, tile, rows, sums); break;
-        case Weight::int4: tile_product_int4<R, G>(w, tile, rows, sums); break;
+        case Kind::float32: tile_product<R, G, float>(w, tile, rows, sums); break;
+        case Kind::bfloat16: tile_product<R, G, bfloat16>(w, tile, rows, sums); break;
+        case Kind::float16: tile_product<R, G, float16>(w, tile, rows, sums); break;
+        case Kind::int8: tile_product_int8<R, G>(w, tile, rows, sums); break;
+        case Kind::int4: tile_product_int4<R, G>(w, tile, rows, sums); break;
     }
     for (int g = 0; g < G; ++g)
         for (int i = 0; i < R; ++i)
@@ -290,7 +296,7 @@ void tile_rows(const Matrix& w, int64_t tile, const Activations& a, int64_t m, c
                 put(m + i, (tile + g) * kOutputs + v * RECEPTANCE_LANES, sums[g][i][v]);
 }
 
-// tile_rows of all tiles for n rows, a number up to R that is not known before.
+// Calls tile_rows on all tiles for n rows, a number up to R that only the running program knows.
 template <int R, class Put>
 void some_rows(int64_t n, const Matrix& w, Range tiles, const Activations& a, int64_t m,
                const Put& put) {
@@ -304,7 +310,7 @@ void some_rows(int64_t n, const Matrix& w, Range tiles, const Activations& a, in
     }
 }
 
-// put(m, first output, vector) for rows [0, count) and every output of the tiles of `tiles`.
+// Calls put(m, first output, vector) for rows [0, count) and every output of `tiles`.
 template <class Put>
 void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, const Put& put) {
     const int64_t most = is_integer(w.kind) ? kIntRows : kFloatRows;
@@ -324,20 +330,20 @@ void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, 
 
 // ---- embedding ----------------------------------------------------------------------------------
 
-// Row `token` of the embedding as float32.
+// Writes row `token` of the embedding as float32.
 inline void look_up(const Matrix& w, int64_t token, float* to) {
     const int64_t width = w.inputs;
     if (!is_integer(w.kind)) {
         const int64_t whole = width / RECEPTANCE_LANES * RECEPTANCE_LANES;
-        // The last vector of a row may reach into the next one, but not beyond the last row.
+        // The last vector of the last row would reach beyond the matrix, so rests are copied first.
         float tail[RECEPTANCE_LANES];
-        const int64_t size = w.kind == Weight::float32 ? 4 : 2;
+        const int64_t size = w.kind == Kind::float32 ? 4 : 2;
         const char* row = (const char*)w.data + token * width * size;
         char rest[4 * RECEPTANCE_LANES] = {};
         std::memcpy(rest, row + whole * size, (width - whole) * size);
         const auto from = [&](const void* p) {
-            if (w.kind == Weight::float32) return widen((const float*)p);
-            if (w.kind == Weight::bfloat16) return widen((const bfloat16*)p);
+            if (w.kind == Kind::float32) return widen((const float*)p);
+            if (w.kind == Kind::bfloat16) return widen((const bfloat16*)p);
             return widen((const float16*)p);
         };
         for (int64_t c = 0; c < whole; c += RECEPTANCE_LANES) store(to + c, from(row + c * size));
@@ -345,7 +351,7 @@ inline void look_up(const Matrix& w, int64_t token, float* to) {
         std::memcpy(to + whole, tail, (width - whole) * sizeof(float));
         return;
     }
-    const bool four = w.kind == Weight::int4;
+    const bool four = w.kind == Kind::int4;
     const int64_t groups = (width + w.group - 1) / w.group;
     const bfloat16* params = (const bfloat16*)w.params + token * groups * (four ? 2 : 1);
     const auto number = [](bfloat16 x) {

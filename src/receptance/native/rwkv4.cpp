@@ -1,18 +1,18 @@
 // RWKV-4 from token ids to what goes into the head, on one team of threads for a whole pass.
 //
-// Work alternates between rows (layer norm, token shift, encoding of activations: shared out by
-// position) and matrices (shared out by output), with a barrier after each. A pass over a single
-// position skips the barriers after work on rows: every thread does that little for itself.
+// Work alternates between rows (layer norm, token shift and the encoding of activations, which
+// threads share by position) and matrices (which they share by output), with a barrier after each.
+// A pass over a single position has no barrier after work on rows: every thread does that small
+// amount of work for itself.
 
 #include "rwkv4.h"
 
+#include "kernels.h"
 #include "product.h"
 #include "sparse.h"
 
 namespace receptance {
 namespace {
-
-constexpr float kEmptyExponent = -1e30f;  // as EMPTY_EXPONENT in ops/reference.py
 
 // 1 / (1 + e^-x).
 inline Float sigmoid(Float x) {
@@ -20,11 +20,12 @@ inline Float sigmoid(Float x) {
     return (x > 0 ? Float{} + 1 : small) / (small + 1);
 }
 
-// x[0, width) to mean 0 and variance 1, times weight, plus bias; zeros up to `stride`.
+// Writes the layer norm of x[0, width): mean 0 and variance 1, times weight, plus bias. Zeros
+// follow up to `stride`.
 void layer_norm(const float* x, const float* weight, const float* bias, int64_t width,
                 int64_t stride, float epsilon, float* out) {
     const auto total = [&](const auto& term) {
-        Tile sums{};
+        OutputVectors sums{};
         int64_t c = 0;
         for (; c + kOutputs <= width; c += kOutputs)
             for (int v = 0; v < kVectors; ++v)
@@ -40,11 +41,12 @@ void layer_norm(const float* x, const float* weight, const float* bias, int64_t 
         const Float centered = (load<Float>(x + c) - mean) * inverse;
         store(out + c, centered * load<Float>(weight + c) + load<Float>(bias + c));
     }
-    // Already so, unless the mean is not finite.
+    // Weight and bias are padded with zeros, so this changes something only if the mean is not
+    // finite.
     std::memset(out + width, 0, (stride - width) * sizeof(float));
 }
 
-// Hands out pieces of the workspace, aligned to cache lines.
+// Hands out pieces of memory that are aligned to cache lines.
 class Memory {
 public:
     explicit Memory(char* base) : base_((uintptr_t)base), at_(base_) {}
@@ -71,10 +73,10 @@ struct Buffers {
     int64_t stride;
     float *x, *key, *value, *receptance, *normed;
     Activations mixed[3], average, hidden;
-    Scratch scratch;  // of ffn.value
-    int64_t* row_of;  // of every position
+    Scratch scratch;  // The product with ffn.value works in it.
+    int64_t* row_of;  // It holds the row of every position.
 
-    Buffers(Memory& memory, const Weights& w, int64_t positions, int threads)
+    Buffers(Memory& memory, const Rwkv4Weights& w, int64_t positions, int threads)
         : stride(round_up(w.width, kBlock)) {
         const int64_t own = std::max<int64_t>(positions, threads);
         for (float** vector : {&x, &key, &value, &receptance})
@@ -90,28 +92,34 @@ struct Buffers {
     }
 };
 
-// Zeros whenever the layout changes: the padding of vectors is read, and must be zero.
-char* reserve(Workspace& workspace, int64_t bytes) {
-    if ((int64_t)workspace.memory.size() != bytes) workspace.memory.assign(bytes, 0);
+// Memory for what a number of positions and threads needs. It is cleared whenever one of them
+// changes, because the padding of vectors is read and must be zero, and other numbers divide the
+// memory differently even where they need the same number of bytes.
+char* reserve(Workspace& workspace, int64_t bytes, int64_t positions, int threads) {
+    if (workspace.positions != positions || workspace.threads != threads) {
+        workspace.memory.assign(bytes, 0);
+        workspace.positions = positions;
+        workspace.threads = threads;
+    }
     return workspace.memory.data();
 }
 
 // One thread's view of a pass.
 struct Worker {
-    const Weights& w;
+    const Rwkv4Weights& w;
     Pass& pass;
     Buffers& b;
     Member me;
 
     bool alone() const { return pass.positions == 1; }
-    // After work on rows: everybody's rows are done.
+    // Waits after work on rows until the rows of all threads are done.
     void rows_done() const {
         if (!alone()) me.wait();
     }
     Range positions() const { return alone() ? Range{0, 1} : me.share(pass.positions); }
-    // With a single position every thread has activations of its own.
+    // Activations that this thread works with: its own copy where there is a single position.
     Activations own(const Activations& a) const { return alone() ? a.row(me.id) : a; }
-    // The same of values that all threads share.
+    // The same with values that all threads share: only codes, scales and sums are its own.
     Activations own_codes(const Activations& a) const {
         Activations mine = own(a);
         mine.values = a.values;
@@ -130,8 +138,8 @@ struct Worker {
         me.wait();
     }
 
-    // Layer norm and token shift: to[i] is the i-th mixture of each position with the one before
-    // it, encoded for the matrix it goes into.
+    // Layer norm and token shift: the i-th mixture of each position with the one before it goes to
+    // b.mixed[i], encoded for the matrix that it is multiplied by.
     template <int N>
     void mix(const float* weight, const float* bias, const float* before, float* after,
              const float* const (&shares)[N], const Matrix* const (&matrices)[N]) const {
@@ -179,7 +187,7 @@ struct Worker {
         multiply(l.key, b.mixed[0], into(b.key));
         multiply(l.value, b.mixed[1], into(b.value));
         multiply(l.receptance, b.mixed[2], into(b.receptance));
-        // The channels of this thread's tiles, which nobody else has.
+        // This thread computed key, value and receptance of these channels, so it need not wait.
         for (Range t = tiles(l.key); t.begin < t.end; ++t.begin)
             average(l, at, t.begin * kOutputs);
         me.wait();
@@ -197,11 +205,12 @@ struct Worker {
         me.wait();
     }
 
-    // The recurrence over kOutputs channels from `first` on, for every row: ops/reference.py.
+    // Runs the recurrence of ops/reference.py over kOutputs channels from `first` on, for every
+    // row.
     void average(const LayerWeights& l, int64_t at, int64_t first) const {
         for (int64_t row = 0; row < pass.rows; ++row) {
             if (pass.starts[row] == pass.starts[row + 1]) continue;
-            Tile a, d, o;
+            OutputVectors a, d, o;
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t c = first + v * RECEPTANCE_LANES, n = real(c), s = at + row * w.width;
                 a[v] = load<Float>(pass.before.numerator + s + c, n);
@@ -251,7 +260,7 @@ struct Worker {
                pass.after.channel_shift + at, {l.channel_mix_k, l.channel_mix_r},
                {&l.ffn_key, &l.ffn_receptance});
         multiply(l.ffn_key, b.mixed[0], [this](int64_t m, int64_t n, Float x) {
-            const Float positive = x < 0 ? Float{} : x;  // NaN stays NaN
+            const Float positive = x < 0 ? Float{} : x;  // A NaN stays NaN.
             store(b.hidden.values + m * b.hidden.stride + n, positive * positive);
         });
         multiply(l.ffn_receptance, b.mixed[1], [this](int64_t m, int64_t n, Float x) {
@@ -274,7 +283,8 @@ struct Worker {
         for (int64_t p = 0; p < pass.positions; ++p)
             for (int64_t c = columns.begin; c < columns.end; c += RECEPTANCE_LANES) {
                 const int64_t i = p * b.stride + c;
-                store(b.x + i, load<Float>(b.x + i) + load<Float>(b.receptance + i) * load<Float>(b.value + i));
+                const Float gate = load<Float>(b.receptance + i);
+                store(b.x + i, load<Float>(b.x + i) + gate * load<Float>(b.value + i));
             }
         me.wait();
     }
@@ -299,8 +309,8 @@ struct Worker {
     }
 };
 
-// Rows without a token keep their state.
-void keep_states(const Weights& w, const Pass& pass) {
+// Copies the states of rows that read no token.
+void keep_states(const Rwkv4Weights& w, const Pass& pass) {
     const auto copy = [&](const float* from, float* to, int64_t row) {
         for (int64_t layer = 0; layer < (int64_t)w.layers.size(); ++layer) {
             const int64_t at = (layer * pass.rows + row) * w.width;
@@ -317,25 +327,25 @@ void keep_states(const Weights& w, const Pass& pass) {
     }
 }
 
-void features(const Weights& w, Pass& pass, Workspace& workspace, int threads) {
+void features(const Rwkv4Weights& w, Pass& pass, Workspace& workspace, int threads) {
     keep_states(w, pass);
     pass.nonzero = 0;
     if (!pass.positions) return;
     Memory measure(nullptr);
     (void)Buffers(measure, w, pass.positions, threads);
-    Memory memory(reserve(workspace, measure.used() + 64));
+    Memory memory(reserve(workspace, measure.used() + 64, pass.positions, threads));
     Buffers buffers(memory, w, pass.positions, threads);
     for (int64_t row = 0; row < pass.rows; ++row)
         for (int64_t p = pass.starts[row]; p < pass.starts[row + 1]; ++p) buffers.row_of[p] = row;
     run_team(threads, [&](Member me) { Worker{w, pass, buffers, me}.run(); });
 }
 
-void head(const Weights& w, const float* features, int64_t count, float* logits,
+void head(const Rwkv4Weights& w, const float* features, int64_t count, float* logits,
           Workspace& workspace, int threads) {
     const int64_t stride = round_up(w.width, kBlock);
     Memory measure(nullptr);
     (void)take_activations(measure, count, stride);
-    Memory memory(reserve(workspace, measure.used() + 64));
+    Memory memory(reserve(workspace, measure.used() + 64, count, 1));
     const Activations a = take_activations(memory, count, stride);
     run_team(threads, [&](Member me) {
         const Range mine = me.share(count);
@@ -377,12 +387,7 @@ uint32_t read(const char* data, int64_t bytes, int threads) {
 
 }  // namespace
 
-#define RECEPTANCE_TEXT_(x) #x
-#define RECEPTANCE_TEXT(x) RECEPTANCE_TEXT_(x)
-#define RECEPTANCE_JOIN_(a, b) a##b
-#define RECEPTANCE_JOIN(a, b) RECEPTANCE_JOIN_(a, b)
-
-extern const Rwkv4Kernels RECEPTANCE_JOIN(rwkv4_, RECEPTANCE_KERNELS) = {
-    RECEPTANCE_TEXT(RECEPTANCE_KERNELS), features, head, read};
+extern const Rwkv4Kernels RECEPTANCE_TABLE(rwkv4_) = {RECEPTANCE_KERNELS_NAME, features, head,
+                                                         read};
 
 }  // namespace receptance

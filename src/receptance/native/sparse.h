@@ -1,11 +1,11 @@
-// Products with the last matrix of channel mixing, most of whose inputs are zero: its layout is "rows"
-// of engine/packing.py.
+// Products with the last matrix of channel mixing, most of whose inputs are zero. Its layout is
+// "rows" of quantize/packing.py.
 //
-// Every output is summed piece by piece of the inputs, and the pieces segment by segment. With integers
-// a piece is a group that shares its parameters, and its sum is exact: the same with and without the
-// zeros, and in any order. With floats it is kPiece inputs, and those of them that are not zero are
-// added one after another. So the result is the same for any number of rows, columns at a time and
-// threads.
+// The inputs are divided into segments, and these into pieces; an output is the sum over the pieces
+// of each segment, and then over the segments. With integers a piece is a group that shares its
+// parameters, and its sum is exact: it is the same with and without the zeros, and in any order.
+// With floats a piece is kPiece inputs, and those of them that are not zero are added one after
+// another. So the result is the same for any number of rows, of columns at a time and of threads.
 #pragma once
 
 #include <type_traits>
@@ -15,15 +15,15 @@
 namespace receptance {
 namespace {
 
-constexpr int64_t kColumns = 64;     // outputs at a time
-constexpr int64_t kPiece = 64;       // inputs of a piece of floats
-constexpr int64_t kSegments = 4;     // of the inputs, added one after another: threads share them
-constexpr int64_t kFew = 4;          // up to so many rows leave out what is zero in each:
-constexpr int64_t kListed = 4096;    // inputs for which one row lists what is not
-constexpr int64_t kNear = 256;       // inputs that a second-level cache keeps, for more rows
-constexpr int64_t kSparseRows = 32;  // of more rows of floats so many at a time
+constexpr int64_t kColumns = 64;   // The number of outputs at a time.
+constexpr int64_t kPiece = 64;     // The number of inputs of a piece of floats.
+constexpr int64_t kSegments = 4;   // The number of segments of the inputs, which threads share.
+constexpr int64_t kFew = 4;        // Up to so many rows skip zeros row by row.
+constexpr int64_t kListed = 4096;  // One row lists what is not zero of so many inputs at a time.
+constexpr int64_t kNear = 256;     // Several rows do so: these weights fit a second-level cache.
+constexpr int64_t kSparseRows = 32;  // Of more rows so many are multiplied at a time.
 
-// For every set of 8 bits the places of those that are 1, in order.
+// For every set of 8 bits: the places of those that are 1, in order.
 struct Places {
     uint16_t of[256][8] = {};
     constexpr Places() {
@@ -34,8 +34,8 @@ struct Places {
 };
 constexpr Places kPlaces;
 
-// Writes `first` plus the places of those of x[0, count) that are not zero, and up to 8 numbers more;
-// returns how many they are.
+// Writes `first` plus the place of every number of x[0, count) that is not zero, and up to 8
+// numbers beyond; returns how many numbers are not zero.
 inline int64_t find_nonzero(const float* x, int64_t count, int64_t first, uint16_t* to) {
     int64_t n = 0, k = 0;
     const auto take = [&](const float* from) {
@@ -64,9 +64,9 @@ using RowVectors = Float[kRowVectors];
 
 // ---- weights of one or a few inputs and kColumns outputs ----------------------------------------
 //
-// add(sums, from, offset, x) adds kTogether inputs' products: their weights are `offset` bytes behind
-// from[i], x[i] is what they are multiplied by. Sums are loaded and stored for kSet inputs at a time.
-// total(sums) makes floats of the sums of integers.
+// add(sums, from, offset, x) adds the products of kTogether inputs: their weights are `offset`
+// bytes behind from[i], and x[i] are their activations. Sums are loaded and stored once for kSet
+// inputs. total(sums) converts the sums of integers to floats.
 
 template <class V, class S, int Count, int Together, int Set>
 struct Rows {
@@ -93,13 +93,15 @@ struct FloatRows : Rows<float, Float, kRowVectors, 1, 4> {
     }
 };
 
-// The halves of two inputs' words, paired: what is multiplied by pairs of activations.
+// The low and the high halves of the words of two inputs, paired to be multiplied by a pair of
+// activations.
 struct Halves {
     Word low, high;
     Halves(Word a, Word b) : low((a & 0xFFFF) | b << 16), high(a >> 16 | (b & 0xFFFF0000)) {}
 };
 
-// pairs(a, b, put) takes the words of two inputs apart: put(v, weights) for every vector of outputs.
+// pairs(a, b, put) unpacks the words of two inputs and calls put(v, weights) for every vector of
+// outputs.
 struct Int8Pairs {
     static constexpr int64_t kBytes = kColumns;
     static constexpr int kWords = 16 / RECEPTANCE_LANES;
@@ -123,7 +125,7 @@ struct Int4Pairs {
     template <class Put>
     static inline void pairs(const char* a, const char* b, const Put& put) {
 #if RECEPTANCE_LANES == 16
-        // A vector has room for the 8 words twice.
+        // A vector holds the 8 words twice, so that one shift unpacks two sets of codes.
         const Halves both(twice(a), twice(b));
         Word shift;
         for (int i = 0; i < 16; ++i) shift[i] = i / 8 * 4;
@@ -165,8 +167,8 @@ struct IntRows : Layout, Rows<int16_t, Int, kRowVectors, 2, 4> {
 };
 
 #if RECEPTANCE_LANES == 16
-// Four inputs at a time, two in either half of a vector, whose sums, of 8 outputs each, are added in
-// the end.
+// Adds four inputs at a time, two in either half of a vector. The sums of the two halves, 8 outputs
+// each, are added in the end.
 template <>
 struct IntRows<Int4Pairs> : Int4Pairs, Rows<int16_t, Int, 8, 4, 8> {
     static inline void add(Sums& sums, const char* const* from, int64_t offset, const int16_t* x) {
@@ -196,17 +198,18 @@ private:
 };
 #endif
 
-constexpr int64_t kPartial = 2 * kColumns * sizeof(float);  // the largest sums, of int4
+// The number of bytes of the sums of kColumns outputs: those of int4 are the largest.
+constexpr int64_t kPartial = 2 * kColumns * sizeof(float);
 
-// Calls work(rows) with the type of a matrix's rows.
+// Calls work(rows) with an object of the type that multiplies this kind of matrix.
 template <class Work>
 inline void with_rows(const Matrix& w, const Work& work) {
     switch (w.kind) {
-        case Weight::float32: return work(FloatRows<float>{});
-        case Weight::bfloat16: return work(FloatRows<bfloat16>{});
-        case Weight::float16: return work(FloatRows<float16>{});
-        case Weight::int8: return work(IntRows<Int8Pairs>{});
-        case Weight::int4: return work(IntRows<Int4Pairs>{});
+        case Kind::float32: return work(FloatRows<float>{});
+        case Kind::bfloat16: return work(FloatRows<bfloat16>{});
+        case Kind::float16: return work(FloatRows<float16>{});
+        case Kind::int8: return work(IntRows<Int8Pairs>{});
+        case Kind::int4: return work(IntRows<Int4Pairs>{});
     }
 }
 
@@ -214,15 +217,15 @@ inline void prefetch(const char* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
 }
 
-// What the threads work in.
+// The memory that the threads of one product work in.
 struct Scratch {
-    float* sums;           // [kSparseRows][stride]
-    char* partial;         // of every thread, kPartial bytes for kColumns outputs
+    float* sums;    // [kSparseRows][stride]
+    char* partial;  // kPartial bytes for every thread and every kColumns outputs.
     int64_t stride;
 
     float* sum(int64_t row) const { return sums + row * stride; }
 };
-static_assert(kSegments * kFew <= kSparseRows, "few rows have their segments there");
+static_assert(kSegments * kFew <= kSparseRows, "the segments of few rows have their sums there");
 
 inline void clear(float* y, int64_t y_stride, int64_t count, Range columns) {
     for (int64_t m = 0; m < count; ++m)
@@ -236,7 +239,7 @@ inline void add_columns(float* y, const float* x, Range columns) {
         store(y + c, load<Float>(y + c) + load<Float>(x + c));
 }
 
-// The inputs of a piece, and their weights for the first output.
+// A piece of the inputs: which ones they are, and where their weights begin.
 template <class R>
 struct Piece {
     const Matrix& w;
@@ -260,7 +263,7 @@ struct Piece {
     const char* at(int64_t input, int64_t column) const {
         return base + input * stride + column / kColumns * R::kBytes;
     }
-    // y[column, column + kColumns) += the sums of one row.
+    // Adds the sums of one row to y[column, column + kColumns).
     void finish(const typename R::Sums& sums, const Activations& row, int64_t column, float* y) const {
         if constexpr (std::is_same_v<typename R::Value, float>) {
             y += column;
@@ -273,13 +276,14 @@ struct Piece {
         }
     }
     void add(const RowVectors& exact, const Activations& row, int64_t column, float* y) const {
-        const bool four = w.kind == Weight::int4;
+        const bool four = w.kind == Kind::int4;
         const int64_t outputs = round_up(w.outputs, kColumns);
         const bfloat16* scale = (const bfloat16*)w.params + number * outputs * (four ? 2 : 1) + column;
         const Float unit = broadcast(row.scales[first / kBlock]);
         const Float sum = broadcast(four ? row.sums[number] : 0);
         y += column;
-        // Those of the next piece: too few lines side by side for a processor to guess them.
+        // The parameters of the next piece are too few cache lines in a row for hardware
+        // prefetching.
         for (int64_t n = 2 * outputs; four && n <= 3 * outputs; n += outputs)
             prefetch((const char*)(scale + n), kColumns * sizeof(bfloat16));
         for (int v = 0, n = 0; v < kRowVectors; ++v, n += RECEPTANCE_LANES) {
@@ -292,11 +296,11 @@ struct Piece {
 
 // ---- few rows: without what is zero -------------------------------------------------------------
 
-// Those inputs of some pieces that are not zero in one row.
+// Lists the inputs of some pieces that are not zero in one row.
 template <class R>
 struct Picked {
-    uint16_t which[kListed + 8];  // behind the first input of the first piece
-    int64_t ends[kListed / 32], count = 0;
+    uint16_t which[kListed + 8];  // Inputs, counted from the first input of the first piece.
+    int64_t ends[kListed / 32], count = 0;  // ends[i]: where the list of piece i ends.
 
     Picked(const Matrix& w, Range pieces, const float* values) {
         const int64_t begin = Piece<R>(w, pieces.begin).first;
@@ -309,8 +313,8 @@ struct Picked {
     }
 };
 
-// A few inputs at a time, over all columns. So whole stretches of memory are left out; gaps between
-// short ones the processor would fetch unasked.
+// Multiplies a few inputs at a time with all columns, so that each skipped input spares a long
+// stretch of memory: short gaps would be fetched by the hardware prefetcher all the same.
 template <class R>
 void one_row(const Matrix& w, Range pieces, Range columns, const Activations& row, float* y,
              typename R::Sums* partial) {
@@ -339,7 +343,8 @@ void one_row(const Matrix& w, Range pieces, Range columns, const Activations& ro
             at += found;
             typename R::Sums* kept = partial + columns.begin / kColumns;
             for (int64_t c = columns.begin; c < columns.end; c += kColumns, ++kept) {
-                // Vector by vector: a copy of all would leave them in memory.
+                // Sums are copied vector by vector: the compiler would leave a copied array in
+                // memory.
                 typename R::Sums sums;
                 for (int v = 0; v < R::kSums; ++v) sums[v] = begins ? typename R::Sum{} : (*kept)[v];
                 const int64_t offset = (c - columns.begin) / kColumns * R::kBytes;
@@ -354,8 +359,9 @@ void one_row(const Matrix& w, Range pieces, Range columns, const Activations& ro
     }
 }
 
-// Each thread has some columns of some segments: long stretches of memory, if there are no more threads
-// than segments. The rows in turns, so that what one has read is near for the next.
+// Each thread multiplies some columns of some segments: it reads long stretches of memory if there
+// are no more threads than segments. The rows take turns, so that the next row finds weights in the
+// cache.
 template <class R>
 void few_rows(const Matrix& w, Member me, const Activations& a, int64_t count, float* y,
               int64_t y_stride, const Scratch& scratch) {
@@ -384,7 +390,7 @@ void few_rows(const Matrix& w, Member me, const Activations& a, int64_t count, f
 
 // ---- many rows ----------------------------------------------------------------------------------
 
-// Asks for the next piece's columns, or those of this piece that come next.
+// Prefetches the next columns of this piece or, after its last ones, the first of the next piece.
 template <class R>
 inline void prefetch_next(const Piece<R>& piece, Range columns, int64_t column, int64_t input) {
     const bool last = column + kColumns >= columns.end;
@@ -393,8 +399,8 @@ inline void prefetch_next(const Piece<R>& piece, Range columns, int64_t column, 
         prefetch(piece.at(piece.count + input, columns.begin), R::kBytes);
 }
 
-// Floats: the weights of a piece are widened once for all rows, some columns at a time, and what is
-// zero is left out.
+// Multiplies floats: the weights of a piece are widened once for all rows, some columns at a time,
+// and every row skips the inputs that are zero.
 template <class T>
 void many_rows(FloatRows<T>, const Matrix& w, Range pieces, Range columns, const Activations& a,
                int64_t count, float* y, int64_t y_stride) {
@@ -426,11 +432,12 @@ void many_rows(FloatRows<T>, const Matrix& w, Range pieces, Range columns, const
     }
 }
 
-// Rows and vectors of outputs that are summed side by side: as many as there are registers for.
+// The number of rows and of vectors that are summed side by side: as many as there are registers
+// for.
 constexpr int kDenseRows = RECEPTANCE_LANES == 16 ? 6 : RECEPTANCE_LANES == 8 ? 3 : 2;
 constexpr int kDenseVectors = 4;
 
-// Sums of R rows and kDenseVectors vectors over the pairs of weights of a piece.
+// Sums R rows and kDenseVectors vectors of outputs over the pairs of weights of a piece.
 template <int R>
 __attribute__((noinline)) void dense_product(const Pairs* weights, int64_t pairs,
                                              const int16_t* codes, int64_t stride, Int* out) {
@@ -451,8 +458,8 @@ inline void some_dense(int64_t rows, const Pairs* weights, int64_t pairs, const 
     else if constexpr (R > 1) some_dense<R - 1>(rows, weights, pairs, codes, stride, out);
 }
 
-// Integers: a piece is taken apart once for all rows, some columns at a time; zeros are not left out,
-// for looking for them costs more than multiplying them.
+// Multiplies integers: a piece is unpacked once for all rows, some columns at a time. Zeros are
+// multiplied too, because finding them costs more.
 template <class R>
 void many_rows(R, const Matrix& w, Range pieces, Range columns, const Activations& a,
                int64_t count, float* y, int64_t y_stride) {
@@ -484,8 +491,8 @@ void many_rows(R, const Matrix& w, Range pieces, Range columns, const Activation
     }
 }
 
-// y[m][n] for rows [0, count) and those outputs that are this thread's share of all, cut at multiples
-// of kColumns.
+// Computes y[m][n] for rows [0, count) and the outputs of this thread: its share of all, cut at
+// multiples of kColumns.
 inline void sparse_product(const Matrix& w, Member me, const Activations& a, int64_t count, float* y,
                            int64_t y_stride, const Scratch& scratch) {
     with_rows(w, [&](auto rows) {

@@ -1,7 +1,9 @@
-// Vectors of RECEPTANCE_LANES numbers in GCC/Clang vector extensions: arithmetic, exp, loads, stores.
+// Vectors of RECEPTANCE_LANES numbers in GCC/Clang vector extensions: arithmetic, exp, loads,
+// stores.
 //
-// Included by sources that are compiled once per instruction set (see CMakeLists.txt). Everything is
-// in an anonymous namespace, so that code compiled for one is never linked into another.
+// The sources that include this are compiled once per instruction set (see CMakeLists.txt).
+// Everything is in an anonymous namespace, so that code compiled for one is never linked into
+// another.
 #pragma once
 
 #include <cmath>
@@ -21,7 +23,7 @@ using Float = float __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Int = int32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
-using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // two to a lane
+using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // Two in each lane.
 using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
 
 struct bfloat16 {
@@ -32,7 +34,8 @@ struct float16 {
     uint16_t bits;
 };
 
-// The larger one; b if either is NaN. GCC makes no maximum instruction of the comparison.
+// Returns the larger number, or b if either is NaN. GCC compiles the comparison to no maximum
+// instruction.
 inline Float max(Float a, Float b) {
 #if defined(__AVX512F__)
     return (Float)_mm512_max_ps((__m512)a, (__m512)b);
@@ -49,12 +52,12 @@ inline Float minus_abs(Float x) { return (Float)((Int)x | INT32_MIN); }
 
 inline Double minus_abs(Double x) { return x > 0 ? -x : x; }
 
-// e^x for x <= 0, at most 2 units in the last place; 0 where float32 would be subnormal.
-// Range reduction by ln 2 in two parts and the coefficients of Cephes' expf, summed in pairs:
-// what limits the loops below is the length of this chain, not the number of instructions.
-// NaN stays NaN.
+// Returns e^x for x <= 0, accurate to 2 units in the last place, and 0 where float32 would be
+// subnormal. The range is reduced by ln 2 in two parts; the coefficients are those of Cephes' expf.
+// They are summed in pairs, because the loops that use this are limited by the length of the chain
+// of operations and not by their number. A NaN stays NaN.
 inline Float exp_nonpositive(Float x) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer.
     constexpr float kLowest = -87.0f;
     const Float clamped = max(Float{} + kLowest, x);
     const Float shifted = clamped * 1.44269504088896341f + kShift;
@@ -85,15 +88,15 @@ struct Scalar<Double> {
     using type = double;
 };
 
-// Copies a vector of T, or only some of it. Two calls, because one of a size that is known only when
-// it runs is a call of memcpy even for whole vectors.
+// Copies a vector of T, or only its first elements. Whole vectors have a copy of their own, because
+// a copy whose size is not a constant calls the function memcpy.
 template <class T>
 inline void copy_some(void* to, const void* from, int64_t count) {
     if (count == RECEPTANCE_LANES) std::memcpy(to, from, RECEPTANCE_LANES * sizeof(T));
     else std::memcpy(to, from, count * sizeof(T));
 }
 
-// Loads and stores of up to one vector, from any element type.
+// Loads up to one vector from any element type, as `store` below stores it.
 template <class V, class T>
 inline V load(const T* from, int64_t count = RECEPTANCE_LANES) {
     if constexpr (sizeof(T) == 2) {
@@ -122,7 +125,8 @@ inline void store(T* to, V x, int64_t count = RECEPTANCE_LANES) {
 
 // ---- what the matrices need ---------------------------------------------------------------------
 
-// sum + a * b, rounded once where the processor can: always, whatever surrounds it.
+// Returns sum + a * b, rounded once if the processor can fuse them. Saying so here makes the
+// rounding independent of the code around it.
 inline Float add_product(Float sum, Float a, Float b) {
 #if defined(__AVX512F__)
     return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
@@ -135,7 +139,7 @@ inline Float add_product(Float sum, Float a, Float b) {
 #endif
 }
 
-// sum + the products of both pairs of every lane.
+// Returns sum plus, in every lane, the products of the two pairs of integers there.
 inline Int add_products(Int sum, Pairs a, Pairs b) {
 #if defined(__AVX512VNNI__)
     return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
@@ -154,7 +158,7 @@ inline Int add_products(Int sum, Pairs a, Pairs b) {
 #endif
 }
 
-// A bit for each of 8 numbers: whether it is not zero. NaN is not.
+// Returns a bit for each of 8 numbers, which says that it is not zero; a NaN is not zero.
 inline unsigned not_zero(const float* x) {
 #if defined(__AVX2__)
     return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x), _mm256_setzero_ps(), _CMP_NEQ_UQ));
@@ -167,13 +171,13 @@ inline unsigned not_zero(const float* x) {
 
 inline Float to_float(Int x) { return __builtin_convertvector(x, Float); }
 
-// To the nearest integer, ties to even, for |x| < 2^22.
+// Rounds to the nearest integer, ties to even, for |x| < 2^22.
 inline Int to_nearest(Float x) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23
     return (Int)(x + kShift) - 0x4B400000;
 }
 
-// Minus zero changes nothing, plus zero would change -0: the compiler leaves out only the first.
+// Subtracting zero changes no number, and so the compiler omits it; adding zero would change -0.
 inline Float broadcast(float x) { return x - Float{}; }
 
 inline Pairs broadcast_pair(const int16_t* two) {
@@ -182,7 +186,7 @@ inline Pairs broadcast_pair(const int16_t* two) {
     return (Pairs)(Int{} + both);
 }
 
-// RECEPTANCE_LANES weights of any type as float32.
+// Loads RECEPTANCE_LANES weights of any type as float32.
 inline Float widen(const float* from) { return load<Float>(from); }
 inline Float widen(const bfloat16* from) {
 #if defined(__AVX512F__)
@@ -199,8 +203,8 @@ inline Float widen(const float16* from) {
 #elif defined(__F16C__)
     return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 #else
-    // Exponents move from a bias of 15 to one of 127 by a multiplication, which also normalizes
-    // what is subnormal in float16.
+    // A multiplication moves exponents from a bias of 15 to one of 127; it also normalizes numbers
+    // that are subnormal in float16.
     Half raw;
     std::memcpy(&raw, from, sizeof raw);
     const Word bits = __builtin_convertvector(raw, Word);

@@ -1,29 +1,32 @@
 // The WKV-4 kernels, forward and backward, written once in GCC/Clang vector extensions and compiled
 // once per instruction set (see CMakeLists.txt: RECEPTANCE_LANES, RECEPTANCE_KERNELS).
 //
-// A task is one row of the batch and a tile of channels; it walks time serially with the state in
-// the first-level cache. Of the two factors of every rescaling one is 1: one exp and a select.
-// Everything but the table of kernels is in an anonymous namespace, so that code compiled for one
-// instruction set is never linked into another.
+// A task is one row of the batch and a tile of channels; it walks through time token by token with
+// the state in the first-level cache. One of the two factors of every rescaling is 1, so that a
+// rescaling takes one exponential and a select. Everything but the table of kernels is in an
+// anonymous namespace, so that code compiled for one instruction set is never linked into another.
 
 #include "wkv4.h"
 
 #include <cstring>
 
+#include "kernels.h"
 #include "parallel.h"
 #include "vector.h"
 
 namespace receptance {
 namespace {
 
-constexpr float kEmptyExponent = -1e30f;  // as EMPTY_EXPONENT in ops/reference.py
-constexpr int64_t kTile = 128;            // channels of a task: its scratch fits the L2 cache
-constexpr int64_t kAhead = 4;             // tokens to prefetch: a tile is no stream to the hardware
+// The number of channels of one task: its scratch memory fits into the second-level cache.
+constexpr int64_t kTile = 128;
+// Software prefetches so many tokens ahead, because the hardware does not recognize a tile, whose
+// tokens lie a whole width apart, as a stream.
+constexpr int64_t kAhead = 4;
 
 // ---- tiles --------------------------------------------------------------------------------------
 
 // Channels [first, first + count) of row b; `count` is at most kTile.
-struct Tile {
+struct ChannelTile {
     int64_t b, first, count;
 };
 
@@ -33,12 +36,12 @@ void for_each_tile(int64_t batch, int64_t width, int threads, const Work& work) 
     parallel_for(batch * tiles, threads, [&](int64_t task) {
         const int64_t first = task % tiles * kTile;
         const int64_t left = width - first;
-        work(Tile{task / tiles, first, left < kTile ? left : kTile});
+        work(ChannelTile{task / tiles, first, left < kTile ? left : kTile});
     });
 }
 
-// Calls step(c, n) for every vector of n channels that starts at c. Steps are always inlined: with
-// a constant n every load and store is one instruction.
+// for_each_vector calls step(c, n) for every vector of n channels that starts at c. Steps are
+// always inlined, because every load and store is one instruction where the compiler knows n.
 #define RECEPTANCE_STEP [&](int64_t c, int64_t n) __attribute__((always_inline))
 
 template <class Step>
@@ -49,10 +52,10 @@ inline void for_each_vector(int64_t count, const Step& step) {
 }
 
 template <class S>
-struct alignas(64) State {
+struct alignas(64) TileState {
     S numerator[kTile], denominator[kTile], exponent[kTile];
-    // What rounding took from the exponent. A slow decay is added thousands of times before a
-    // larger key replaces the exponent; without this the error grows with T.
+    // `lost` is what rounding took from the exponent. A slow decay is added thousands of times
+    // before a larger key replaces the exponent; without this term the error would grow with T.
     S lost[kTile];
 
     void load_from(const S* a, const S* b, const S* o, int64_t count) {
@@ -77,7 +80,7 @@ struct alignas(64) State {
 // ---- forward ------------------------------------------------------------------------------------
 
 template <class T, class V>
-void forward_tile(const Forward& f, Tile tile) {
+void forward_tile(const Forward& f, ChannelTile tile) {
     using S = typename Scalar<V>::type;
     const int64_t width = f.width, chunks = (f.time + kChunk - 1) / kChunk;
     const int64_t row = tile.b * width + tile.first;
@@ -90,7 +93,7 @@ void forward_tile(const Forward& f, Tile tile) {
     const S* log_decay = (const S*)f.log_decay + tile.first;
     const S* bonus = (const S*)f.bonus + tile.first;
 
-    State<S> state;
+    TileState<S> state;
     state.load_from((const S*)f.numerator + row, (const S*)f.denominator + row,
                     (const S*)f.exponent + row, tile.count);
     for (int64_t t = 0; t < f.time; ++t, key += width, value += width, out += width) {
@@ -138,30 +141,30 @@ void forward_tile(const Forward& f, Tile tile) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// What the forward pass knew at each position of one chunk.
+// The values that the forward pass had at each position of one chunk.
 template <class S>
 struct alignas(64) Replay {
-    State<S> before[kChunk];
+    TileState<S> before[kChunk];
     S keep[kChunk][kTile], add[kChunk][kTile];  // the two factors of the state's update
 };
 
-// Runs the chunk's tokens again.
+// Recomputes the states and factors of a chunk's tokens from the state at its start.
 template <class T, class V, class S>
-void replay(const Backward& f, Tile tile, int64_t from, int64_t to, const S* log_decay,
-            State<S>& state, Replay<S>& kept) {
+void replay(const Backward& f, ChannelTile tile, int64_t from, int64_t to, const S* log_decay,
+            TileState<S>& state, Replay<S>& kept) {
     const int64_t offset = (tile.b * f.time + from) * f.width + tile.first;
     const T *key = (const T*)f.key + offset, *value = (const T*)f.value + offset;
     const T* grad_out = (const T*)f.grad_out + offset;
     const bool* resets = f.resets ? f.resets + tile.b * f.time : nullptr;
     for (int64_t t = from; t < to; ++t, key += f.width, value += f.width, grad_out += f.width) {
         if (resets && resets[t]) state.forget(tile.count);
-        State<S>& before = kept.before[t - from];
+        TileState<S>& before = kept.before[t - from];
         S *keep_t = kept.keep[t - from], *add_t = kept.add[t - from];
         const int64_t ahead = t + kAhead < to ? kAhead * f.width : 0;
         for_each_vector(tile.count, RECEPTANCE_STEP {
             __builtin_prefetch(key + c + ahead);
             __builtin_prefetch(value + c + ahead);
-            __builtin_prefetch(grad_out + c);  // for the way back
+            __builtin_prefetch(grad_out + c);  // The loop back through the chunk reads it.
             const V k = load<V>(key + c, n), v = load<V>(value + c, n);
             const V a = load<V>(state.numerator + c), b = load<V>(state.denominator + c);
             const V o = load<V>(state.exponent + c), w = load<V>(log_decay + c, n);
@@ -186,7 +189,7 @@ void replay(const Backward& f, Tile tile, int64_t from, int64_t to, const S* log
 }
 
 template <class T, class V>
-void backward_tile(const Backward& f, Tile tile) {
+void backward_tile(const Backward& f, ChannelTile tile) {
     using S = typename Scalar<V>::type;
     const int64_t width = f.width, chunks = (f.time + kChunk - 1) / kChunk;
     const int64_t row = tile.b * width + tile.first;
@@ -201,14 +204,15 @@ void backward_tile(const Backward& f, Tile tile) {
         std::memset((T*)f.grad_value + begin + t * width, 0, tile.count * sizeof(T));
     }
 
-    // The gradient of numerator and denominator after token t, for the exponent they have there.
-    // On the way back it is multiplied by factors of the forward pass, all at most 1.
+    // grad_a and grad_b are the gradients of numerator and denominator after token t, in the scale
+    // of the exponent there. The backward pass multiplies them by factors of the forward pass,
+    // which are all at most 1.
     alignas(64) S grad_a[kTile], grad_b[kTile], chunk_decay[kTile], chunk_bonus[kTile];
     double sum_decay[kTile] = {}, sum_bonus[kTile] = {};
     std::memcpy(grad_a, (const S*)f.grad_numerator + row, tile.count * sizeof(S));
     std::memcpy(grad_b, (const S*)f.grad_denominator + row, tile.count * sizeof(S));
 
-    State<S> state{};
+    TileState<S> state{};
     Replay<S> kept;
     for (int64_t chunk = (tokens + kChunk - 1) / kChunk - 1; chunk >= 0; --chunk) {
         const int64_t from = chunk * kChunk;
@@ -224,7 +228,7 @@ void backward_tile(const Backward& f, Tile tile) {
             const T *key = (const T*)f.key + offset, *value = (const T*)f.value + offset;
             const T* grad_out = (const T*)f.grad_out + offset;
             T *grad_key = (T*)f.grad_key + offset, *grad_value = (T*)f.grad_value + offset;
-            const State<S>& before = kept.before[t - from];
+            const TileState<S>& before = kept.before[t - from];
             const S *keep_t = kept.keep[t - from], *add_t = kept.add[t - from];
             const int64_t ahead = t - kAhead >= from ? kAhead * width : 0;
             for_each_vector(tile.count, RECEPTANCE_STEP {
@@ -234,7 +238,7 @@ void backward_tile(const Backward& f, Tile tile) {
                 const V a = load<V>(before.numerator + c), b = load<V>(before.denominator + c);
                 const V ga = load<V>(grad_a + c), gb = load<V>(grad_b + c);
 
-                // y again, and what the token's own weight in it contributes.
+                // Recompute y, and what the token's own weight contributes to it.
                 const V gap = load<V>(before.exponent + c) - (load<V>(bonus + c, n) + k);
                 const V small = exp_nonpositive(minus_abs(gap));
                 const V past = gap > 0 ? V{} + 1 : small, present = gap > 0 ? small : V{} + 1;
@@ -243,14 +247,14 @@ void backward_tile(const Backward& f, Tile tile) {
                 const V q = load<V>(grad_out + c, n) * inverse;
                 const V own_value = q * present, own_key = own_value * (v - y);
 
-                // What later tokens contribute through the state.
+                // Add what later tokens contribute through the state.
                 const V keep = load<V>(keep_t + c), add = load<V>(add_t + c);
                 store(grad_value + c, own_value + add * ga, n);
                 store(grad_key + c, own_key + add * (ga * v + gb), n);
                 store(chunk_decay + c, load<V>(chunk_decay + c) + keep * (ga * a + gb * b));
                 store(chunk_bonus + c, load<V>(chunk_bonus + c) + own_key);
 
-                // One step back in time.
+                // Carry the gradients to the token before.
                 store(grad_a + c, keep * ga + past * q);
                 store(grad_b + c, keep * gb - past * (q * y));
             });
@@ -269,7 +273,7 @@ void backward_tile(const Backward& f, Tile tile) {
 // ---- the table ----------------------------------------------------------------------------------
 
 void forward(const Forward& f, Element element, int threads) {
-    for_each_tile(f.batch, f.width, threads, [&](Tile tile) {
+    for_each_tile(f.batch, f.width, threads, [&](ChannelTile tile) {
         if (element == Element::float64) forward_tile<double, Double>(f, tile);
         else if (element == Element::bfloat16) forward_tile<bfloat16, Float>(f, tile);
         else forward_tile<float, Float>(f, tile);
@@ -277,7 +281,7 @@ void forward(const Forward& f, Element element, int threads) {
 }
 
 void backward(const Backward& f, Element element, int threads) {
-    for_each_tile(f.batch, f.width, threads, [&](Tile tile) {
+    for_each_tile(f.batch, f.width, threads, [&](ChannelTile tile) {
         if (element == Element::float64) backward_tile<double, Double>(f, tile);
         else if (element == Element::bfloat16) backward_tile<bfloat16, Float>(f, tile);
         else backward_tile<float, Float>(f, tile);
@@ -286,12 +290,6 @@ void backward(const Backward& f, Element element, int threads) {
 
 }  // namespace
 
-#define RECEPTANCE_TEXT_(x) #x
-#define RECEPTANCE_TEXT(x) RECEPTANCE_TEXT_(x)
-#define RECEPTANCE_JOIN_(a, b) a##b
-#define RECEPTANCE_JOIN(a, b) RECEPTANCE_JOIN_(a, b)
-
-extern const Kernels RECEPTANCE_JOIN(wkv4_, RECEPTANCE_KERNELS) = {
-    RECEPTANCE_TEXT(RECEPTANCE_KERNELS), forward, backward};
+extern const Wkv4Kernels RECEPTANCE_TABLE(wkv4_) = {RECEPTANCE_KERNELS_NAME, forward, backward};
 
 }  // namespace receptance

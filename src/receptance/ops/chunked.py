@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 16
-# The exponent of nothing at all: under that of an empty state, whatever is added to it.
+# The exponent of a segment without tokens. It stays below that of an empty state, whatever decays
+# are added to it.
 ABSENT = -2e30
 LOG2_E = math.log2(math.e)
 
-State = list[Tensor]  # numerator, denominator, exponent
+Parts = list[Tensor]
+"""The numerator, denominator and exponent of a state, or of a segment's contribution to it."""
 
 
-class Tokens(NamedTuple):
+class Chunks(NamedTuple):
     """The sequence cut into N chunks of n tokens, and what happens at each token.
 
     n is CHUNK, or the whole length of a sequence that is shorter.
@@ -46,7 +48,7 @@ class Tokens(NamedTuple):
         return range(self.key.shape[2])
 
     def decay(self, j: int) -> Tensor:
-        """What the state's exponent gains on the way over position j."""
+        """What position j adds to the exponent of the state: a decay, or 0 for padding."""
         return self.log_decay if self.real is None else self.log_decay * self.real[:, :, j]
 
     def reset(self, j: int) -> Tensor | None:
@@ -79,20 +81,20 @@ def forward(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output [B,T,C], the final state's three parts [B,C], chunk starts [B,N,3,C]."""
-    tokens = _cut(log_decay, bonus, key, value, resets, lengths, exponent.dtype)
-    starts, final = _chunk_starts(tokens, [numerator, denominator, exponent])
+    chunks = _cut(log_decay, bonus, key, value, resets, lengths, exponent.dtype)
+    starts, final = _chunk_starts(chunks, [numerator, denominator, exponent])
     state = [x.clone() for x in starts]
-    out = torch.empty_like(tokens.value)
+    out = torch.empty_like(chunks.value)
     work = torch.empty(4, *state[0].shape, dtype=out.dtype, device=out.device).unbind(0)
-    for j in tokens.positions:
-        _forget(state, tokens.reset(j))
-        torch.div(*_output(tokens, j, state, *work), out=out[:, :, j])
-        k, v = tokens.key[:, :, j], tokens.value[:, :, j]
-        _absorb(state, tokens.decay(j), k, v, None, *work[:2])
+    for j in chunks.positions:
+        _forget(state, chunks.reset(j))
+        torch.div(*_output(chunks, j, state, *work), out=out[:, :, j])
+        k, v = chunks.key[:, :, j], chunks.value[:, :, j]
+        _absorb(state, chunks.decay(j), k, v, None, *work[:2])
     out = _uncut(out, key.shape[1])
     if lengths is not None:
         out = out.masked_fill(~_within(lengths, key.shape[1])[..., None], 0)
-    if tokens.key.shape[1] == 1:
+    if chunks.key.shape[1] == 1:
         final = [x[:, 0] for x in state]
     # Without tokens the final state is the initial one, and an op returns none of its inputs.
     a, b, o = (x.clone() for x in final)
@@ -112,21 +114,21 @@ def backward(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
-    tokens = _cut(log_decay, bonus, key, value, resets, lengths, starts.dtype)
-    replay, exponent = _replay(tokens, _cut_gradient(grad_out, lengths, starts.dtype), starts)
+    chunks = _cut(log_decay, bonus, key, value, resets, lengths, starts.dtype)
+    replay, exponent = _replay(chunks, _cut_gradient(grad_out, lengths, starts.dtype), starts)
     ga, gb, first_a, first_b = _gradients_at_chunk_ends(
-        tokens, replay, starts[:, :, 2], exponent, grad_numerator, grad_denominator
+        chunks, replay, starts[:, :, 2], exponent, grad_numerator, grad_denominator
     )
-    grad_key, grad_value = torch.empty_like(tokens.key), torch.empty_like(tokens.value)
+    grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
     grad_decay, grad_bonus = torch.zeros_like(ga), torch.zeros_like(ga)
     work = torch.empty_like(ga)
-    for j in reversed(tokens.positions):
-        at, v = replay[j], tokens.value[:, :, j]
+    for j in reversed(chunks.positions):
+        at, v = replay[j], chunks.value[:, :, j]
         torch.addcmul(at.own_value, at.add, ga, out=grad_value[:, :, j])
         torch.mul(ga, v, out=work).add_(gb)
         torch.addcmul(at.own_key, at.add, work, out=grad_key[:, :, j])
         faded = torch.mul(ga, at.numerator, out=work).addcmul_(gb, at.denominator).mul_(at.keep)
-        grad_decay += faded if tokens.real is None else faded.mul_(tokens.real[:, :, j])
+        grad_decay += faded if chunks.real is None else faded.mul_(chunks.real[:, :, j])
         grad_bonus += at.own_key
         ga.mul_(at.keep).add_(at.to_a)
         gb.mul_(at.keep).add_(at.to_b)
@@ -148,7 +150,7 @@ def _cut(
     resets: Tensor | None,
     lengths: Tensor | None,
     dtype: torch.dtype,
-) -> Tokens:
+) -> Chunks:
     """[B,T,C] -> [B,N,n,C], with padding that neither fades the state nor adds to it."""
     time = key.shape[1]
     key, value = key.to(dtype).clamp(min=ABSENT), value.to(dtype)  # -inf - (-inf) is NaN
@@ -160,7 +162,7 @@ def _cut(
         real = _chunks(inside.to(dtype))
         resets = None if resets is None else resets & inside[..., 0]
     resets = None if resets is None else _chunks(resets[..., None])
-    return Tokens(log_decay, bonus, _chunks(key, ABSENT), _chunks(value), real, resets)
+    return Chunks(log_decay, bonus, _chunks(key, ABSENT), _chunks(value), real, resets)
 
 
 def _within(lengths: Tensor, time: int) -> Tensor:
@@ -198,19 +200,19 @@ def _exp(x: Tensor) -> Tensor:
     return x.mul_(LOG2_E).exp2_()
 
 
-def _forget(state: State, resets: Tensor | None) -> None:
+def _forget(state: Parts, resets: Tensor | None) -> None:
     """Leave nothing of the state, in place, where resets are true, not even a NaN."""
     if resets is not None:
         for x, nothing in zip(state, (0, 0, ABSENT), strict=True):
             x.masked_fill_(resets, nothing)
 
 
-# The two functions below write into tensors that they are given: a fresh one costs more than the
-# arithmetic in it.
+# The two functions below write into tensors that they are given, because allocating a tensor costs
+# more than the arithmetic that fills it.
 
 
 def _absorb(
-    state: State,
+    state: Parts,
     decay: Tensor,
     exponent: Tensor,
     p: Tensor,
@@ -220,11 +222,11 @@ def _absorb(
 ) -> None:
     """Fade the state, then add the segment (exponent, p, q), in place; q None means 1.
 
-    Leaves the factors of the old and the new in keep and add.
+    The factors of the old state and of the segment are left in keep and add.
     """
     top = torch.maximum(torch.add(state[2], decay, out=keep), exponent, out=add)
-    # Subtract first: what rounding takes from state[2] + decay then stays in keep, where otherwise
-    # a slow decay would lose the same again with every token.
+    # The subtraction comes first, so that what rounding takes from state[2] + decay stays in keep;
+    # otherwise a slow decay would lose the same amount again with every token.
     _exp(torch.sub(state[2], top, out=keep).add_(decay))
     state[2].copy_(top)
     _exp(torch.sub(exponent, state[2], out=add))
@@ -234,9 +236,9 @@ def _absorb(
 
 
 def _output(
-    tokens: Tokens,
+    chunks: Chunks,
     j: int,
-    state: State,
+    state: Parts,
     past: Tensor,
     present: Tensor,
     numerator: Tensor,
@@ -244,51 +246,51 @@ def _output(
 ) -> tuple[Tensor, Tensor]:
     """y at position j of every chunk as a fraction, numerator and denominator [B,N,C].
 
-    Leaves the factors of the past and of the present in the tensors of that name.
+    The factors of the past and of the present are left in the tensors of these names.
     """
-    now = torch.add(tokens.bonus, tokens.key[:, :, j], out=present)
+    now = torch.add(chunks.bonus, chunks.key[:, :, j], out=present)
     top = torch.maximum(state[2], now, out=past)
     _exp(present.sub_(top))
     _exp(torch.sub(state[2], top, out=past))
-    torch.mul(state[0], past, out=numerator).addcmul_(present, tokens.value[:, :, j])
+    torch.mul(state[0], past, out=numerator).addcmul_(present, chunks.value[:, :, j])
     torch.mul(state[1], past, out=denominator).add_(present)
-    if tokens.real is not None:  # padding on a state that has seen nothing divides by 0
+    if chunks.real is not None:  # Padding after an empty state would divide by 0.
         denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)
     return numerator, denominator
 
 
-def _chunk_starts(tokens: Tokens, state: State) -> tuple[State, State]:
+def _chunk_starts(chunks: Chunks, state: Parts) -> tuple[Parts, Parts]:
     """The state before every chunk, three times [B,N,C], and after the last of several, [B,C]."""
-    if tokens.key.shape[1] == 1:
+    if chunks.key.shape[1] == 1:
         return [x.unsqueeze(1) for x in state], []
-    return _scan(tokens.chunk_decay(), tokens.chunk_resets(), _summaries(tokens), state)
+    return _scan(chunks.chunk_decay(), chunks.chunk_resets(), _summaries(chunks), state)
 
 
-def _summaries(tokens: Tokens) -> State:
+def _summaries(chunks: Chunks) -> Parts:
     """Every chunk as one segment, three times [B,N,C]: each key fades until the chunk's end."""
-    if tokens.real is None:
-        later = torch.arange(len(tokens.positions) - 1, -1, -1, device=tokens.key.device)[:, None]
+    if chunks.real is None:
+        later = torch.arange(len(chunks.positions) - 1, -1, -1, device=chunks.key.device)[:, None]
     else:
-        later = tokens.real.sum(2, keepdim=True) - tokens.real.cumsum(2)
-    exponent, value = tokens.key, tokens.value
-    exponent = torch.addcmul(exponent, later.to(exponent.dtype), tokens.log_decay)
-    if tokens.resets is not None:
-        forgotten = tokens.resets.sum(2, keepdim=True) > tokens.resets.cumsum(2)
+        later = chunks.real.sum(2, keepdim=True) - chunks.real.cumsum(2)
+    exponent, value = chunks.key, chunks.value
+    exponent = torch.addcmul(exponent, later.to(exponent.dtype), chunks.log_decay)
+    if chunks.resets is not None:
+        forgotten = chunks.resets.sum(2, keepdim=True) > chunks.resets.cumsum(2)
         exponent, value = exponent.masked_fill(forgotten, ABSENT), value.masked_fill(forgotten, 0)
     top = exponent.amax(2)
     weight = _exp(exponent.sub_(top.unsqueeze(2)))
     return [(weight * value).sum(2), weight.sum(2), top]
 
 
-def _nothing(chunks: Tensor) -> State:
-    """The segment that changes nothing, for every chunk: [B,N,n,C] -> three times [B,N,C]."""
-    zero = torch.zeros_like(chunks[:, :, 0])
+def _nothing(pieces: Tensor) -> Parts:
+    """For every chunk the segment that changes nothing: [B,N,n,C] -> three times [B,N,C]."""
+    zero = torch.zeros_like(pieces[:, :, 0])
     return [zero, zero.clone(), torch.full_like(zero, ABSENT)]
 
 
 def _scan(
-    decay: Tensor, resets: Tensor | None, segments: State, state: State
-) -> tuple[State, State]:
+    decay: Tensor, resets: Tensor | None, segments: Parts, state: Parts
+) -> tuple[Parts, Parts]:
     """Run a state over N segments: the states before each [B,N,C], and the last one [B,C].
 
     resets [B,N,1] says which segments forget what comes before them.
@@ -327,7 +329,7 @@ def _scan(
 
 
 class _Position(NamedTuple):
-    """What the way back needs of one position of every chunk, each [B,N,C]."""
+    """What the backward pass needs of one position of every chunk, each [B,N,C]."""
 
     numerator: Tensor  # the state before it
     denominator: Tensor
@@ -339,29 +341,29 @@ class _Position(NamedTuple):
     to_b: Tensor
 
 
-def _replay(tokens: Tokens, grad_y: Tensor, starts: Tensor) -> tuple[list[_Position], Tensor]:
-    """Run every chunk again: all positions, and the exponents at the chunks' ends, [B,N,C]."""
+def _replay(chunks: Chunks, grad_y: Tensor, starts: Tensor) -> tuple[list[_Position], Tensor]:
+    """Recompute every chunk: all its positions, and the exponents at the chunks' ends, [B,N,C]."""
     state = [x.clone() for x in starts.unbind(2)]
     shape = len(_Position._fields), *state[0].shape
-    positions = [_Position(*starts.new_empty(shape).unbind(0)) for _ in tokens.positions]
+    positions = [_Position(*starts.new_empty(shape).unbind(0)) for _ in chunks.positions]
     for j, at in enumerate(positions):
-        _forget(state, tokens.reset(j))
+        _forget(state, chunks.reset(j))
         at.numerator.copy_(state[0])
         at.denominator.copy_(state[1])
         past, present, top, bottom = at.to_a, at.own_value, at.to_b, at.own_key
-        _output(tokens, j, state, past, present, top, bottom)
+        _output(chunks, j, state, past, present, top, bottom)
         y, q = top.div_(bottom), torch.div(grad_y[:, :, j], bottom, out=bottom)
         present.mul_(q)
         past.mul_(q)
-        k, v = tokens.key[:, :, j], tokens.value[:, :, j]
+        k, v = chunks.key[:, :, j], chunks.value[:, :, j]
         torch.sub(v, y, out=at.own_key).mul_(at.own_value)
         y.mul_(at.to_a).neg_()
-        _absorb(state, tokens.decay(j), k, v, None, at.keep, at.add)
+        _absorb(state, chunks.decay(j), k, v, None, at.keep, at.add)
     return positions, state[2]
 
 
 def _gradients_at_chunk_ends(
-    tokens: Tokens,
+    chunks: Chunks,
     replay: list[_Position],
     start: Tensor,
     end: Tensor,
@@ -383,9 +385,9 @@ def _gradients_at_chunk_ends(
         to_a.mul_(at.keep).add_(at.to_a)
         to_b.mul_(at.keep).add_(at.to_b)
     following = torch.cat([start[:, 1:], end[:, -1:]], dim=1)
-    keep = _exp((start - following).add_(tokens.chunk_decay()))
-    if tokens.resets is not None:
-        keep = keep.masked_fill(tokens.resets.any(2), 0)
+    keep = _exp((start - following).add_(chunks.chunk_decay()))
+    if chunks.resets is not None:
+        keep = keep.masked_fill(chunks.resets.any(2), 0)
     change = _exp(end - following)
     ga, gb, first_a, first_b = _scan_back(keep, to_a, to_b, ga, gb)
     return ga.mul_(change), gb.mul_(change), first_a, first_b

@@ -12,12 +12,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-CHUNK = 32  # kChunk in wkv4.h
+from receptance.ops.threads import usable_threads
 
-# The enum Element in wkv4.h. Other types go through float32.
+CHUNK = 32  # It equals kChunk in wkv4.h.
+
+# The numbers of the enum Element in wkv4.h. Other types are converted to float32 and back.
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
-# Under this many elements a call finishes before other threads have woken up.
+# A call with fewer elements than this finishes before other threads have woken up.
 _SERIAL_ELEMENTS = 8192
 
 
@@ -28,7 +30,8 @@ def _load() -> ModuleType | None:
         return None
 
 
-# Cheap, and torch.compile cannot trace an import on first use.
+# The module is loaded here, which is cheap, because torch.compile cannot trace an import on first
+# use.
 _LIBRARY = _load()
 
 
@@ -137,6 +140,6 @@ def _call(
     instruction_set: str,
     tensors: list[Tensor | None],
 ) -> None:
-    threads = 1 if shape.numel() < _SERIAL_ELEMENTS else torch.get_num_threads()
+    threads = 1 if shape.numel() < _SERIAL_ELEMENTS else usable_threads()
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     getattr(library(), name)(*shape, _ELEMENTS[dtype], threads, instruction_set, addresses)

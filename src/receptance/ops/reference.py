@@ -34,7 +34,7 @@ def wkv4(
     numerator, denominator, exponent = state
     exponent = exponent.detach()
     outputs = []
-    if lengths is not None:  # a NaN beyond a row's end would reach the gradients even unused
+    if lengths is not None:  # A NaN beyond a row's end would reach the gradients.
         beyond = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]
         key, value = (x.masked_fill(beyond[..., None], 0) for x in (key, value))
     keys, values = (x.to(numerator.dtype).unbind(1) for x in (key, value))

@@ -1,7 +1,7 @@
-"""Products of matrices with few rows, for decoding: every weight read once, float32 sums."""
+"""Products of matrices with few rows, for decoding: every weight is read once, sums are float32."""
 # mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 # ruff: noqa: RUF005
-# Triton reads the annotations of kernels as its own, and does not know (*totals, x).
+# Triton gives the annotations of kernels a meaning of its own, and does not know (*totals, x).
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from receptance.ops.triton_weights import Weights
 
 Epilogue = Literal["store", "activate", "add", "gate"]
 
-# Rows of one program: more do not fit beside the weights.
+# The most rows of one program: more do not fit into shared memory beside the weights.
 _LARGEST_BLOCK = 64
 _MOST_WARPS = 16
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: what to measure first on a new GPU."""
+    """How a product is divided into programs. These are the numbers to tune first on a new GPU."""
 
     rows: int = 2
     """Outputs of one program when there is one row."""
     row_steps: int = 5
-    """Times that each of its warps takes 512 numbers of a row: it has warps enough for that."""
+    """How often each warp of that program reads 512 numbers of a row; this decides their number."""
     dot_rows: int = 16
     """Outputs of one program for a batch."""
     warps: int = 4
-    """Its warps."""
+    """Warps of that program."""
     shared: int = 64
-    """KiB of shared memory for its groups of inputs under way: two at least, eight at most."""
+    """KiB of shared memory for the groups of inputs under way: two at least, eight at most."""
     most_floats: int = 16
-    """Rows of the largest batch that is multiplied here, with float weights: torch has more."""
+    """Rows of the largest batch with float weights that is multiplied here; torch has the rest."""
     most_codes: int = 64
-    """The same for int8 and int4, which torch would want as floats."""
+    """The same for int8 and int4 weights, which torch could multiply only after a conversion."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -50,7 +50,7 @@ class Tiles:
         return self.most_codes if kind in ("int8", "int4") else self.most_floats
 
     def launch(self, weights: Weights, batch: int) -> tuple[int, int, dict[str, int]]:
-        """Outputs and rows of one program, and what its launch is told."""
+        """The outputs and rows of one program, and the options of its launch."""
         if batch == 1:
             warps = triton.cdiv(weights.data.shape[1], 512 * self.row_steps)
             return self.rows, 1, {"num_warps": min(triton.next_power_of_2(warps), _MOST_WARPS)}
@@ -68,9 +68,9 @@ def _row_sums(
 ):  # fmt: skip
     """Products of the rows from `row` on [R], of which `left` are there, with one x [K]: [R].
 
-    Vectors of one shape in a straight line, all weights first: a thread's numbers stay its own, no
-    layout is converted, and no barrier stands between a load and the next. Codes are summed by 16,
-    each time in one thread, and such sums are scaled.
+    All vectors have one shape and all weights are loaded first, so that every thread keeps its own
+    numbers: Triton converts no layout and puts no barrier between two loads. Each thread sums codes
+    by 16, and such sums are scaled.
     """
     coded: tl.constexpr = KIND == "int8" or KIND == "int4"
     groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
@@ -120,19 +120,19 @@ def _row_sums(
 
 @triton.jit
 def _by_threads(x, WARPS: tl.constexpr):
-    """Sums of 16 neighbors, which one thread has."""
+    """Sums of 16 neighbors each, which are held by one thread."""
     return tl.sum(tl.reshape(x, [32 * WARPS, 16]), 1)
 
 
 @triton.jit
 def _sixteen_more(byte, shift: tl.constexpr):
-    """16 + 4 bits as floats, by placing them at the mantissa's top: conversions take longer."""
+    """16 plus a 4-bit code as a float: its bits go to the mantissa's top, which is fast."""
     return (((byte.to(tl.int32) << shift) & 0x780000) | 0x41800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _rounded(x, INTERPRETED: tl.constexpr):
-    """To bfloat16; not in the interpreter, which multiplies its bits as integers (triton 3.9)."""
+    """x as bfloat16, but unchanged in the interpreter, which multiplies its bits as integers."""
     return x if INTERPRETED else x.to(tl.bfloat16)
 
 
@@ -142,9 +142,9 @@ def _dot_sums(
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BATCH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The same with x [B,K] on tensor cores: [R,B]. Codes are exact there; x is rounded.
+    """The same products with x [B,K] on tensor cores: [R,B]. Codes stay exact and x is rounded.
 
-    x becomes bfloat16, and TF32 beside float16 weights, whose range it could leave.
+    x is rounded to bfloat16, or to TF32 where the weights are float16, whose range x could exceed.
     """
     packed: tl.constexpr = GROUP // 2 if KIND == "int4" else GROUP
     groups: tl.constexpr = (INPUTS + GROUP - 1) // GROUP
@@ -205,7 +205,7 @@ def sums_of(
 
 @triton.jit
 def places_of(n, b, size, batch, BATCH: tl.constexpr):
-    """Where the products of rows [R] belong in [B,N], and whether they are any."""
+    """Where the products of rows [R] belong in [B,N], and which of these rows exist."""
     if BATCH == 1:
         place, real = n.to(tl.int64), n < size
     else:
@@ -220,7 +220,7 @@ def _product_kernel(
     INPUTS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr,
     ROWS: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """x is [M,B,K] for M matrices, out as many [B,N] one behind the other."""
+    """Multiply x [M,B,K] with M matrices; out holds the M results [B,N] one after another."""
     each = tl.cdiv(rest, ROWS)
     later = tl.program_id(0) - tl.cdiv(first, ROWS)
     matrix = tl.where(later < 0, 0, later // each + 1)
@@ -253,7 +253,7 @@ def product(
     gate: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
-    """Every matrix with its own input, in one launch: x [M,B,K] float32, out M times [B,N].
+    """Multiply every matrix with its own input in one launch: x [M,B,K] float32, out M times [B,N].
 
     "activate" takes the square of the relu of the first matrix and the sigmoid of the others, "add"
     adds to what out holds, "gate" does so after multiplying with gate, of the shape of out.

@@ -1,6 +1,6 @@
-"""The parts of a decoding step of RWKV-4 that are no mere products, each in one launch."""
+"""The parts of a decoding step of RWKV-4 besides its plain products, each in one launch."""
 # mypy: disable-error-code="no-untyped-def"
-# Triton reads the annotations of kernels as its own.
+# Triton gives the annotations of kernels a meaning of its own.
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WARPS = 8
 
 @triton.jit
 def _layer_norm(x, weight, bias, c, real, width, epsilon):
-    """Of one row that is held whole."""
+    """The layer norm of one row, which the program holds whole."""
     centered = tl.where(real, x - tl.sum(x, 0) / width, 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, 0) / width + epsilon)
     return centered * scale * tl.load(weight + c, real, 0) + tl.load(bias + c, real, 0)
@@ -35,7 +35,7 @@ def _embed_kernel(
     known = (token >= 0) & (token < vocabulary)
     token = tl.where(known, token, 0)
     x = weight_at(data, scale, minimum, token, c, width, c < width, KIND, GROUP)
-    # No look at the ids beforehand: what is no token gives a row, and only that, without numbers.
+    # Nobody has checked the ids, so an id that is no token makes its own row NaN, and no other.
     x = tl.where(known, x, float("nan"))
     normal = _layer_norm(x, norm_weight, norm_bias, c, c < width, width, epsilon)
     tl.store(out + b * width + c, normal, c < width)
@@ -54,7 +54,7 @@ def _mix_kernel(
         tl.store(out + place, normal, real)
     else:
         before = tl.load(shift + place, real, 0)
-        tl.debug_barrier()  # as in _average
+        tl.debug_barrier()  # For the same reason as in _average.
         tl.store(shift + place, normal, real)
         for i in tl.static_range(MIXES):
             share = tl.load(shares + i * width + c, real, 0)
@@ -69,7 +69,7 @@ def _average(
     """Equations 16 and 23 to 28 for one token, times the sigmoid of the receptance."""
     a, b = tl.load(numerator + place, real, 0), tl.load(denominator + place, real, 0)
     o = tl.load(exponent + place, real, 0)
-    # Several threads may have read one number: all of them do so before one writes.
+    # Several threads may read one number, so all of them have to do so before one writes.
     tl.debug_barrier()
     now = key + bonus
     top = tl.maximum(o, now)
@@ -106,7 +106,7 @@ def _time_mix_kernel(
     WIDTH: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BATCH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Nobody else needs these channels of key, value and receptance: they stay in registers."""
+    """Only this program needs its channels of key, value and receptance: they stay in registers."""
     start = tl.program_id(0) * ROWS
     n = start + tl.arange(0, ROWS)
     b = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
@@ -126,7 +126,7 @@ def _time_mix_kernel(
 
 
 def embed(weights: Weights, tokens: Tensor, norm: Norm, out: Tensor) -> None:
-    """Rows of the embedding under their layer norm: [B] int64 -> out [B,C]; NaN for no token."""
+    """The layer norm of the embedding's rows: [B] int64 -> out [B,C]; NaN where an id is none."""
     weight, bias, epsilon = norm
     _embed_kernel[(len(tokens),)](
         *weights.arguments(), tokens, weight, bias, out, weights.outputs, weights.inputs, epsilon,
@@ -150,7 +150,7 @@ def mix(x: Tensor, norm: Norm, shift: Tensor, shares: Tensor, out: Tensor) -> No
 def average(
     projected: Tensor, decay: Tensor, bonus: Tensor, state: tuple[Tensor, ...], out: Tensor
 ) -> None:
-    """One token of WKV, gated: key, value, receptance [3,B,C] -> out [B,C], state moved on.
+    """One token of WKV, gated: key, value, receptance [3,B,C] -> out [B,C]. Updates the state.
 
     decay [C] is -exp(time_decay), state numerator, denominator, exponent, each [B,C].
     """

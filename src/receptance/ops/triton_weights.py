@@ -1,4 +1,4 @@
-"""Matrices as the Triton kernels for decoding read them, and back to floats.
+"""Matrices as the Triton kernels for decoding read them, and their conversion to floats.
 
 A weight matrix [N,K] is stored by rows, as floats or in groups of G inputs:
 
@@ -10,7 +10,7 @@ K' is K rounded up to whole groups. Byte j of an int4 group holds input j in its
 j + G/2 in its high ones, so that both halves meet neighboring activations. Offsets have 64 bits.
 """
 # mypy: disable-error-code="no-untyped-def"
-# Triton reads the annotations of kernels as its own.
+# Triton gives the annotations of kernels a meaning of its own.
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Inputs that kernels call a group where weights are floats.
+# The number of inputs that kernels take as a group where weights are floats.
 FLOAT_GROUP = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One matrix, or several of one kind and K under each other: outputs first, rest, rest, ..."""
+    """One matrix, or several of one kind and K stacked: `first` outputs, then `rest` of each."""
 
     kind: str
     group: int
     first: int
     """Outputs of the first matrix."""
     rest: int
-    """Outputs of every other one; 0 if there is none."""
+    """Outputs of every other matrix; 0 if there is none."""
     inputs: int
     data: Tensor
     scale: Tensor
-    """[N,K'/G] bfloat16; for floats anything."""
+    """[N,K'/G] bfloat16; unused for floats."""
     minimum: Tensor
 
     @property
     def outputs(self) -> int:
-        """N, of all matrices together."""
+        """N, the outputs of all matrices together."""
         return self.data.shape[0]
 
     @property
     def matrices(self) -> int:
-        """How many there are."""
+        """The number of matrices."""
         return 1 + ((self.outputs - self.first) // self.rest if self.rest else 0)
 
     @property
@@ -59,17 +59,17 @@ class Weights:
 
     @property
     def group_bytes(self) -> int:
-        """What a group of one output takes of the data."""
+        """The number of bytes of data that a group of one output takes."""
         packed = self.group // 2 if self.kind == "int4" else self.group or FLOAT_GROUP
         return packed * self.data.itemsize
 
     @property
     def form(self) -> tuple[str, int]:
-        """KIND and GROUP of the kernels."""
+        """The arguments KIND and GROUP of the kernels."""
         return self.kind, self.group or FLOAT_GROUP
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What kernels read."""
+        """The tensors that kernels read."""
         return self.data, self.scale, self.minimum
 
 

@@ -1,9 +1,9 @@
 """WKV-4 on GPUs: which variant of the Triton kernels runs a shape, and how they are launched.
 
 Triton compiles them when they are first used; importing this module does not import it. Three
-variants, chosen by shape alone: `step` for one token, `serial` for short sequences and for rows
-and channels enough to fill a GPU, and `chunked`, parallel over time, for the rest: tile by tile
-reduce the pieces of a tile, scan the sums of these few, replay every piece.
+variants are chosen by shape alone: `step` for one token, `serial` for short sequences and where
+rows and channels are enough to fill a GPU, and `chunked`, parallel over time, for everything else:
+tile by tile it sums up the pieces of a tile, scans the few sums, and recomputes every piece.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens between the states that forward keeps for the way back, where they are a lane's piece.
+# The number of tokens between the states that forward keeps. In the backward pass they are the
+# piece of a lane.
 CHUNK = 16
-# Pieces of a tile in the chunked variant, and tokens of a piece forwards. The others have one.
+# The pieces of a tile in the chunked variant, and the tokens of a piece in its forward pass. The
+# other variants have one piece.
 PIECES, GROUP = 8, 32
-# Up to this length a walk is short, and a tile of the chunked variant would hardly be full.
+# Up to this length a serial loop is short, and a tile of the chunked variant would hardly be full.
 SERIAL_TIME = 128
-# With so many rows times channels every multiprocessor has work without cutting time.
+# With so many rows times channels every multiprocessor has work although time is not divided.
 SERIAL_LANES = 65536
 VARIANTS = ("step", "serial", "chunked")
 
-# BLOCK, warps and most registers of a thread that the chunked variant is tuned over: a lane to a
-# thread, and 8 to 16 warps to a multiprocessor. Channels are independent and go through the same
-# operations whatever the choice: it changes no bit.
+# The chunked variant is tuned over these: BLOCK, warps, and the most registers of a thread. A
+# thread has one lane, and a multiprocessor 8 to 16 warps. The choice changes no bit, because
+# channels are independent and go through the same operations.
 CONFIGURATIONS = {
     "forward": ((16, 4, 128), (32, 8, 128)),
     "backward": ((16, 4, 168), (16, 4, 255)),
 }
-# For the others: as many programs as there can be, until there are enough.
+# BLOCK and warps of the other variants: narrow programs, until there are enough of them.
 _NARROW, _WIDE = (32, 1), (128, 4)
-# In Triton's interpreter programs cost more than lanes.
+# The BLOCK in Triton's interpreter, where programs cost more than lanes.
 _INTERPRETED = 8192
-# Tokens that the careful way of the kernels loads together.
+# The number of tokens that the careful way of the kernels loads together.
 _SOME = 4
 
 Masks = tuple[Tensor | None, Tensor | None]
@@ -53,7 +55,7 @@ def is_available() -> bool:
 
 
 def check_launcher() -> None:
-    """ValueError if Triton cannot build here what launches its kernels; nothing after it has."""
+    """Raise ValueError if Triton cannot build what launches its kernels on this machine."""
     runtime = importlib.import_module("triton.runtime")
     try:
         _ = runtime.driver.active
@@ -67,7 +69,7 @@ def check_launcher() -> None:
 
 
 def choose_variant(batch: int, time: int, width: int) -> str:
-    """The variant that runs a shape: a name from VARIANTS."""
+    """The variant for a shape: a name from VARIANTS."""
     if time == 1:
         return "step"
     if time <= SERIAL_TIME or batch * width >= SERIAL_LANES:
@@ -141,13 +143,13 @@ def backward(
     constants = {"PIECES": pieces, "GROUP": CHUNK, "SOME": _SOME}
     results = (vectors, grad_key, grad_value, first_a, first_b)
     _launch("backward", starts, time, (*inputs, *results), constants)
-    # Sums in a fixed order: without atomics the same call gives the same bits.
+    # The kernel uses no atomics and this sum has a fixed order: the same call gives the same bits.
     grad_decay, grad_bonus = vectors.sum((0, 1), dtype=torch.float64).to(starts.dtype)
     return grad_decay.clone(), grad_bonus.clone(), grad_key, grad_value, first_a, first_b
 
 
 def _sums(starts: Tensor, pieces: int) -> Tensor:
-    """What lanes show each other."""
+    """Memory through which the lanes of a channel exchange sums: [B,PIECES,5,C]."""
     batch, _, _, width = starts.shape
     return starts.new_empty((batch, pieces, 5, width) if pieces > 1 else (0,))
 
@@ -164,7 +166,7 @@ def _masks(resets: Tensor | None, lengths: Tensor | None) -> Masks:
 def _launch(
     name: str, starts: Tensor, time: int, arguments: tuple[Any, ...], constants: dict[str, int]
 ) -> None:
-    """Run a kernel on the device of starts [B,N,3,C], a program for some channels of a row."""
+    """Run a kernel on the device of starts [B,N,3,C], each program on some channels of a row."""
     batch, kept, _, width = starts.shape
     pieces, lanes = constants["PIECES"], batch * width
     kernel, interpreted = _kernel(name, tuned=pieces > 1)
@@ -179,10 +181,11 @@ def _launch(
 
 
 def _blocks(lanes: int, pieces: int, interpreted: bool) -> Options:
-    """How channels are spread over programs, as far as no tuning says so, and how it is built."""
+    """How channels are spread over programs, unless tuning decides that, and compiler options."""
     if interpreted:
         return {"BLOCK": min(_INTERPRETED, 1 << (lanes - 1).bit_length())}
-    # Whether a release of Triton fuses multiplications with additions must not decide the bits.
+    # Fusing multiplications with additions is set, so that no default of a release decides the
+    # bits.
     options: Options = {"enable_fp_fusion": True}
     block, warps = _WIDE if lanes >= SERIAL_LANES else _NARROW
     return options if pieces > 1 else options | {"BLOCK": block, "num_warps": warps}
@@ -190,7 +193,7 @@ def _blocks(lanes: int, pieces: int, interpreted: bool) -> Options:
 
 @functools.cache
 def _kernel(name: str, *, tuned: bool) -> tuple[Any, bool]:
-    """A kernel ready to be launched, and whether numpy runs it, under TRITON_INTERPRET=1."""
+    """A kernel that can be launched, and whether it is interpreted (TRITON_INTERPRET=1)."""
     triton = importlib.import_module("triton")
     kernel = getattr(importlib.import_module(f"receptance.ops.triton_wkv4_{name}"), name)
     if not isinstance(kernel, triton.JITFunction):

@@ -1,8 +1,8 @@
 """WKV-4 for GPUs: the kernel for gradients. Importing this imports triton.
 
-Tiles go last to first. Every lane runs forwards through its piece, from the state that the forward
-pass left there; the lanes of a channel show each other what they do to a gradient that goes back
-through them; then each goes back through its piece.
+The tiles are processed from the last to the first. Every lane first recomputes its piece forwards,
+from the state that the forward pass kept there. The lanes of a channel then exchange what their
+pieces do to a gradient that goes back through them, and each lane goes back through its piece.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -47,9 +47,9 @@ def _quick(
     grad_value, sums, C: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
-    """A tile: gradients of key and value stored, that of the state before it, of w and u in it.
+    """Store a tile's gradients of key and value; return those of the state before it, of w and u.
 
-    And whether a lane's can be trusted. Frames are those of the quick way forwards.
+    Also returns whether those of a lane are accurate. Frames are those of the quick forward pass.
     """
     pace, decay, bonus = pace_of(w, u, GROUP)
     k = rows_of(key, whole, token, w.dtype, C, GROUP)
@@ -57,7 +57,7 @@ def _quick(
     g = rows_of(grad_out, whole, token, w.dtype, C, GROUP)
     top, low = largest(k), w * 0 + HIGH
     base, stays = top, pace < 0
-    if PIECES == 1:  # the frame of a gradient that comes back can stay, too
+    if PIECES == 1:  # The frame of a gradient from later tokens can stay, too.
         here = -go - (gn + GROUP) * w
         stays = (pace > 0) & (top - here <= SLACK) & (tl.abs(o - here) <= SLACK)
         base = tl.where(stays, here, top)
@@ -123,7 +123,7 @@ def _sweep(
                 through, count = tl.where(reset, 0.0, through), tl.where(reset, ABSENT, count)
             y, inverse, past, present = average(a, b, o, n, w, u + k[j], v[j])
             to = past * g[j] * inverse * through
-            if resets is not None:  # nothing comes back past a reset, not even a NaN
+            if resets is not None:  # No gradient passes a reset, not even a NaN.
                 to, y = tl.where(count < 0, 0.0, to), tl.where(count < 0, 0.0, y)
             to_a, to_b = to_a + to, to_b - y * to
             a, b, o, n, keep, add = absorb(a, b, o, n, w, real.to(w.dtype), k[j], v[j], 1.0)
@@ -180,7 +180,7 @@ def _careful(
             tl.store(grad_key + at, dk.to(grad_key.dtype.element_ty), mask=written)
             tl.store(grad_value + at, dv.to(grad_value.dtype.element_ty), mask=written)
             ga, gb = keep * ga + to, keep * gb - y * to
-            if resets is not None:  # not even a NaN
+            if resets is not None:  # Not even a NaN passes.
                 ga, gb = tl.where(forgot[j], 0.0, ga), tl.where(forgot[j], 0.0, gb)
     return ga, gb, grad_decay, grad_bonus
 

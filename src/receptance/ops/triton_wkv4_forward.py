@@ -1,7 +1,8 @@
 """WKV-4 for GPUs: the kernel for outputs and states. Importing this imports triton.
 
-Every lane sums up its piece; the lanes of a channel show each other their sums, and each goes on
-from the state that the pieces before its own leave. With one piece to a tile the program walks.
+Every lane sums up its piece. The lanes of a channel exchange their sums, and each lane goes on from
+the state that the pieces before its own leave. A program with one piece in a tile is a loop over
+time.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -46,7 +47,7 @@ def _quick(
     C: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
     ROUGH: tl.constexpr,
 ):  # fmt: skip
-    """A tile: outputs and starts, the state after it, and whether a lane's can be trusted."""
+    """Store a tile's outputs and starts; the state after it, and whether a lane's are accurate."""
     pace, decay, bonus = pace_of(w, u, GROUP)
     k = rows_of(key, whole, token, w.dtype, C, GROUP)
     v = rows_of(value, whole, token, w.dtype, C, GROUP)
@@ -65,7 +66,7 @@ def _quick(
         store(starts, whole, C, settle(a, b, o, n, w))
         scale = factor(o, n, w, base)
         o, n = base, w * 0
-    else:  # a frame that moves with the decay can stay until a larger key comes
+    else:  # A frame that moves with the decay can stay until a larger key comes.
         store(starts, whole, C, settle(a, b, o, n, w))
         stays = (pace > 0) & (top <= o + n * w + SLACK)
         base = tl.where(stays, o + n * w, top)
@@ -115,7 +116,7 @@ def _careful(
     a, b, o, n, w, u, inside, left, room, key, value, resets, out, starts,
     C: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """A piece: outputs and starts, and the state after it. Left: tokens; room: places in out."""
+    """Store a piece's outputs and starts; the state after it. `left` tokens fit `room` places."""
     for first in range(0, GROUP, SOME):
         if first % CHUNK == 0:
             state = settle(a, b, o, n, w)
@@ -141,7 +142,7 @@ def forward(
 ):  # fmt: skip
     """The outputs [B,T,C], the states before every chunk and the last one [B,N,3,C] and [B,C].
 
-    sums is memory for the lanes to show each other what they have: [B,PIECES,5,C].
+    sums [B,PIECES,5,C] is memory through which the lanes of a channel exchange sums.
     """
     row, piece, c, inside = lanes_of(rows, C, PIECES, BLOCK)
     w = tl.load(log_decay + c, mask=inside, other=0.0)

@@ -1,20 +1,20 @@
-"""What the Triton kernels of WKV-4 share: their lanes, what these read and show, and states.
+"""What the Triton kernels of WKV-4 share: their lanes, what lanes read and exchange, and states.
 
-A program has BLOCK channels, of one row as a rule, and goes through time tile by tile: PIECES
-pieces of GROUP tokens, a lane for each piece and channel. What stands at a token is read once, at
-least where the quick way will do. Lanes of different channels never look at each other, so BLOCK
-and the number of warps change no bit of a result. Offsets of rows and tokens have 64 bits.
+A program has BLOCK channels, usually of one row, and goes through time tile by tile. A tile is
+PIECES pieces of GROUP tokens, and a lane has one piece of one channel. Where the quick way
+suffices, every token is read once. Lanes of different channels exchange nothing, so BLOCK and the
+number of warps change no bit of a result. Offsets of rows and tokens have 64 bits.
 
-A lane has two ways through its piece, and a channel's tile goes the first if all its lanes can:
+A lane has two ways through its piece. A channel's tile takes the quick one if all its lanes can:
 
-quick     One frame for the whole piece, e^(its largest key): an exponential a token.
-careful   A frame that follows the largest exponent so far, exact whatever the keys are; masks,
-          resets and ends of rows. For what the quick way finds too far apart, and for what is not
-          a whole piece.
+quick     The whole piece has one frame, e^(its largest key), and a token takes one exponential.
+careful   The frame follows the largest exponent so far, and so it is exact whatever the keys are.
+          This way has masks, resets and ends of rows. It is for keys that lie too far apart for
+          the quick way, and for pieces that are not whole.
 
 Names: a and b are numerator and denominator in the frame e^{o + n w}. o was the exponent n tokens
-ago and stays until something larger replaces it, because a slow decay that is added to o again and
-again loses the same to rounding every time. What is stored is settled: n is 0.
+ago and stays until a larger one replaces it, because a slow decay that is added to o again and
+again loses the same amount to rounding every time. Stored states are settled: their n is 0.
 """
 
 # mypy: disable-error-code="assignment, no-untyped-def"
@@ -27,19 +27,19 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The exponent of nothing at all, as in ops/chunked.py.
+# The exponent of a segment without tokens, as in ops/chunked.py.
 ABSENT = tl.constexpr(-2e30)
-# Padding on a state that has seen nothing would divide by 0.
+# The smallest denominator: padding after an empty state would divide by 0.
 SMALLEST = tl.constexpr(1e-37)
-# The quick way's sums are between these; what it rounds to 0 is 1e-18 of the smallest.
+# The sums of the quick way are between these; a number it rounds to 0 is 1e-18 of the smallest sum.
 LOW, HIGH = tl.constexpr(1e-20), tl.constexpr(1e30)
-# By so much (e^4) a frame may move in a piece, or be below a key.
+# A frame may move by so much (a factor of e^4) within a piece, or lie so far below a key.
 SLACK = tl.constexpr(4.0)
 
 
 @triton.jit
 def lanes_of(rows, C: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr):
-    """What the lanes are: row, piece, channel, and whether they exist.
+    """The row, piece and channel of every lane, and whether the lane exists.
 
     The limit is computed from C, not given, for the compiler to see that the lanes of a load of
     several channels exist together.
@@ -77,13 +77,13 @@ def is_whole(resets, inside, left, GROUP: tl.constexpr):
 
 @triton.jit
 def any_of(lanes):
-    """Whether it is so for a lane of the program."""
+    """Whether any lane of the program has a true value."""
     return tl.sum(lanes.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def rows_of(x, whole, offset, dtype, C: tl.constexpr, GROUP: tl.constexpr):
-    """The tokens of a piece, or of one that is there: loads without a mask take half the steps."""
+    """The tokens of a piece, or of another if it is not whole: loads without masks are faster."""
     rows, x = (), x + tl.where(whole, offset, 0)
     for j in tl.static_range(GROUP):
         rows = rows + (tl.load(x + j * C).to(dtype),)
@@ -92,7 +92,7 @@ def rows_of(x, whole, offset, dtype, C: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def some_rows(x, mask, left, other, dtype, C: tl.constexpr, GROUP: tl.constexpr):
-    """A few tokens of a piece; `other` where a lane has fewer left than that."""
+    """A few tokens of a piece, and `other` in their place where the lane has fewer left."""
     rows = ()
     for j in tl.static_range(GROUP):
         rows = rows + (tl.load(x + j * C, mask=mask & (left > j), other=other).to(dtype),)
@@ -108,22 +108,22 @@ def some_pairs(key, value, first, mask, left, dtype, C: tl.constexpr, GROUP: tl.
 
 @triton.jit
 def store(x, mask, C: tl.constexpr, parts):
-    """Parts of one thing, C apart."""
+    """Store the parts of one tuple, C elements apart."""
     for i in tl.static_range(len(parts)):
         tl.store(x + i * C, parts[i], mask=mask)
 
 
 @triton.jit
 def show(x, mask, C: tl.constexpr, parts):
-    """Let the other lanes of the program see parts of one thing."""
-    tl.debug_barrier()  # one may be reading what was there
+    """Store the parts of one tuple for the other lanes of the program to read."""
+    tl.debug_barrier()  # Another lane may still be reading what was there.
     store(x, mask, C, parts)
     tl.debug_barrier()
 
 
 @triton.jit
 def agreed(agree, piece, inside, at, C: tl.constexpr, PIECES: tl.constexpr):
-    """Where all lanes of a channel agree, from what each has shown: 1 or 0."""
+    """Whether all lanes of a channel have stored a positive number there: 1 or 0."""
     for m in tl.static_range(PIECES):
         agree = agree & (tl.load(at + m * 5 * C, mask=inside, other=1.0) > 0)
     return agree
@@ -131,7 +131,7 @@ def agreed(agree, piece, inside, at, C: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def absorb(a, b, o, n, w, count, exponent, p, q):
-    """The state after a segment of count tokens, and the factors of what was and of what came."""
+    """The state after a segment of count tokens, and the factors of old state and segment."""
     n += count
     gap = (o + n * w - exponent) * LOG2_E
     lesser, larger = tl.exp2(-tl.abs(gap)), gap < 0
@@ -142,7 +142,7 @@ def absorb(a, b, o, n, w, count, exponent, p, q):
 
 @triton.jit
 def average(a, b, o, n, w, now, v):
-    """y, the inverse of its denominator, the factors of the past and of the present in both."""
+    """y, the inverse of its denominator, and the factors of the past and of the present in both."""
     gap = (o + n * w - now) * LOG2_E
     lesser, larger = tl.exp2(-tl.abs(gap)), gap < 0
     past, present = tl.where(larger, lesser, 1.0), tl.where(larger, 1.0, lesser)
@@ -152,13 +152,13 @@ def average(a, b, o, n, w, now, v):
 
 @triton.jit
 def factor(o, n, w, exponent):
-    """From the frame e^{o + n w} to that of an exponent beside it."""
+    """The factor from the frame e^{o + n w} to that of an exponent near it."""
     return tl.exp2(((o - exponent) + n * w) * LOG2_E)
 
 
 @triton.jit
 def settle(a, b, o, n, w):
-    """The same state with n = 0; what rounding takes from the exponent goes into a and b."""
+    """The same state with n = 0. What rounding takes from the exponent goes into a and b."""
     exponent = o + n * w
     rest = factor(o, n, w, exponent)
     return a * rest, b * rest, exponent
@@ -166,23 +166,23 @@ def settle(a, b, o, n, w):
 
 @triton.jit
 def forget(a, b, o, n, reset):
-    """Nothing of the state where reset is true, not even a NaN."""
+    """The state, of which nothing is left where reset is true, not even a NaN."""
     a, b = tl.where(reset, 0.0, a), tl.where(reset, 0.0, b)
     return a, b, tl.where(reset, ABSENT, o), tl.where(reset, 0.0, n)
 
 
 @triton.jit
 def divide(x, y, ROUGH: tl.constexpr):
-    """x / y: to two units in the last place, where y is neither huge nor tiny, in two steps."""
+    """x / y; ROUGH is faster, to two units in the last place if y is neither huge nor tiny."""
     return libdevice.fast_dividef(x, y) if ROUGH else x / y
 
 
 @triton.jit
 def pace_of(w, u, GROUP: tl.constexpr):
-    """1 where the frame moves with the decay; the decay and bonus that are left to multiply with.
+    """1 where the frame moves with the decay, and the decay and bonus that remain as factors.
 
-    It moves with slow ones: what is kept is kept exactly. One that would move it too far forgets
-    what rounding does to it.
+    The frame moves with slow decays, so that numbers are kept exactly. A decay that would move it
+    too far forgets numbers before their rounding errors matter.
     """
     pace = tl.where(GROUP * w >= -SLACK, 1.0, 0.0).to(w.dtype)
     return pace, tl.exp2((w - pace * w) * LOG2_E), tl.exp2((u + pace * w) * LOG2_E)

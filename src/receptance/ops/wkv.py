@@ -31,7 +31,7 @@ KERNELS: dict[str, Kernel] = {"native": native, "triton": triton_wkv4, "chunked"
 
 
 class WKVState(NamedTuple):
-    """What the operator remembers: a = numerator e^exponent, b = denominator e^exponent.
+    """The state of the operator: a = numerator e^exponent, b = denominator e^exponent.
 
     Each part is [B,C], float32 (float64 when the inputs are).
     """
@@ -72,7 +72,7 @@ def choose_backend(device: torch.device, requested: str | None) -> str:
 
 
 def _compiled(device: torch.device) -> list[str]:
-    """The backend made for this kind of device, if it is there."""
+    """The compiled backend for this kind of device, or none if it is absent."""
     if device.type == "cpu":
         return ["native"] * native.is_available()
     return ["triton"] * (device.type == "cuda" and triton_wkv4.is_available())
@@ -108,7 +108,7 @@ def wkv4(
     state = WKVState(*state)
     _check(log_decay, bonus, key, value, state, resets, lengths)
     name = choose_backend(key.device, backend)
-    # e^-1e30 is as much 0 as e^-inf, and not NaN when it is taken to the power of 0.
+    # A decay of e^-1e30 is 0 like e^-inf, but 0 tokens of it are a factor of 1 and not NaN.
     log_decay, bonus = log_decay.to(dtype).clamp(min=-1e30), bonus.to(dtype)
     if name == "reference":
         out, parts = reference.wkv4(log_decay, bonus, key, value, state, resets, lengths)
@@ -257,7 +257,8 @@ def _backward_of_backward(ctx, *grads):  # type: ignore[no-untyped-def]
     raise RuntimeError("wkv4 has no autograd formula for its second derivative")
 
 
-# The same as torch.library.custom_op, without its wrapper, which costs as much as a small step.
+# This does what torch.library.custom_op does, without its wrapper, which costs as much time as a
+# small step.
 for _name, _function, _shapes in (
     ("receptance::wkv4", _wkv4, _fake),
     ("receptance::wkv4_backward", _wkv4_backward, _fake_backward),
