@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.atomic import written
 from receptance.config import published
 from receptance.engine import load_engine
@@ -87,7 +88,7 @@ class Findings:
 
 def main(argv: list[str]) -> None:
     """Parse, measure every type in a process of its own, report; also what Ctrl-C left."""
-    options = tyro.cli(Options, args=argv, prog="receptance bench")
+    options = parse(Options, argv, "receptance bench")
     _check(options)
     console, findings = Console(), Findings()
     with _model(options) as source, _reporting(console, options, findings):

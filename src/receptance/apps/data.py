@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
 
+from receptance.apps.console import Console
+from receptance.apps.options import choose, parse
 from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
@@ -48,7 +49,7 @@ class Prepare:
 class Inspect:
     """Say what is in a corpus: counts, the first document, how long documents are."""
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """A corpus folder, a .npy file, or a .bin/.idx pair."""
     tokenizer: str | None = None
     """bytes or a tokenizer file, to decode files that come without one."""
@@ -72,23 +73,14 @@ class Merge:
     """Decides which documents are kept for validation."""
 
 
-Command = (
-    Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Make corpora of tokens, look into them, put them together."""
-
-    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Command]]
+Command = Prepare | Inspect | Merge
+COMMANDS: dict[str, type[Command]] = {"prepare": Prepare, "inspect": Inspect, "merge": Merge}
 
 
 def main(argv: list[str]) -> None:
     """Parse, do it, report."""
-    command = tyro.cli(Options, args=argv, prog="receptance data").command
+    name = choose(COMMANDS, argv, "receptance data")
+    command = parse(COMMANDS[name], argv[1:], f"receptance data {name}")
     console = Console()
     if isinstance(command, Inspect):
         _inspect(command, console)
