@@ -50,7 +50,7 @@ class TestChat:
         for message in ("hi", "how are you?", "é"):
             reply = say(chat, message)
             text += f"User: {message}\n\nAssistant:{reply.rstrip()}\n\n"
-            assert same_memory(model, chat.state, text)
+            assert same_memory(model, chat.history.state, text)
 
     def test_what_follows_the_end_of_a_turn_is_forgotten(self, chat, model, monkeypatch):
         written = iter(b" hello \n\nUser: and so on")
@@ -58,17 +58,17 @@ class TestChat:
             "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
         )
         assert say(chat, "hi") == " hello "
-        assert same_memory(model, chat.state, "User: hi\n\nAssistant: hello\n\n")
+        assert same_memory(model, chat.history.state, "User: hi\n\nAssistant: hello\n\n")
 
     def test_a_blank_line_within_a_message_is_left_out(self, chat, model):
         reply = say(chat, "one\n\n  \ntwo")
         text = f"User: one\ntwo\n\nAssistant:{reply.rstrip()}\n\n"
-        assert same_memory(model, chat.state, text)
+        assert same_memory(model, chat.history.state, text)
 
     def test_names_are_options(self, model):
         raven = Chat(model, BYTES, Options(model="", user="Bob", assistant="Alice", max_tokens=3))
         reply = say(raven, "hi")
-        assert same_memory(model, raven.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
+        assert same_memory(model, raven.history.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
 
     @pytest.mark.parametrize("template", TEMPLATES)
     def test_a_conversation_has_the_tokens_that_training_reads(self, template, monkeypatch):
@@ -86,10 +86,12 @@ class TestChat:
         record = {"messages": [{"role": role, "content": text} for role, text in said]}
         ids, _ = encode_record(record, bpe, template)
         _, wanted = prefill(model, [ids])
-        assert chat.state is not None
-        assert chat.state.tokens.tolist() == [len(ids)]
+        assert chat.history.state is not None
+        assert chat.history.state.tokens.tolist() == [len(ids)]
         for name, tensor in wanted.tensors.items():
-            torch.testing.assert_close(chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                chat.history.state.tensors[name], tensor, rtol=1e-4, atol=1e-4
+            )
 
     def test_every_template_can_be_chosen(self):
         assert set(get_args(get_type_hints(Options)["template"])) == set(TEMPLATES)
@@ -104,7 +106,7 @@ class TestChat:
         again = "".join(chat.retry())
         text = f"User: hi\n\nAssistant:{first.rstrip()}\n\n"
         text += f"User: what?\n\nAssistant:{again.rstrip()}\n\n"
-        assert same_memory(model, chat.state, text)
+        assert same_memory(model, chat.history.state, text)
 
     def test_a_greedy_retry_has_nothing_else_to_say(self, model):
         chat = Chat(model, BYTES, Options(model="", max_tokens=9, sampling=Sampling(temperature=0)))
@@ -114,7 +116,7 @@ class TestChat:
         say(chat, "my name is Ann")
         chat.reset()
         reply = say(chat, "hi")
-        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
+        assert same_memory(model, chat.history.state, f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
 
     def test_a_conversation_can_be_put_away(self, chat, model, tmp_path):
         say(chat, "hi")
@@ -128,7 +130,7 @@ class TestChat:
         pieces = chat.answer("hi")
         shown = "".join(next(pieces) for _ in range(6))
         pieces.close()
-        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
+        assert same_memory(model, chat.history.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
 
 
 class TestTerminal:
@@ -214,7 +216,7 @@ class TestTerminal:
     def test_files_that_cannot_be_do_not_end_it_either(self, path, talk):
         result = talk("hi", f"/save {path}", f"/load {path}", "hi")
         assert (result.code, result.err) == (0, "")
-        assert f"error: cannot write the state to {path}" in result.out
+        assert f"error: cannot write {path}: " in result.out
         assert f"error: no state file at {path}" in result.out
         assert result.out.count("\nAssistant:") == 2
 

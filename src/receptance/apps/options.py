@@ -245,12 +245,11 @@ def _fields(
     """Every option of a dataclass and of those inside it, and whether it is a positional."""
     hints = get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        kind, notes = hints[field.name], ()
-        if get_origin(kind) is Annotated:
-            kind, *notes = get_args(kind)
+        notes: list[Any]
+        kind, *notes = _unwrapped(hints[field.name])
         names = [note.name for note in notes if getattr(note, "name", None) is not None]
         name = names[0] if names else field.name.replace("_", "-")
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             inner = f"{prefix}{name}." if name else prefix
             yield from _fields(kind, (*path, field.name), inner)
             continue
@@ -272,6 +271,11 @@ def _fields(
         )
 
 
+def _unwrapped(hint: Any) -> tuple[Any, ...]:
+    """The type of a field, and what Annotated says about it."""
+    return get_args(hint) if get_origin(hint) is Annotated else (hint,)
+
+
 def _shape(kind: Any) -> tuple[Any, int, bool]:
     """The type of one value, how many are taken at once, and whether it is a list of any length."""
     if get_origin(kind) in (Union, types.UnionType):
@@ -282,17 +286,14 @@ def _shape(kind: Any) -> tuple[Any, int, bool]:
     many = inner[-1] is Ellipsis
     one = inner[0]
     if get_origin(one) in (Union, types.UnionType):  # Literal[...] | Literal[...]
-        one = Literal[tuple(choice for part in get_args(one) for choice in get_args(part))]  # type: ignore[misc]
+        one = Literal[tuple(choice for part in get_args(one) for choice in get_args(part))]
     return one, 1 if many else len(inner), many
 
 
 def _folded(text: str) -> str:
-    """tyro's help text with the paragraphs above its boxes folded, each of which it leaves a line.
-
-    The lines of a box fit already.
-    """
+    """tyro's help text with its long lines folded: it leaves each paragraph of a docstring one."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    lines = (line if line[:1] in "│╭╰" else textwrap.fill(line, width) for line in text.split("\n"))
+    lines = (x if len(x) <= width else textwrap.fill(x, width) for x in text.split("\n"))
     return "\n".join(lines)
 
 
