@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,7 @@ import numpy as np
 import tyro
 
 from receptance.apps.console import Console
-from receptance.apps.options import choose, parse
+from receptance.apps.options import parse
 from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
@@ -79,8 +80,13 @@ COMMANDS: dict[str, type[Command]] = {"prepare": Prepare, "inspect": Inspect, "m
 
 def main(argv: list[str]) -> None:
     """Parse, do it, report."""
-    name = choose(COMMANDS, argv, "receptance data")
-    command = parse(COMMANDS[name], argv[1:], f"receptance data {name}")
+    if argv and argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if not argv or argv[0] not in COMMANDS:
+        found = f"unknown command {argv[0]!r}" if argv else "no command"
+        raise ValueError(f"{found}; there are {', '.join(COMMANDS)}")
+    command: Command = parse(COMMANDS[argv[0]], argv[1:], f"receptance data {argv[0]}")
     console = Console()
     if isinstance(command, Inspect):
         _inspect(command, console)
@@ -88,6 +94,19 @@ def main(argv: list[str]) -> None:
     corpus = _prepared(command, console) if isinstance(command, Prepare) else _merged(command)
     counts = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
     say(console, f"{command.out}: {counts}")
+
+
+def _usage() -> str:
+    """What each command is for, by the beginning of its docstring."""
+    purposes = {name: re.split(r"[.:]\s", kind.__doc__ or "")[0] for name, kind in COMMANDS.items()}
+    return "\n".join(
+        [
+            "usage: receptance data COMMAND [OPTIONS]",
+            "(receptance data COMMAND --help lists them)",
+            "",
+            *(f"  {name:10} {purpose}" for name, purpose in purposes.items()),
+        ]
+    )
 
 
 def _prepared(command: Prepare, console: Console) -> TokenFiles:

@@ -16,7 +16,7 @@ import shutil
 import textwrap
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -58,23 +58,6 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None
     except ValueError as error:
         raise ValueError(words.named(error)) from None
     return parsed
-
-
-def choose(commands: Mapping[str, type], argv: Sequence[str], prog: str) -> str:
-    """The first word, which is one of the commands' names; ValueError lists them.
-
-    -h and --help say what each is for, by the beginning of its docstring, and leave with 0.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: {prog} COMMAND [OPTIONS]    ({prog} COMMAND --help lists them)\n")
-        for name, kind in commands.items():
-            purpose = re.split(r"[.:]\s", kind.__doc__ or "")[0]
-            print(f"  {name:10} {purpose}")
-        raise SystemExit(0)
-    if not argv or argv[0] not in commands:
-        found = f"unknown command {argv[0]!r}" if argv else "no command"
-        raise ValueError(f"{found}; there are {', '.join(commands)}")
-    return argv[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +132,17 @@ class _Words:
             if word == "--":
                 places += len(left)
                 return self._complete_words([*rest, word, *left], seen, places)
-            if not self._is_flag(word):
+            if not _is_flag(word):
                 places += 1
                 rest.append(word)
                 continue
             option, values = self._taken(word, left)
             seen.add(option)
-            if not option.many:
-                rest += [word, *values]
-                continue
-            self.lists.setdefault(option, []).extend(map(option.converted, values))
-            self._check_next(option, left, places)
+            if option.many:
+                self.lists.setdefault(option, []).extend(map(option.converted, values))
+                self._check_next(option, left, places)
+            else:
+                rest += [word, *values[1 if "=" in word else 0 :]]  # --flag=value is one word
         return self._complete_words(rest, seen, places)
 
     def named(self, error: ValueError) -> str:
@@ -169,30 +152,18 @@ class _Words:
         option = self._by_field.get((_refusing(error), name[0])) if name else None
         return text if option is None else option.flag + text[len(option.path[-1]) :]
 
-    def _is_flag(self, word: str) -> bool:
-        return bool(re.match(r"--?[A-Za-z]", word))
-
-    def _ends_values(self, word: str) -> bool:
-        return word == "--" or self._is_flag(word)
-
     def _taken(self, word: str, left: deque[str]) -> tuple[_Option, list[str]]:
         """The option of a word, and its values, which are taken from what is left."""
         name, equals, value = word.partition("=")
-        option = self._by_flag.get("--" + name[2:].replace("_", "-"))
+        option = self._by_flag.get(name.replace("_", "-"))
         if option is None:
             raise ValueError(f"unknown option {name}{self._nearest(name)}")
         if option.kind is bool:
             if equals:
                 raise ValueError(f"{name} takes no value; leave out ={value}")
             return option, []
-        if equals:
-            values = [value]
-            if not option.many:
-                option.converted(value)
-                return option, []  # the word holds it
-            return option, values
-        values = []
-        while len(values) < option.count and left and not self._ends_values(left[0]):
+        values = [value] if equals else []
+        while len(values) < option.count and left and not _ends_values(left[0]):
             values.append(left.popleft())
         if len(values) < option.count:
             wanted = "a value" if option.count == 1 else f"{option.count} values"
@@ -212,7 +183,7 @@ class _Words:
 
     def _check_next(self, option: _Option, left: deque[str], places: int) -> None:
         """Refuse a word behind a list's value that looks like one more value of it."""
-        if not left or self._ends_values(left[0]):
+        if not left or _ends_values(left[0]):
             return
         single = sum(not place.many for place in self._places)
         full = places >= max(1, single + any(place.many for place in self._places))
@@ -237,6 +208,14 @@ class _Words:
             takes = " ".join(place.flag for place in single) or "options only"
             raise ValueError(f"a word too many: {self._prog} takes {takes}")
         return words
+
+
+def _is_flag(word: str) -> bool:
+    return re.match(r"--?[A-Za-z]", word) is not None
+
+
+def _ends_values(word: str) -> bool:
+    return word == "--" or _is_flag(word)
 
 
 def _fields(
@@ -278,16 +257,21 @@ def _unwrapped(hint: Any) -> tuple[Any, ...]:
 
 def _shape(kind: Any) -> tuple[Any, int, bool]:
     """The type of one value, how many are taken at once, and whether it is a list of any length."""
-    if get_origin(kind) in (Union, types.UnionType):
-        kind = next(x for x in get_args(kind) if x is not type(None))
     if get_origin(kind) is not tuple:
-        return kind, 1, False
+        return _single(kind), 1, False
     inner = get_args(kind)
     many = inner[-1] is Ellipsis
-    one = inner[0]
-    if get_origin(one) in (Union, types.UnionType):  # Literal[...] | Literal[...]
-        one = Literal[tuple(choice for part in get_args(one) for choice in get_args(part))]
-    return one, 1 if many else len(inner), many
+    return _single(inner[0]), 1 if many else len(inner), many
+
+
+def _single(kind: Any) -> Any:
+    """The one type that words are read as: of a union all that is not None."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    kinds = [part for part in get_args(kind) if part is not type(None)]
+    if any(get_origin(part) is not Literal for part in kinds):
+        return kinds[0]
+    return Literal[tuple(choice for part in kinds for choice in get_args(part))]
 
 
 def _folded(text: str) -> str:

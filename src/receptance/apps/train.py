@@ -15,6 +15,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from receptance.apps.options import parse
 from receptance.data import TokenFiles, is_corpus
 from receptance.progress import say
 from receptance.storage import checkpoint
@@ -146,7 +147,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _parsed(argv: list[str], default: Options) -> Options:
-    return tyro.cli(Options, args=argv, prog="receptance train", default=default)
+    return parse(Options, argv, "receptance train", default)
 
 
 def _dry_run(options: Options) -> None:
