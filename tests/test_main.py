@@ -272,10 +272,8 @@ class TestPipes:
         [
             "generate model 12",
             "--help",
-            "generate --help",
             "doctor",
             "inspect model",
-            "inspect model --json",
             "verify model",
             "data inspect corpus",
             "convert model out.pth",

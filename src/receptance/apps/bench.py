@@ -134,7 +134,9 @@ def _usual_dtypes(source: str) -> tuple[str, ...]:
 def _measure_all(options: Options, source: str, findings: Findings) -> None:
     steps = 3 + len(options.batches) + len(options.prefill)
     dtypes = options.dtypes or _usual_dtypes(source)
-    with progress_bar(Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    with progress_bar(console) as bar:
         task = bar.add_task("bench", total=steps * len(dtypes), note="")
         for dtype in dtypes:
             bar.update(task, note=f"{dtype}: loading")
