@@ -41,7 +41,7 @@ class Options:
     seed: int = 0
     """Decides the random choices; every prompt uses it for itself."""
     stop: tuple[str, ...] = ()
-    """A string that ends a text."""
+    """A string that ends a text and is not part of it."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
     load_state: Path | None = None
     """Continue from a state file that --save-state or a chat wrote (for one prompt)."""
