@@ -41,7 +41,8 @@ demo: $(VENV)/.installed
 	$(call remove,$(RUN),metrics.jsonl .lock)
 	$(BIN)/receptance train \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
-		--exclude site-packages test tests idlelib lib2to3 --out '$(RUN)' \
+		--exclude site-packages --exclude test --exclude tests --exclude idlelib \
+		--exclude lib2to3 --out '$(RUN)' \
 		--minutes $(MINUTES) --tokenizer bpe:2048 --width 256 --layers 4 \
 		--batch 4 --context 256 --learning-rate 4e-3 --final-learning-rate 1e-4 \
 		--warmup-steps 50 --validation 0.02 --reports 5 --sample-prompt 'def '

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tyro
 
 import receptance
 from receptance.__main__ import APPS
+from receptance.apps.options import parse
 from receptance.config import PUBLISHED_SIZES
 from receptance.tokenizer import ByteTokenizer
 
@@ -89,7 +89,11 @@ def check_app(app: str, *arguments: str) -> None:
     if app != "--version":
         assert app in APPS
         module = importlib.import_module(f"receptance.apps.{app}")
-        tyro.cli(module.Options, args=arguments)
+        if hasattr(module, "COMMANDS"):
+            command, *arguments = arguments
+            parse(module.COMMANDS[command], arguments, app)
+        else:
+            parse(module.Options, arguments, app)
 
 
 def check_make(arguments: list[str]) -> None:
@@ -102,7 +106,7 @@ def check_make(arguments: list[str]) -> None:
 
 
 def options(kind: type) -> Iterator[str]:
-    """The flags that tyro makes of a dataclass, nested ones and subcommands included."""
+    """The flags that tyro makes of a dataclass, nested ones included."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         for inner in (field.default_factory, *typing.get_args(hints[field.name])):
@@ -117,7 +121,9 @@ def options(kind: type) -> Iterator[str]:
 def test_options_in_the_text_exist(page):
     known = {"--help", "--version", "--extra-index-url", *options(receptance.Sampling)}
     for app in APPS:
-        known |= set(options(importlib.import_module(f"receptance.apps.{app}").Options))
+        module = importlib.import_module(f"receptance.apps.{app}")
+        for kind in getattr(module, "COMMANDS", {"": getattr(module, "Options", None)}).values():
+            known |= set(options(kind))
     assert set(re.findall(r"`(--[a-z-]+)", prose(page))) <= known
 
 

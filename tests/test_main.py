@@ -1,10 +1,14 @@
 """The command as a whole: its front door, and one clear line for every bad input."""
 
+import ast
 import errno
+import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -56,13 +60,71 @@ class TestFrontDoor:
         assert (result.code, result.out) == (2, "")
         assert "Traceback" not in result.err
 
-    def test_a_command_imports_only_itself(self):
+    @pytest.mark.parametrize("word", ["--help", "--version", "trian"])
+    def test_what_needs_no_model_imports_none_of_it(self, word):
         code = (
-            "import sys; from receptance.__main__ import main; main(['--help']);"
-            "print([m for m in ('torch', 'tyro', 'receptance.apps.train') if m in sys.modules])"
+            f"import sys; from receptance.__main__ import main; main([{word!r}]);"
+            "print([m for m in ('torch', 'numpy', 'tyro', 'rich') if m in sys.modules])"
         )
         out = subprocess.check_output([sys.executable, "-c", code], text=True)
-        assert out.splitlines()[-1] == "['torch']"  # receptance itself needs it
+        assert out.splitlines()[-1] == "[]"
+
+    def test_control_characters_of_an_argument_do_not_reach_the_terminal(self):
+        result = call("inspect", "no\x1b[2Jthing")
+        assert result.code == 2
+        assert "no\\x1b[2Jthing" in result.err and "\x1b" not in result.err
+
+
+class TestPublicNames:
+    def test_each_is_what_its_module_has(self):
+        namespace: dict[str, object] = {}
+        exec("from receptance import *", namespace)
+        assert set(receptance.__all__) <= namespace.keys()
+        assert set(receptance.__all__) <= set(dir(receptance))
+        assert receptance.State is importlib.import_module("receptance.state").State
+
+    def test_type_checkers_and_programs_see_the_same(self):
+        tree = ast.parse(Path(receptance.__file__).read_text())
+        imported = {
+            alias.name: node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert {n: imported[n] for n in receptance._HOMES} == receptance._HOMES
+        assert {*receptance._HOMES, "__version__"} == set(receptance.__all__)
+
+    def test_others_are_not_there(self):
+        with pytest.raises(AttributeError, match="has no attribute 'Slot'"):
+            receptance.Slot  # noqa: B018
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+class TestInterrupts:
+    """Ctrl-C while torch is being imported, which takes seconds."""
+
+    # Python starts, and then says when the command has begun to import.
+    BEGIN = (
+        "import sys; import receptance.__main__ as m; real = m.importlib.import_module;"
+        "m.importlib.import_module = lambda name: (print('go', flush=True), real(name))[1];"
+        "sys.exit(m.main(sys.argv[1:]))"
+    )
+
+    @pytest.mark.parametrize("seconds", [0, 0.1, 0.3, 0.6])
+    def test_is_one_line(self, seconds):
+        command = [sys.executable, "-c", self.BEGIN, "inspect", "nothing/here"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with process:
+            assert process.stdout and process.stdout.readline() == b"go\n"
+            time.sleep(seconds)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=100)
+        assert (process.returncode, said) == (130, b"\ninterrupted\n")
+
+    def test_afterwards_it_is_an_exception_again(self):
+        before = signal.getsignal(signal.SIGINT)
+        call("doctor", "--no-such-option")
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.fixture
@@ -142,8 +204,8 @@ TRAIN = f"{SMALL} --steps 3 --out run"
         (nothing, "generate model --tokenizer missing", "missing: no such file"),
         (nothing, "generate model --device warp", "device 'warp' cannot be used"),
         (nothing, "generate model --max-tokens 0", "max_tokens is 0"),
-        (nothing, "generate model --temperature -1", "temperature is -1"),
-        (nothing, "generate model --top-p nan", "top_p is nan"),
+        (nothing, "generate model --temperature -1", "--temperature is -1"),
+        (nothing, "generate model --top-p nan", "--top-p is nan"),
         (nothing, "generate model --seed 99999999999999999999", "seed is 9999"),
         # chat
         (nothing, "chat missing", "no such file or directory: missing"),
@@ -205,10 +267,25 @@ class TestPipes:
 
     COMMAND = (sys.executable, "-m", "receptance", "generate", "model", "12 little")
 
-    @pytest.mark.parametrize("command", [COMMAND, (*COMMAND[:3], "--help")])
-    def test_a_reader_that_goes_away(self, command):
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "generate model 12",
+            "--help",
+            "doctor",
+            "inspect model",
+            "verify model",
+            "data inspect corpus",
+            "convert model out.pth",
+            "quantize model --to int8 --out out",
+            "bench model --seconds 0.001 --batches 1 --prefill 5 --dtypes float32",
+        ],
+    )
+    def test_a_reader_that_goes_away(self, line):
         """`receptance generate ... | head -c 5`, written at once or, as usual, in blocks."""
+        command = (*self.COMMAND[:3], *line.split())
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run(

@@ -6,10 +6,15 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
+from receptance.apps.text import visible
 from receptance.errors import out_of_memory
+from receptance.version import __version__
 
 APPS = {
     "data": "make corpora of tokens, look into them, put them together",
@@ -26,6 +31,9 @@ APPS = {
 }
 
 
+_INTERRUPTED = 130  # what shells report of a program that ended with Ctrl-C
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one app; 0 if it went well, 2 after bad input, 130 after Ctrl-C."""
     try:
@@ -36,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()  # here, where it can still be said that it failed
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away; the rest of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -57,19 +65,41 @@ def _run(argv: list[str]) -> int:
         return 0 if argv else 2
     name, *rest = argv
     if name == "--version":
-        from receptance import __version__
-
         print(f"receptance {__version__}")
         return 0
     if name not in APPS:
         return _fail(f"unknown command {name!r}; there are {', '.join(APPS)}")
-    app = importlib.import_module(f"receptance.apps.{name}")
+    with _quick_interrupts():
+        app = importlib.import_module(f"receptance.apps.{name}")
     _tolerate_any_text()
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module=r"receptance\.")
         warnings.showwarning = _warn
         app.main(rest)
     return 0
+
+
+@contextlib.contextmanager
+def _quick_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the program at once and in one line, while modules are imported.
+
+    An exception instead would come out of the middle of another package, which may turn it into an
+    error of its own, or lose it. Nothing has been begun that would have to be tidied up.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        os.write(2, b"\ninterrupted\n")
+        os._exit(_INTERRUPTED)
+
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
@@ -108,7 +138,8 @@ def _fail(message: str) -> int:
 
 def _say(kind: str, message: str) -> None:
     with contextlib.suppress(OSError):  # a full disk under standard error
-        print(f"receptance: {kind}: " + " ".join(message.split()), file=sys.stderr)
+        line = visible(" ".join(message.split()), one_line=True)  # names of files and tensors
+        print(f"receptance: {kind}: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

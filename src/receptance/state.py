@@ -84,15 +84,17 @@ class State:
         """The same numbers without their history, as truncated backpropagation needs them."""
         return self._map(lambda x: x.detach())
 
-    def save(self, path: str | Path, fingerprint: str) -> None:
+    def save(self, path: str | Path, fingerprint: str, *, unread: str = "") -> None:
         """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically.
 
-        An earlier state is replaced. ValueError if anything else is at path: it stays as it is.
+        unread is text that was written but not read yet, because its tokens depend on what follows;
+        `unread_text` returns it. An earlier state is replaced. ValueError if anything else is at
+        path: it stays as it is.
         """
         from safetensors.torch import save
 
         path = Path(path)
-        _check_replaceable(path)
+        check_replaceable(path)
         # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
         tensors = {
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -103,6 +105,7 @@ class State:
             "format_version": FORMAT_VERSION,
             "model": fingerprint,
             "sha256": _digest(tensors),
+            **({"unread": unread} if unread else {}),
         }
         with one_line(path, "the state to "), written(path) as file:
             file.write(save(tensors, metadata=about))
@@ -150,21 +153,28 @@ class State:
         return State(tensors, (tokens or change)(self.tokens))
 
 
-def _check_replaceable(path: Path) -> None:
+def unread_text(path: str | Path) -> str:
+    """The text of a state file that the state has not read: it comes before whatever is next."""
+    return _about(Path(path)).get("unread", "")
+
+
+def check_replaceable(path: Path) -> None:
     """ValueError if there is something at path that is no state file."""
+    if os.path.lexists(path) and _about(path).get("format") != FORMAT:
+        raise ValueError(
+            f"cannot write the state to {path}: what is there is not a state; choose another name"
+        )
+
+
+def _about(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; of anything else nothing."""
     from safetensors import SafetensorError, safe_open
 
-    if not os.path.lexists(path):
-        return
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") == FORMAT:
-                return
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        pass
-    raise ValueError(
-        f"cannot write the state to {path}: what is there is not a state; choose another name"
-    )
+        return {}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

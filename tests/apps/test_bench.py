@@ -20,7 +20,18 @@ from receptance.model import Model
 from receptance.storage.checkpoint import save
 from receptance.tokenizer import ByteTokenizer
 
-QUICK = ["--seconds", "0.001", "--batches", "1", "2", "--prefill", "5", "--threads", "1"]
+QUICK = [
+    "--seconds",
+    "0.001",
+    "--batches",
+    "1",
+    "--batches",
+    "2",
+    "--prefill",
+    "5",
+    "--threads",
+    "1",
+]
 FIGURES = {"bandwidth", "load s", "first token s", "weights", "bytes per token", "resident"}
 FIGURES |= {"batch 1 tokens/s", "batch 2 tokens/s", "prompt of 5 tokens/s"}
 
@@ -38,7 +49,7 @@ def model(tmp_path) -> str:
 
 def test_every_type_is_measured_in_a_process_of_its_own(model, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    bench.main([model, *QUICK, "--dtypes", "float32", "bfloat16", "--json", str(out)])
+    bench.main([model, *QUICK, "--dtypes", "float32", "--dtypes", "bfloat16", "--json", str(out)])
     shown = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["model"] == model and found["sizes"]["width"] == 16
@@ -80,7 +91,7 @@ def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "_in_a_process", stopped)
     out = tmp_path / "figures.json"
     with pytest.raises(KeyboardInterrupt):
-        bench.main([model, *QUICK, "--dtypes", "float32", "int8", "--json", str(out)])
+        bench.main([model, *QUICK, "--dtypes", "float32", "--dtypes", "int8", "--json", str(out)])
     assert "0.25" in (shown := capsys.readouterr().out) and "5e+07" in shown and " 50" in shown
     result = json.loads(out.read_text())["results"]["float32"]
     assert result["batch 1 tokens/s, share of the memory limit"] == 0.5

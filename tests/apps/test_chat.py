@@ -1,7 +1,10 @@
 """receptance chat: the conversation is the state, and nothing else."""
 
-from collections.abc import Iterator
-from typing import get_args, get_type_hints
+import importlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -9,14 +12,20 @@ from command import Result, call
 from tiny import make_model, small_bpe
 
 from receptance import save
-from receptance.apps.chat import Chat, Options
+from receptance.apps.chat import Chat, Options, _show
 from receptance.data.examples import encode_record
 from receptance.data.templates import TEMPLATES, TURN_END
 from receptance.inference.generation import Generation, prefill
 from receptance.inference.sampling import Sampling
 from receptance.model import Model
 from receptance.state import State
-from receptance.tokenizer import ByteTokenizer
+from receptance.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    WorldTokenizer,
+    load_tokenizer,
+)
 
 BYTES = ByteTokenizer()
 
@@ -50,7 +59,7 @@ class TestChat:
         for message in ("hi", "how are you?", "é"):
             reply = say(chat, message)
             text += f"User: {message}\n\nAssistant:{reply.rstrip()}\n\n"
-            assert same_memory(model, chat.state, text)
+            assert same_memory(model, chat.history.state, text)
 
     def test_what_follows_the_end_of_a_turn_is_forgotten(self, chat, model, monkeypatch):
         written = iter(b" hello \n\nUser: and so on")
@@ -58,17 +67,17 @@ class TestChat:
             "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
         )
         assert say(chat, "hi") == " hello "
-        assert same_memory(model, chat.state, "User: hi\n\nAssistant: hello\n\n")
+        assert same_memory(model, chat.history.state, "User: hi\n\nAssistant: hello\n\n")
 
     def test_a_blank_line_within_a_message_is_left_out(self, chat, model):
         reply = say(chat, "one\n\n  \ntwo")
         text = f"User: one\ntwo\n\nAssistant:{reply.rstrip()}\n\n"
-        assert same_memory(model, chat.state, text)
+        assert same_memory(model, chat.history.state, text)
 
     def test_names_are_options(self, model):
         raven = Chat(model, BYTES, Options(model="", user="Bob", assistant="Alice", max_tokens=3))
         reply = say(raven, "hi")
-        assert same_memory(model, raven.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
+        assert same_memory(model, raven.history.state, f"Bob: hi\n\nAlice:{reply.rstrip()}\n\n")
 
     @pytest.mark.parametrize("template", TEMPLATES)
     def test_a_conversation_has_the_tokens_that_training_reads(self, template, monkeypatch):
@@ -86,10 +95,12 @@ class TestChat:
         record = {"messages": [{"role": role, "content": text} for role, text in said]}
         ids, _ = encode_record(record, bpe, template)
         _, wanted = prefill(model, [ids])
-        assert chat.state is not None
-        assert chat.state.tokens.tolist() == [len(ids)]
+        assert chat.history.state is not None
+        assert chat.history.state.tokens.tolist() == [len(ids)]
         for name, tensor in wanted.tensors.items():
-            torch.testing.assert_close(chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                chat.history.state.tensors[name], tensor, rtol=1e-4, atol=1e-4
+            )
 
     def test_every_template_can_be_chosen(self):
         assert set(get_args(get_type_hints(Options)["template"])) == set(TEMPLATES)
@@ -104,7 +115,7 @@ class TestChat:
         again = "".join(chat.retry())
         text = f"User: hi\n\nAssistant:{first.rstrip()}\n\n"
         text += f"User: what?\n\nAssistant:{again.rstrip()}\n\n"
-        assert same_memory(model, chat.state, text)
+        assert same_memory(model, chat.history.state, text)
 
     def test_a_greedy_retry_has_nothing_else_to_say(self, model):
         chat = Chat(model, BYTES, Options(model="", max_tokens=9, sampling=Sampling(temperature=0)))
@@ -114,7 +125,7 @@ class TestChat:
         say(chat, "my name is Ann")
         chat.reset()
         reply = say(chat, "hi")
-        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
+        assert same_memory(model, chat.history.state, f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
 
     def test_a_conversation_can_be_put_away(self, chat, model, tmp_path):
         say(chat, "hi")
@@ -128,7 +139,138 @@ class TestChat:
         pieces = chat.answer("hi")
         shown = "".join(next(pieces) for _ in range(6))
         pieces.close()
-        assert same_memory(model, chat.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
+        assert same_memory(model, chat.history.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
+
+
+PILE = Path("/work/shared/data/20B_tokenizer.json")
+WORLD = Path("/work/shared/data/rwkv_vocab_v20230424.txt")
+
+
+def crossing_world() -> WorldTokenizer:
+    """A vocabulary with tokens that begin in one turn and end in the next."""
+    longer = [b"\n\n", b".\n\n", b"\n\nUser", b"!\n\nQ", b":\n", b" ok.\n\nBob: "]
+    tokens = [*(bytes([n]) for n in range(256)), *longer]
+    lines = [f"{n} {token!r} {len(token)}\n" for n, token in enumerate(tokens, start=1)]
+    return WorldTokenizer("".join(lines).encode())
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": ByteTokenizer,
+    "bpe": small_bpe,
+    "bpe of conversations": lambda: BPETokenizer.train(["User: a.\n\nAssistant: ok.\n\n" * 9], 300),
+    "world": crossing_world,
+    "World": lambda: WorldTokenizer.from_file(WORLD),
+    "Pile": lambda: load_tokenizer(PILE),
+}
+FILES = {"World": WORLD, "Pile": PILE}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request) -> Tokenizer:
+    if request.param in FILES and not FILES[request.param].exists():
+        pytest.skip(f"there is no {FILES[request.param].name} here")
+    return TOKENIZERS[request.param]()
+
+
+class TestTokens:
+    """What the model has read is the whole conversation, encoded as one text."""
+
+    TURNS = (
+        ("hi", " Hello there."),
+        ("How are\nyou?", " ok."),
+        ("naïve 狐!", " 12 foxes!"),
+        ("and", ""),
+        ("x", " spaces  "),
+    )
+
+    @pytest.fixture
+    def talk(self, tokenizer, monkeypatch) -> Callable[..., Chat]:
+        """A chat whose model writes given answers, in tokens of its own choice."""
+
+        def talk(template: str) -> Chat:
+            model = make_model(tokenizer.vocab_size + 1, width=8)
+            return Chat(model, tokenizer, Options(model="", template=template, max_tokens=60))
+
+        self.monkeypatch = monkeypatch
+        return talk
+
+    def turn(self, chat: Chat, question: str, answer: str) -> str:
+        """The text that is added by a question and its answer."""
+        written = iter(chat.tokenizer.encode(answer) + chat.tokenizer.encode("\n\nand so on" * 9))
+        self.monkeypatch.setattr(
+            "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
+        )
+        assert say(chat, question) == answer
+        return chat.template.prompt(question) + answer.rstrip() + TURN_END
+
+    @pytest.mark.parametrize("template", TEMPLATES)
+    def test_over_a_conversation(self, template, talk, tokenizer, monkeypatch):
+        chat, text, prompts = talk(template), "", []
+
+        def record(*args: Any, **options: Any) -> Generation:
+            prompts.append((args[2][0], options["state"]))
+            return Generation(*args, **options)
+
+        monkeypatch.setattr("receptance.apps.chat.Generation", record)
+        for question, answer in self.TURNS:
+            read = chat.history.ids
+            whole = tokenizer.encode(text + chat.template.prompt(question))
+            text += self.turn(chat, question, answer)
+            prompt, state = prompts[-1]
+            begun = 0 if state is None else int(state.tokens)
+            assert begun in (0, len(read))
+            assert read[:begun] + prompt == whole
+            assert chat.history.text.decode() == text
+            assert len(chat.history.ids) == int(chat.history.state.tokens)
+            _, wanted = prefill(chat.engine, [chat.history.ids])
+            for name, tensor in wanted.tensors.items():
+                found = chat.history.state.tensors[name]
+                torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-3)
+        following = tokenizer.encode(text + chat.template.prompt("x"))
+        read = chat.history.ids
+        assert following[: len(read)] == read
+        assert len(following) - len(read) < len(tokenizer.encode(chat.template.prompt("x"))) + 9
+
+    def test_nothing_is_read_twice(self, talk, tokenizer, monkeypatch):
+        if tokenizer.kind == "world" and tokenizer.vocab_size < 1000:
+            pytest.skip("its tokens cross the borders of turns, so that some are read again")
+        chat, read = talk("world"), []
+        features = Model.features
+
+        def count(model: Model, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
+            read.append(tokens.numel())
+            return features(model, tokens, *args, **options)
+
+        monkeypatch.setattr(Model, "features", count)
+        for question, answer in (("hi", " Hello there."), ("how", " fine."), ("so", " well.")):
+            self.turn(chat, question, answer)
+        assert sum(read) <= len(chat.history.ids) + 3  # the last token of an answer, each time
+
+    def test_a_stored_conversation_goes_on_with_the_same_tokens(self, talk, tokenizer, tmp_path):
+        chat = talk("world")
+        text = self.turn(chat, "hi", " Hello there.")
+        chat.save(str(tmp_path / "state"))
+        other = talk("world")
+        other.load(str(tmp_path / "state"))
+        text += self.turn(other, "how", " ok.")
+        chat.engine = other.engine
+        self.turn(chat, "how", " ok.")
+        whole = tokenizer.encode(text + chat.template.prompt("x"))
+        count = int(other.history.state.tokens)
+        _, wanted = prefill(chat.engine, [whole[:count]])
+        for name, tensor in wanted.tensors.items():
+            found = other.history.state.tensors[name]
+            torch.testing.assert_close(found, tensor, rtol=1e-3, atol=1e-3)
+
+    def test_a_blank_line_is_two_tokens_of_the_pile(self, monkeypatch):
+        if not PILE.exists():
+            pytest.skip(f"there is no {PILE.name} here")
+        self.monkeypatch, pile = monkeypatch, load_tokenizer(PILE)
+        chat = Chat(make_model(pile.vocab_size, width=8), pile, Options(model="", max_tokens=60))
+        self.turn(chat, "hi", " Hello there.")
+        self.turn(chat, "how", " ok.")
+        assert 535 in pile.encode("there.\n\n")
+        assert 535 not in chat.history.ids and 187 in chat.history.ids
 
 
 class TestTerminal:
@@ -187,6 +329,53 @@ class TestTerminal:
         assert "(forgotten)" in result.out
         assert result.out.count("\nAssistant:") == 3
 
+    def test_weights_are_not_overwritten(self, talk):
+        weights = Path("model/model.safetensors")
+        before = weights.read_bytes()
+        result = talk("hi", f"/save {weights}")
+        assert f"error: {weights} exists and is not a state" in result.out
+        assert weights.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "lines", [("one\\", "two \\", "three"), ('"""', "one", "two ", "three", '"""')]
+    )
+    def test_several_lines_are_one_message(self, lines, talk, model):
+        chat = Chat(model, BYTES, Options(model="", max_tokens=8))
+        wanted = say(chat, "one\ntwo \nthree")
+        out = talk(*lines).out
+        assert f"\nAssistant:{wanted}\n" in out
+        assert out.count("\nAssistant:") == 1
+
+    def test_an_unfinished_message_is_not_sent(self, talk):
+        for lines in (('"""', "one"), ("one\\",), ('"""', KeyboardInterrupt)):
+            result = talk(*lines)
+            assert result.code == 0
+            assert "\nAssistant:" not in result.out
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_lines_are_edited_where_somebody_types(self, terminal, talk, monkeypatch):
+        imported = []
+        real = importlib.import_module
+        monkeypatch.setattr(
+            "importlib.import_module", lambda name, *a: imported.append(name) or real(name, *a)
+        )
+        monkeypatch.setattr("sys.stdin", keyboard := io.StringIO())
+        monkeypatch.setattr(keyboard, "isatty", lambda: terminal)
+        assert talk("/help").code == 0
+        assert ("readline" in imported) == terminal
+
+    def test_a_terminal_gets_no_commands_of_the_model(self, model, monkeypatch):
+        written = iter(b"\x1b[2J\xc2\x9b1m\n\n")
+        monkeypatch.setattr(
+            "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
+        )
+        monkeypatch.setattr("sys.stdout", output := io.StringIO())
+        monkeypatch.setattr(output, "isatty", lambda: True)
+        chat = Chat(model, BYTES, Options(model="", max_tokens=20))
+        _show(chat, chat.answer("hi"))
+        assert output.getvalue() == "\nAssistant:\\x1b[2J\\x9b1m\n"
+        assert "\x1b[2J\x9b1m" in chat.history.text.decode()
+
     def test_help_lists_the_commands(self, talk):
         out = talk("/help").out
         for command in ("/reset", "/retry", "/save", "/load", "/help", "/quit"):
@@ -214,7 +403,8 @@ class TestTerminal:
     def test_files_that_cannot_be_do_not_end_it_either(self, path, talk):
         result = talk("hi", f"/save {path}", f"/load {path}", "hi")
         assert (result.code, result.err) == (0, "")
-        assert f"error: cannot write the state to {path}" in result.out
+        assert f"error: cannot write {path}: " in result.out
+        assert "partial" not in result.out
         assert f"error: no state file at {path}" in result.out
         assert result.out.count("\nAssistant:") == 2
 

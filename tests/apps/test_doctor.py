@@ -61,9 +61,9 @@ def test_without_a_compiler_it_says_which_to_install(system, command, monkeypatc
     assert f"; {command}" in call("doctor").out
 
 
-def test_without_an_optional_package_it_names_the_extra(monkeypatch):
+def test_without_an_optional_package_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert findings()["matplotlib"] == Finding("absent (plots)", "pip install 'receptance[plot]'")
+    assert findings()["matplotlib"] == Finding("absent (plots)", "pip install matplotlib")
     assert findings()["triton"].found.startswith("absent")
 
 

@@ -109,6 +109,104 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly():
     assert result.err.count("\n") == 1
 
 
+class TestPrompts:
+    def test_a_list_option_before_the_prompt(self):
+        plain = call("generate", "run", "12", "--max-tokens", 40).out
+        stop = plain[6:8]
+        result = call("generate", "run", "--max-tokens", 40, "--stop", stop, "12")
+        assert (result.code, result.err) == (0, "")
+        assert result.out == plain[: plain.index(stop, 2)] + "\n"
+
+    def test_several_stop_strings(self):
+        plain = call("generate", "run", "12", "--max-tokens", 40).out
+        first, later = plain[5:7], plain[20:22]
+        result = call("generate", "run", "12", "--max-tokens", 40, "--stop", later, "--stop", first)
+        assert result.out == plain[: plain.index(first, 2)] + "\n"
+
+    def test_words_without_quotes_are_said_to_be_several_prompts(self):
+        result = call("generate", "run", "Once", "upon", "a", "--max-tokens", 1)
+        assert result.err.startswith("receptance: note: 3 prompts, each continued for itself;")
+        assert result.err.count("\n") == 1
+        assert call("generate", "run", "Once upon a", "--max-tokens", 1).err == ""
+
+    @pytest.mark.parametrize("content", [b"12 little\n", b"\xef\xbb\xbf12 little\n", b"12 \xe9\\n"])
+    def test_from_a_file_to_the_byte(self, content):
+        Path("prompt.txt").write_bytes(content)
+        result = call("generate", "run", "--prompt-file", "prompt.txt", "--max-tokens", 9)
+        model, tokenizer = load("run")
+        prompt = content.removeprefix(b"\xef\xbb\xbf")
+        (wanted,) = generate(model, tokenizer, [tokenizer.encode(prompt)], max_tokens=9)
+        assert (result.code, result.err) == (0, "")
+        assert result.out == prompt.decode("utf-8", "surrogateescape") + wanted + "\n"
+
+    def test_from_standard_input(self, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"12 little")))
+        result = call("generate", "run", "--prompt-file", "-", "--max-tokens", 9)
+        assert result.out == expect("12 little", max_tokens=9) + "\n"
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (("a", "--prompt-file", "text.txt"), "leave out --prompt-file or the others"),
+            (("--prompt-file", "missing"), "missing: No such file"),
+            (("--prompt-file", "."), "Is a directory"),
+        ],
+    )
+    def test_files_that_cannot_be_prompts(self, argv, message):
+        result = call("generate", "run", *argv)
+        assert (result.code, result.err.count("\n")) == (2, 1)
+        assert message in result.err
+
+    def test_escapes_are_read_when_that_is_wanted(self):
+        plain = expect("12\n", max_tokens=20)
+        read = call("generate", "run", r"12\n", "--escapes", "--max-tokens", 20)
+        assert (read.out, read.err) == (plain + "\n", "")
+        stop = f"\\u{ord(plain[8]):04x}"
+        ended = call("generate", "run", r"12\n", "--escapes", "--stop", stop, "--max-tokens", 20)
+        assert ended.out == plain[: plain.index(plain[8], 3)] + "\n"
+        wrong = call("generate", "run", r"12\d", "--escapes")
+        assert (wrong.code, wrong.err.count("\n")) == (2, 1)
+        assert "a backslash before 'd'" in wrong.err
+
+    @pytest.mark.parametrize("argv", [(r"12\n",), ("12", "--stop", r"\n\n")])
+    def test_otherwise_they_are_warned_of(self, argv):
+        result = call("generate", "run", *argv, "--max-tokens", 3)
+        assert result.out == expect(argv[0], max_tokens=3) + "\n"
+        assert result.err.startswith("receptance: warning: ") and "--escapes" in result.err
+        assert result.err.count("\n") == 1
+
+
+class TestTerminal:
+    WRITTEN = b"\x1b]0;pwned\x07 \xc2\x9b2J\r\n\tend"
+
+    @pytest.fixture(autouse=True)
+    def written(self, monkeypatch):
+        """The model writes commands to a terminal, a byte at a time."""
+        written = iter(self.WRITTEN * 2)
+        monkeypatch.setattr(
+            "receptance.inference.sampling.choose",
+            lambda logits, *_: torch.tensor([next(written)] * len(logits)),
+        )
+
+    def show(self, monkeypatch, *argv: str, terminal: bool) -> str:
+        class Output(io.StringIO):
+            def isatty(self) -> bool:
+                return terminal
+
+        monkeypatch.setattr("sys.stdout", output := Output())
+        main(["run", *argv, "--max-tokens", str(len(self.WRITTEN))])
+        return output.getvalue()
+
+    @pytest.mark.parametrize("prompts", [("a",), ("a\x1b", "b")])
+    def test_gets_no_commands(self, prompts, monkeypatch):
+        shown = self.show(monkeypatch, *prompts, terminal=True)
+        assert "\\x1b]0;pwned\\x07 \\x9b2J\\x0d\n\tend" in shown
+        assert set(shown) & {chr(n) for n in (*range(32), *range(127, 160))} == {"\n", "\t"}
+
+    def test_a_file_gets_the_text(self, monkeypatch):
+        assert self.show(monkeypatch, "a", terminal=False) == f"a{self.WRITTEN.decode()}\n"
+
+
 class TestStates:
     GREEDY = ("--temperature", 0, "--max-tokens", 10)
 
@@ -128,6 +226,22 @@ class TestStates:
         prompt = read + tokenizer.encode("fox")
         (whole,) = generate(model, tokenizer, [prompt], temperature=0, max_tokens=10)
         assert second.out == f"fox{whole}\n"
+
+    def test_weights_are_not_overwritten_and_nothing_is_loaded_before(self):
+        save(make_model(), "mine", ByteTokenizer())
+        weights = Path("mine/model.safetensors")
+        before = weights.read_bytes()
+        result = call("generate", "not a model", "hi", "--save-state", weights)
+        assert result.code == 2
+        assert f"{weights} exists and is not a state" in result.err
+        assert weights.read_bytes() == before
+
+    def test_what_a_chat_has_not_read_comes_before_the_prompt(self):
+        model, tokenizer = load("run")
+        _, state = prefill(model, [tokenizer.encode("12 ")])
+        state.save("s", model.fingerprint(), unread="fox")
+        result = call("generate", "run", "es", *self.GREEDY, "--load-state", "s")
+        assert result.out == expect("12 foxes", temperature=0, max_tokens=10)[6:] + "\n"
 
     def test_a_chain_of_states(self):
         for text in ("a", "b", "c"):
@@ -153,6 +267,7 @@ class TestStates:
             (("a", "--load-state", "text.txt"), "text.txt is not a readable state file"),
             (("a", "--save-state", "no/where/s"), "no state can be written to no/where/s"),
             (("a", "--save-state", "."), "name a file in a folder that exists"),
+            (("a", "--save-state", "text.txt"), "text.txt exists and is not a state"),
         ],
     )
     def test_refusals(self, argv, message):

@@ -36,6 +36,18 @@ def test_it_says_what_was_found(name):
     assert counts == list(found.half_lives.values())[1:]
 
 
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_damage_is_said_and_is_the_exit_code(option):
+    weights = Path("modèle 狐/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    result = call("inspect", "modèle 狐", *option)
+    assert (result.code, result.err) == (1, "")
+    said = json.loads(result.out)["damage"] if option else result.out.split("damaged ")[1]
+    assert "model.safetensors" in said
+
+
 def test_json_has_every_figure():
     result = call("inspect", "m.pth", "--json")
     assert (result.code, result.err) == (0, "")

@@ -117,7 +117,7 @@ class TestGenerate:
             start = adapter.initial_state(2)
             texts = generate(model, BYTES, list(prompts), temperature=0, max_tokens=8, state=start)
         result = call("generate", "model", *prompts, *GREEDY, "--adapter", kind)
-        assert (result.code, result.err) == (0, "")
+        assert result.code == 0
         wanted = [p + text for p, text in zip(prompts, texts, strict=True)]
         assert result.out == "".join(f"--- {n} ---\n{x}\n" for n, x in enumerate(wanted, start=1))
         assert result.out != call("generate", "model", *prompts, *GREEDY).out
@@ -151,9 +151,11 @@ class TestChat:
             reply = "".join(chat.answer("hi"))
             text = BYTES.encode(f"User: hi\n\nAssistant:{reply.rstrip()}\n\n")
             _, wanted = prefill(model, [text], adapter.initial_state())
-            assert chat.state is not None
+            assert chat.history.state is not None
             for name, tensor in wanted.tensors.items():
-                torch.testing.assert_close(chat.state.tensors[name], tensor, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    chat.history.state.tensors[name], tensor, rtol=1e-4, atol=1e-4
+                )
             chat.reset()
         adapter.detach()
 

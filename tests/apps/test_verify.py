@@ -1,5 +1,6 @@
 """receptance verify: exit codes, the table, JSON, recording, and one line for what is no model."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import huggingface_hub.constants
 import pytest
 import torch
 from command import call
+from rich.console import Console
 from tiny import make_model, small_bpe
 
 from receptance import save
-from receptance.checking.verifying import Subject, verify
+from receptance.apps.verify import table
+from receptance.checking.verifying import Check, Subject, verify
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +92,10 @@ def test_a_bad_input_is_one_line(argv, words):
     result = call("verify", *argv)
     assert (result.code, result.out) == (2, "")
     assert words in result.err and result.err.count("\n") == 1
+
+
+def test_what_comes_from_a_file_gives_a_terminal_no_commands():
+    shown = Console(file=io.StringIO(), width=160)
+    shown.print(table([Check("na\x1b[2Jme", 0.0, 0.0, "no\nte\x9b")]))
+    assert shown.file.getvalue().count("\n") == 2
+    assert "na\\x1b[2Jme" in shown.file.getvalue() and "no\\x0ate\\x9b" in shown.file.getvalue()

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.atomic import written
 from receptance.config import published
 from receptance.engine import load_engine
@@ -87,7 +88,7 @@ class Findings:
 
 def main(argv: list[str]) -> None:
     """Parse, measure every type in a process of its own, report; also what Ctrl-C left."""
-    options = tyro.cli(Options, args=argv, prog="receptance bench")
+    options = parse(Options, argv, "receptance bench")
     _check(options)
     console, findings = Console(), Findings()
     with _model(options) as source, _reporting(console, options, findings):
@@ -133,7 +134,9 @@ def _usual_dtypes(source: str) -> tuple[str, ...]:
 def _measure_all(options: Options, source: str, findings: Findings) -> None:
     steps = 3 + len(options.batches) + len(options.prefill)
     dtypes = options.dtypes or _usual_dtypes(source)
-    with progress_bar(Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    console.quiet = not console.is_terminal
+    with progress_bar(console) as bar:
         task = bar.add_task("bench", total=steps * len(dtypes), note="")
         for dtype in dtypes:
             bar.update(task, note=f"{dtype}: loading")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
 
+from receptance.apps.options import parse
+from receptance.apps.text import visible
 from receptance.data.templates import TEMPLATES, TURN_END, Template
 from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
 from receptance.inference.generation import Generation, prefill
 from receptance.inference.rows import Request
 from receptance.inference.sampling import Sampling
-from receptance.state import State
+from receptance.state import State, unread_text
 from receptance.storage.directories import expanded
 from receptance.tokenizer import Tokenizer
 
@@ -23,7 +28,12 @@ HELP = """/reset       forget the conversation
 /save FILE   store the conversation's state
 /load FILE   continue from a stored state
 /help        this list
-/quit        leave (so does Ctrl-D)"""
+/quit        leave (so does Ctrl-D)
+
+A line that ends with \\ goes on in the next one; a message of many lines stands
+between two lines of \"""."""
+
+_QUOTES, _MORE = '"""', "... "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +58,25 @@ class Options:
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
 
+@dataclass(frozen=True)
+class History:
+    """What was said, and how much of it a state has read."""
+
+    text: bytes = b""
+    ids: list[int] = field(default_factory=list)
+    """The tokens that the state has read: the first ones of the text, but not always all."""
+    state: State | None = None
+    """None if nothing has been read."""
+
+
 class Chat:
-    """A conversation, kept as `state`: earlier turns are never read again."""
+    """A conversation, kept as a state: earlier turns are not read again.
+
+    The model reads the tokens that its training text would have, those of the conversation encoded
+    as one text. The last ones of a turn may become others when the next turn follows: in the Pile's
+    vocabulary a blank line at the end of a text is one token, and two before a word. So the state
+    stops before them, and what it has read is compared with the whole text's tokens every time.
+    """
 
     def __init__(
         self,
@@ -59,62 +86,103 @@ class Chat:
     ) -> None:
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.template = _template(options)
-        self.state: State | None = None  # nothing has been said
+        self.history = self._start = History()
         self.draws = 0
-        self._last: tuple[State | None, str] | None = None
+        self._last: tuple[History, str] | None = None
 
     def answer(self, message: str) -> Iterator[str]:
-        """Pieces of the answer to a message; the state moves on when the last has been taken."""
+        """Pieces of the answer to a message; the history moves on when the last has been taken."""
+        before = self.history
         # What was typed need not be UTF-8: see the command's _tolerate_any_text.
-        text = self.template.prompt(message).encode("utf-8", "surrogateescape")
-        prompt = self.tokenizer.encode(text)
-        before = self.state
+        text = before.text + self.template.prompt(message).encode("utf-8", "surrogateescape")
         self._last = (before, message)
+        ids = self.tokenizer.encode(text)
+        known = self._beginning(ids, before)
         generation = Generation(
             self.engine,
             self.tokenizer,
-            [prompt],
+            [ids[len(known.ids) :]],
             sampling=self.options.sampling,
             max_tokens=self.options.max_tokens,
             stop=(TURN_END,),
             seed=(self.options.seed + self.draws) % (1 << 63),
             log_probabilities=False,
-            state=before,
+            state=known.state,
         )
         self.draws += 1
         reply = ""
         try:
             for token in generation:
                 reply += token.text
+                ids.append(token.id)
                 yield token.text
         finally:  # also when interrupted: the history then holds what was shown
+            read = ids[: len(ids) - len(generation.unread[0])]
+            after = History(ids=read, state=generation.states[0])
             # Whatever the model wrote behind the stop is not part of the conversation.
-            turn = prompt + self.tokenizer.encode(reply.rstrip() + TURN_END)
-            _, self.state = prefill(self.engine, [turn], before)
+            self._remember(text + (reply.rstrip() + TURN_END).encode(), after, known)
 
     def retry(self) -> Iterator[str]:
         """Another answer to the last message."""
         if self._last is None:
             raise ValueError("there is no message to answer again yet")
-        self.state, message = self._last
+        self.history, message = self._last
         return self.answer(message)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self._last = None, None
+        self.history = self._start = History()
+        self._last = None
 
     def save(self, path: str) -> None:
-        """Store the conversation's state."""
-        if self.state is None:
+        """Store the conversation's state, and the end of its text that the state has not read."""
+        if not self.history.text and self.history.state is None:
             raise ValueError("nothing has been said yet")
-        self.state.save(expanded(path), self.engine.fingerprint())
+        state, unread = self._separated()
+        state.save(expanded(path), self.engine.fingerprint(), unread=unread)
 
     def load(self, path: str) -> None:
         """Continue from a stored state."""
-        state = State.load(expanded(path), self.engine.fingerprint())
+        file = expanded(path)
+        state = State.load(file, self.engine.fingerprint())
         if state.batch != 1:
             raise ValueError(f"{path} holds {state.batch} texts; a conversation is one")
-        self.state, self._last = state.to(self.engine.device), None
+        self._start = History(state=state.to(self.engine.device))
+        self.history = replace(self._start, text=unread_text(file).encode())
+        self._last = None
+
+    def _beginning(self, ids: list[int], *known: History) -> History:
+        """The first of what is known that has read tokens these begin with, and not all of them."""
+        for history in known:
+            read = history.ids
+            if history.state is not None and len(read) < len(ids) and ids[: len(read)] == read:
+                return history
+        return self._start
+
+    def _remember(self, text: bytes, *known: History) -> None:
+        """Move on to this text, and read those of its tokens that stay, whatever follows."""
+        alone = self.tokenizer.encode(text)
+        followed = self.tokenizer.encode(text + self.template.prompt("x").encode())
+        pairs = enumerate(zip(alone, followed, strict=False))
+        certain = next((n for n, (one, other) in pairs if one != other), len(alone))
+        begun = self._beginning(followed, *known)
+        rest = followed[len(begun.ids) : certain]
+        if not rest:
+            self.history = replace(begun, text=text)
+            return
+        _, state = prefill(self.engine, [rest], begun.state)
+        self.history = History(text, begun.ids + rest, state)
+
+    def _separated(self) -> tuple[State, str]:
+        """The state, and the text that it has not read."""
+        text, ids, state = self.history.text, self.history.ids, self.history.state
+        read = self.tokenizer.decode_bytes(ids)
+        if state is not None and text.startswith(read):
+            with suppress(UnicodeDecodeError):  # it would begin inside a character
+                return state, text[len(read) :].decode()
+        whole = self.tokenizer.encode(text)
+        _, state = prefill(self.engine, [whole], self._start.state)
+        return state, ""
 
 
 def _template(options: Options) -> Template:
@@ -128,27 +196,41 @@ def _template(options: Options) -> Template:
 
 def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
-    options = tyro.cli(Options, args=argv, prog="receptance chat")
+    options = parse(Options, argv, "receptance chat")
     Request(max_tokens=options.max_tokens, seed=options.seed)  # checks them before a model is read
     if not options.max_tokens:
         raise ValueError("max_tokens is 0; an answer needs at least 1")
     engine, tokenizer = options.engine.load(options.model)
     chat = Chat(engine, tokenizer, options)
+    if sys.stdin is not None and sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # input() then edits lines and keeps a history
     print(f"{options.model}: type a message, or /help.")
     while (line := _ask(f"\n{chat.template.user}: ")) is not None:
         try:
             if not _turn(chat, line.strip()):
                 break
         except ValueError as error:
-            print(f"error: {error}")
+            print(f"error: {visible(str(error), one_line=True)}")
         except KeyboardInterrupt:
             print("\n(interrupted)")
 
 
 def _ask(prompt: str) -> str | None:
-    """A line, or None at the end of input or Ctrl-C."""
+    """A message, or None at the end of input or Ctrl-C.
+
+    It is one line, with those that follow where a line ends with a backslash; or all lines between
+    two of three double quotes.
+    """
     try:
-        return input(prompt)
+        line = input(prompt)
+        if line.strip() == _QUOTES:
+            return "\n".join(iter(lambda: input(_MORE), _QUOTES))
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input(_MORE))
+        return "\n".join(lines)
     except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no standard input
         print()
         return None
@@ -182,10 +264,11 @@ def _turn(chat: Chat, line: str) -> bool:
 
 
 def _show(chat: Chat, pieces: Iterator[str]) -> None:
+    shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
     print(f"\n{chat.template.assistant}:", end="")
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(shown(piece), end="", flush=True)
     finally:
         pieces.close()  # type: ignore[attr-defined]
     print()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.conversion.converting import PASSES, Dtype, Format, Report, Target, check, convert
 from receptance.conversion.source import Note, Source, open_source
 from receptance.progress import progress_bar, say
@@ -42,7 +43,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, convert, report."""
-    options = tyro.cli(Options, args=argv, prog="receptance convert")
+    options = parse(Options, argv, "receptance convert")
     console = Console()
     target = Target(
         path=expanded(options.out),

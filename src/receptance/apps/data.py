@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from rich.console import Console
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
@@ -48,7 +50,7 @@ class Prepare:
 class Inspect:
     """Say what is in a corpus: counts, the first document, how long documents are."""
 
-    path: Annotated[Path, tyro.conf.Positional]
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
     """A corpus folder, a .npy file, or a .bin/.idx pair."""
     tokenizer: str | None = None
     """bytes or a tokenizer file, to decode files that come without one."""
@@ -72,23 +74,19 @@ class Merge:
     """Decides which documents are kept for validation."""
 
 
-Command = (
-    Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-)
-
-
-@dataclass(frozen=True)
-class Options:
-    """Make corpora of tokens, look into them, put them together."""
-
-    command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[Command]]
+Command = Prepare | Inspect | Merge
+COMMANDS: dict[str, type[Command]] = {"prepare": Prepare, "inspect": Inspect, "merge": Merge}
 
 
 def main(argv: list[str]) -> None:
     """Parse, do it, report."""
-    command = tyro.cli(Options, args=argv, prog="receptance data").command
+    if argv and argv[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if not argv or argv[0] not in COMMANDS:
+        found = f"unknown command {argv[0]!r}" if argv else "no command"
+        raise ValueError(f"{found}; there are {', '.join(COMMANDS)}")
+    command: Command = parse(COMMANDS[argv[0]], argv[1:], f"receptance data {argv[0]}")
     console = Console()
     if isinstance(command, Inspect):
         _inspect(command, console)
@@ -96,6 +94,19 @@ def main(argv: list[str]) -> None:
     corpus = _prepared(command, console) if isinstance(command, Prepare) else _merged(command)
     counts = f"{len(corpus.train):,} training and {len(corpus.validation):,} validation tokens"
     say(console, f"{command.out}: {counts}")
+
+
+def _usage() -> str:
+    """What each command is for, by the beginning of its docstring."""
+    purposes = {name: re.split(r"[.:]\s", kind.__doc__ or "")[0] for name, kind in COMMANDS.items()}
+    return "\n".join(
+        [
+            "usage: receptance data COMMAND [OPTIONS]",
+            "(receptance data COMMAND --help lists them)",
+            "",
+            *(f"  {name:10} {purpose}" for name, purpose in purposes.items()),
+        ]
+    )
 
 
 def _prepared(command: Prepare, console: Console) -> TokenFiles:

@@ -14,22 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
-from rich.console import Console
 
 from receptance import __version__
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.inference.measure import read_bandwidth
 from receptance.ops import available_backends, native
 from receptance.ops.threads import available_cpus, usable_threads
 from receptance.progress import say
 
-# Optional packages, what each is for, and the command that brings it.
+# Optional packages, and what each is for.
 _OPTIONAL = {
-    "matplotlib": ("plots", "pip install 'receptance[plot]'"),
-    "datasets": ("hub datasets, parquet", "pip install 'receptance[data]'"),
-    "tensorboard": ("figures of a run", "pip install 'receptance[logs]'"),
-    "wandb": ("figures of a run", "pip install 'receptance[logs]'"),
-    "transformers": ("comparisons", "pip install transformers"),
+    "matplotlib": "plots",
+    "datasets": "hub datasets, parquet",
+    "tensorboard": "figures of a run",
+    "wandb": "figures of a run",
+    "transformers": "comparisons",
 }
 _COMPILERS = ("c++", "g++", "clang++")
 _REINSTALL = "pip install --force-reinstall --no-deps receptance"
@@ -63,7 +63,7 @@ class Finding:
 
 def main(argv: list[str]) -> None:
     """Parse, look around, print."""
-    options = tyro.cli(Options, args=argv, prog="receptance doctor")
+    options = parse(Options, argv, "receptance doctor")
     found = findings()
     if options.bandwidth:
         found["memory"] = _bandwidth()
@@ -188,9 +188,9 @@ def _triton() -> Finding:
 
 
 def _optional(package: str) -> Finding:
-    purpose, command = _OPTIONAL[package]
+    purpose = _OPTIONAL[package]
     if importlib.util.find_spec(package) is None:
-        return Finding(f"absent ({purpose})", command)
+        return Finding(f"absent ({purpose})", f"pip install {package}")
     return Finding(f"{_version(package)} ({purpose})")
 
 

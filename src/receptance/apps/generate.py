@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
+from receptance.apps.options import parse
+from receptance.apps.text import has_escapes, unescaped, visible
 from receptance.engine import EngineOptions
-from receptance.inference.generation import Generation
+from receptance.inference.generation import Generation, prefill
 from receptance.inference.sampling import Sampling
-from receptance.state import State
+from receptance.state import State, check_replaceable, unread_text
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,65 +29,118 @@ class Options:
     """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
     prompts: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT ...]")
-    ] = ("",)
-    """Texts to continue; without one the model begins from nothing."""
+    ] = ()
+    """Texts to continue, one argument each; without one the model begins from nothing."""
+    prompt_file: Path | None = None
+    """Continue what this file holds, to the last byte; - is standard input."""
+    escapes: bool = False
+    r"""Read \n, \t, \\, \xNN and \uNNNN in prompts and stop strings as the characters they name."""
     max_tokens: int = 256
     """Tokens to generate for each prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     seed: int = 0
     """Decides the random choices; every prompt uses it for itself."""
     stop: tuple[str, ...] = ()
-    """Strings that end a text."""
+    """A string that ends a text and is not part of it."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
     load_state: Path | None = None
-    """Continue from a state file that --save-state wrote (for one prompt)."""
+    """Continue from a state file that --save-state or a chat wrote (for one prompt)."""
     save_state: Path | None = None
     """Write the state behind the generated text, all tokens read (for one prompt)."""
 
 
 def main(argv: list[str]) -> None:
     """Parse, generate, print the prompts with their continuations."""
-    options = tyro.cli(Options, args=argv, prog="receptance generate")
-    if (options.load_state or options.save_state) and len(options.prompts) > 1:
-        raise ValueError("a state file holds one text; give one prompt")
-    if options.load_state and options.prompts == ("",):
-        raise ValueError("a state has read all of its text; give a prompt that continues it")
-    if (file := options.save_state) and (file.is_dir() or not file.parent.is_dir()):
-        raise ValueError(f"no state can be written to {file}; name a file in a folder that exists")
+    options = parse(Options, argv, "receptance generate")
+    _check(options)
+    prompts, stop = _prompts(options), _read(options, options.stop)
     engine, tokenizer = options.engine.load(options.model)
-    state = None
+    state, before = None, ""
     if options.load_state:
         state = State.load(options.load_state, engine.fingerprint()).to(engine.device)
+        before = unread_text(options.load_state)
     generation = Generation(
         engine,
         tokenizer,
-        [tokenizer.encode(os.fsencode(p)) for p in options.prompts],  # they need not be UTF-8
+        # They need not be UTF-8.
+        [tokenizer.encode(os.fsencode(before + prompt)) for prompt in prompts],
         sampling=options.sampling,
         max_tokens=options.max_tokens,
-        stop=options.stop,
+        stop=stop,
         seed=options.seed,
         state=state,
         log_probabilities=False,
     )
-    _print(generation, options.prompts)
-    if options.save_state and (after := generation.states[0]) is not None:
-        with torch.no_grad():
-            unread = torch.tensor([generation.unread[0]], device=engine.device)
-            _, after = engine.features(unread, after)
-        after.save(options.save_state, engine.fingerprint())
+    _print(generation, prompts)
+    if options.save_state:
+        after, unread = generation.states[0], generation.unread[0]
+        if unread:
+            _, after = prefill(engine, [unread], after)
+        if after is not None:
+            after.save(options.save_state, engine.fingerprint())
+
+
+def _check(options: Options) -> None:
+    """What would otherwise be found out after a model was loaded, or a text was generated."""
+    if options.prompt_file and options.prompts:
+        raise ValueError("prompts are given twice; leave out --prompt-file or the others")
+    if (options.load_state or options.save_state) and len(options.prompts) > 1:
+        raise ValueError("a state file holds one text; give one prompt")
+    nothing = not options.prompt_file and options.prompts in ((), ("",))
+    if options.load_state and nothing:
+        raise ValueError("a state has read all of its text; give a prompt that continues it")
+    if file := options.save_state:
+        if file.is_dir() or not file.parent.is_dir():
+            raise ValueError(
+                f"no state can be written to {file}; name a file in a folder that exists"
+            )
+        check_replaceable(file)
+    if len(options.prompts) > 1:
+        print(
+            f"receptance: note: {len(options.prompts)} prompts, each continued for itself; a "
+            'prompt of several words is one in quotes: "Once upon a time"',
+            file=sys.stderr,
+        )
+
+
+def _prompts(options: Options) -> tuple[str, ...]:
+    """The texts to continue; a byte that is no text is a lone surrogate, as in arguments."""
+    if options.prompt_file is None:
+        return _read(options, options.prompts or ("",))
+    if str(options.prompt_file) == "-":
+        if sys.stdin is None:
+            raise ValueError("there is no standard input to read a prompt from")
+        content = sys.stdin.buffer.read()
+    else:
+        content = options.prompt_file.read_bytes()
+    return (os.fsdecode(content.removeprefix(_BYTE_ORDER_MARK)),)
+
+
+def _read(options: Options, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Texts of the command line as they are meant."""
+    if options.escapes:
+        return tuple(map(unescaped, texts))
+    if escaped := [text for text in texts if has_escapes(text)]:
+        warnings.warn(
+            f"{escaped[0]!r} is taken letter by letter, its backslash as well; add --escapes if "
+            "\\n is to be a newline",
+            stacklevel=1,
+        )
+    return texts
 
 
 def _print(generation: Generation, prompts: tuple[str, ...]) -> None:
-    """One text as it comes; several when all are done."""
+    """One text as it comes; several when all are done. A terminal gets no commands from them."""
+    shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
     if len(prompts) == 1:
         before = prompts[0]
         for token in generation:
-            print(before + token.text, end="", flush=True)
+            print(shown(before + token.text), end="", flush=True)
             before = ""
-        print(before)
+        print(shown(before))
         return
     texts = list(prompts)
     for token in generation:
         texts[token.row] += token.text
     for number, text in enumerate(texts, start=1):
-        print(f"--- {number} ---\n{text}")
+        print(f"--- {number} ---\n{shown(text)}")

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
+from receptance.apps.text import visible
 from receptance.checking.inspecting import Inspection, inspect
 from receptance.plots import draw_decays
 from receptance.progress import progress_bar, say
@@ -21,7 +23,10 @@ _BAR = 40  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Say what a file or directory of weights is: any RWKV, adapters, states, checkpoints."""
+    """Say what a file or directory of weights is: any RWKV, adapters, states, checkpoints.
+
+    Exit code 1 if it is damaged, 2 if there is nothing to look at.
+    """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A file, a directory, a training run or a hub id."""
@@ -32,8 +37,8 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    """Parse, look at everything, report."""
-    options = tyro.cli(Options, args=argv, prog="receptance inspect")
+    """Parse, look at everything, report; leave with 1 if it is damaged."""
+    options = parse(Options, argv, "receptance inspect")
     found = _looked_at(options)
     if options.json:
         print(json.dumps(as_json(found), indent=1))
@@ -43,6 +48,8 @@ def main(argv: list[str]) -> None:
         if not found.retentions:
             raise ValueError(f"{found.path} has no decays of RWKV-4 to draw; leave out --plot")
         draw_decays(found.retentions, options.plot)
+    if found.damage is not None:
+        raise SystemExit(1)
 
 
 def _looked_at(options: Options) -> Inspection:
@@ -65,7 +72,7 @@ def as_json(found: Inspection) -> dict[str, object]:
 
 def _show(console: Console, found: Inspection) -> None:
     for name, text in _rows(found):
-        say(console, f"{name:10} {_plain(text)}")
+        say(console, f"{name:10} {visible(text, one_line=True)}")
     if found.half_lives:
         _show_histogram(console, found.half_lives)
 
@@ -108,11 +115,6 @@ def _finite(found: Inspection) -> str:
     ]
     more = len(found.not_finite) - len(shown)
     return "NO: " + "; ".join(shown) + (f"; and {more} more tensors" if more else "")
-
-
-def _plain(text: str) -> str:
-    """What may come from a file, without commands to the terminal."""
-    return "".join(x if x.isprintable() else "?" for x in text)
 
 
 def _show_histogram(console: Console, half_lives: dict[str, int]) -> None:

@@ -12,6 +12,7 @@ import tyro
 from torch import Tensor
 
 from receptance.adapters import load_adapter
+from receptance.apps.options import parse
 from receptance.model import Model
 from receptance.storage.checkpoint import load, save
 from receptance.storage.directories import expanded
@@ -42,7 +43,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, merge, write, read back, compare."""
-    options = tyro.cli(Options, args=argv, prog="receptance merge")
+    options = parse(Options, argv, "receptance merge")
     out = expanded(options.out)
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
 from receptance.config import ModelConfig
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
@@ -59,7 +60,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, quantize and write tensor by tensor, report."""
-    options = tyro.cli(Options, args=argv, prog="receptance quantize")
+    options = parse(Options, argv, "receptance quantize")
     out = expanded(options.out)
     _check(options, out)
     config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)

@@ -16,6 +16,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from receptance.apps.options import parse
 from receptance.config import PILE_VOCAB_SIZE
 from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
 from receptance.model.devices import described, resolve_device
@@ -226,7 +227,7 @@ def _one_line() -> Iterator[None]:
 
 
 def _parsed(argv: list[str], default: Options) -> Options:
-    return tyro.cli(Options, args=argv, prog="receptance train", default=default)
+    return parse(Options, argv, "receptance train", default)
 
 
 def _dry_run(options: Options) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from receptance.apps.console import Console
+from receptance.apps.options import parse
+from receptance.apps.text import visible
 from receptance.checking.recorded import beside
 from receptance.checking.verifying import Check, Subject, record, verify
 from receptance.progress import progress_bar, say
@@ -42,7 +44,7 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, check, report; leave with 1 if a check failed."""
-    options = tyro.cli(Options, args=argv, prog="receptance verify")
+    options = parse(Options, argv, "receptance verify")
     subject = Subject.open(options.model)
     file = options.logits or beside(subject.path)
     if options.record:
@@ -83,8 +85,8 @@ def table(checks: list[Check]) -> Table:
     shown.add_column("")
     for check in checks:
         verdict = Text("pass", "green") if check.passed else Text("FAIL", "bold red")
-        row = Text(check.what), _short(check.measured), _short(check.bound)
-        shown.add_row(*row, verdict, Text(check.note))
+        row = Text(visible(check.what, one_line=True)), _short(check.measured), _short(check.bound)
+        shown.add_row(*row, verdict, Text(visible(check.note, one_line=True)))
     return shown
 
 

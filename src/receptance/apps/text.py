@@ -1,0 +1,46 @@
+"""Text on its way from the command line and to the terminal."""
+
+from __future__ import annotations
+
+import re
+
+# The controls of ASCII and of Latin-1 (C0, DEL and C1): a terminal obeys some of them, alone or as
+# the beginning of a longer command.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_LAYOUT = {ord("\n"), ord("\t")}
+_IN_LINES = {code: shown for code, shown in _CONTROLS.items() if code not in _LAYOUT}
+
+_ESCAPE = re.compile(r"\\(?:([nt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))", re.DOTALL)
+_NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+def visible(text: str, *, one_line: bool = False) -> str:
+    r"""The text with its control characters spelled out, an escape as \x1b.
+
+    Newlines and tabs stay, unless the text has to be one line. It works character by character, so
+    it may be given a text in pieces.
+    """
+    return text.translate(_CONTROLS if one_line else _IN_LINES)
+
+
+def unescaped(text: str) -> str:
+    r"""The text with \n, \t, \\, \xNN and \uNNNN as the characters they stand for, as in Python.
+
+    ValueError for any other backslash.
+    """
+
+    def character(found: re.Match[str]) -> str:
+        name, byte, unit, other = found.groups()
+        if other is not None:
+            raise ValueError(
+                f"{text!r} holds a backslash before {other!r}; wanted \\n, \\t, \\\\, \\xNN or "
+                "\\uNNNN, and \\\\ for a backslash itself"
+            )
+        return _NAMED[name] if name else chr(int(byte or unit, 16))
+
+    return _ESCAPE.sub(character, text)
+
+
+def has_escapes(text: str) -> bool:
+    r"""Whether there is a backslash escape that `unescaped` would read, such as \n."""
+    return any(found[4] is None for found in _ESCAPE.finditer(text))
