@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ import pytest
 
 import receptance
 from receptance.__main__ import APPS
+from receptance.config import ModelConfig
+from receptance.model.v4 import RWKV4
 
 ROOT = Path(receptance.__file__).parent
 FILES = {
@@ -28,32 +31,10 @@ every_module = pytest.mark.parametrize("module", sorted(TREES))
 # The rooms from the ground up: a module imports from its own room and from those before it.
 # Modules in the root of the package are rooms of their own.
 ROOMS = [
-    "version",
-    "errors",
-    "atomic",
-    "progress",
-    "plots",
-    "state",
-    "tokenizer",
-    "config",
-    "ops",
-    "model",
-    "formats",
-    "quantize",
-    "storage",
-    "data",
-    "adapters",
-    "engine",
-    "inference",
-    "conversion",
-    "checking",
-    "training",
-    "evaluation",
-    "analysis",
-    "reproduce",
-    "server",
-    "apps",
-    "__main__",
+    *("version", "errors", "atomic", "progress", "plots", "state", "tokenizer"),
+    *("ops", "model", "config", "formats", "quantize", "storage", "data", "adapters"),
+    *("engine", "inference", "conversion", "checking", "training"),
+    *("evaluation", "analysis", "reproduce", "server", "apps", "__main__"),
 ]
 # The package itself offers the public names of the rooms.
 PUBLIC = "receptance"
@@ -154,6 +135,25 @@ def test_versions_of_the_model_do_not_import_each_other():
     assert "receptance.model.v4" in versions
     for module in versions:
         assert not own_imports(module) & versions - {module}
+
+
+# ---- a version is one room ----------------------------------------------------------------------
+
+# Names of version 4 stand in its module, its operator and kernels, and the tables of names.
+KNOW_VERSION_4 = ("receptance.model.v4", "receptance.ops.", "receptance.formats.names")
+
+
+def test_names_of_version_4_stand_in_its_room():
+    version, config = RWKV4(), ModelConfig(vocab_size=1, width=1, num_layers=1)
+    parameters = {name.removesuffix(".weight") for name in version.block_shapes(config, 0)}
+    names = {*parameters, *(name.split(".")[-1] for name in parameters if "time_" in name)}
+    names |= {"time_decay", "time_first", "time_mix_"} | {*version.state_fields} - {"exponent"}
+    for module, path in FILES.items():
+        if module.startswith(KNOW_VERSION_4) or module.startswith("receptance.native"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        found = {name for name in names if re.search(rf"\b{re.escape(name)}", text)}
+        assert not found, f"{module} knows {found} of version 4"
 
 
 # ---- importing does nothing ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
-from receptance.apps.text import visible
+from receptance.apps.text import as_flags, visible
 from receptance.errors import out_of_memory
 from receptance.version import __version__
 
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = error.strerror or str(error)
         return _fail(f"{error.filename}: {reason}" if error.filename else reason)
     except ValueError as error:
-        return _fail(str(error))
+        return _fail(as_flags(str(error)))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -72,6 +72,7 @@ def _run(argv: list[str]) -> int:
     with _quick_interrupts():
         app = importlib.import_module(f"receptance.apps.{name}")
     _tolerate_any_text()
+    _use_what_there_is()
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module=r"receptance\.")
         warnings.showwarning = _warn
@@ -102,9 +103,19 @@ def _quick_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _use_what_there_is() -> None:
+    """No more threads of torch than the CPUs that this process may use, in a container say."""
+    if "torch" in sys.modules:
+        import torch
+
+        from receptance.ops.threads import usable_threads
+
+        torch.set_num_threads(usable_threads())
+
+
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """A warning as one line, without the place in the code."""
-    _say("warning", str(message))
+    _say("warning", as_flags(str(message)))
 
 
 def _tolerate_any_text() -> None:

@@ -20,8 +20,9 @@ from transformers import AutoTokenizer
 from receptance import Model, ModelConfig, load, save
 from receptance.conversion import converting
 from receptance.conversion.comparing import equal, near, probe
-from receptance.conversion.converting import Target, check, convert
+from receptance.conversion.converting import check, convert
 from receptance.conversion.source import Streamed, open_source
+from receptance.conversion.target import Target
 from receptance.formats import read, read_pth
 from receptance.formats.ggml import dequantize, quantize
 from receptance.formats.names import tensor_shapes
@@ -502,7 +503,8 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import receptance.storage.quantized, receptance.conversion.source
-from receptance.conversion.converting import Target, convert
+from receptance.conversion.converting import convert
+from receptance.conversion.target import Target
 from receptance.conversion.source import open_source
 
 receptance.conversion.source._MAPPED = 16 << 20

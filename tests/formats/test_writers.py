@@ -22,7 +22,7 @@ from receptance.formats.hf import read_hf, tokenizer_fields, write_hf
 from receptance.formats.names import to_hf
 from receptance.formats.pth import read_pth, write_pth
 from receptance.formats.safetensors import ALIGNMENT, write_safetensors
-from receptance.formats.writing import Layout
+from receptance.formats.writing import Schema
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=8)
@@ -30,12 +30,12 @@ shapes = st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple)
 layouts = st.dictionaries(names, st.tuples(st.sampled_from(FLOATS), shapes), max_size=5)
 
 
-def filled(layout: Layout) -> dict[str, Tensor]:
+def filled(layout: Schema) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {n: torch.randn(s, generator=generator).to(d) for n, (d, s) in layout.items()}
 
 
-def layout_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Layout:
+def layout_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> Schema:
     return {name: (dtype or x.dtype, tuple(x.shape)) for name, x in tensors.items()}
 
 

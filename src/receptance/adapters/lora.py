@@ -32,7 +32,7 @@ class LoRAOptions:
     dropout: float = 0.0
     """Share of each pair's inputs that is dropped while training."""
     targets: tuple[str, ...] = ("blocks.*.att.*", "blocks.*.ffn.*")
-    """Patterns of the names of matrices, such as "blocks.*.att.value" or "blocks.0.*"."""
+    """Patterns of the names of matrices, such as "blocks.*.att.*" or "blocks.0.*"."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -42,7 +42,7 @@ class LoRAOptions:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
         if not self.targets:
-            raise ValueError("no targets; name at least one matrix, such as 'blocks.*.att.value'")
+            raise ValueError("no targets; name at least one matrix, such as 'blocks.*.att.*'")
 
 
 class LowRank(nn.Module):

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from receptance.apps.console import say_device
 from receptance.apps.options import parse
 from receptance.apps.text import visible
 from receptance.data.templates import TEMPLATES, TURN_END, Template
@@ -144,10 +145,10 @@ class Chat:
     def load(self, path: str) -> None:
         """Continue from a stored state."""
         file = expanded(path)
-        state = State.load(file, self.engine.fingerprint())
+        state = self.engine.load_state(file)
         if state.batch != 1:
             raise ValueError(f"{path} holds {state.batch} texts; a conversation is one")
-        self._start = History(state=state.to(self.engine.device))
+        self._start = History(state=state)
         self.history = replace(self._start, text=unread_text(file).encode())
         self._last = None
 
@@ -201,6 +202,7 @@ def main(argv: list[str]) -> None:
     if not options.max_tokens:
         raise ValueError("max_tokens is 0; an answer needs at least 1")
     engine, tokenizer = options.engine.load(options.model)
+    say_device(engine.device)
     chat = Chat(engine, tokenizer, options)
     if sys.stdin is not None and sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none

@@ -6,7 +6,16 @@ import os
 import sys
 from contextlib import suppress
 
+import torch
 from rich.console import Console as RichConsole
+
+from receptance.model.devices import described
+
+
+def say_device(device: torch.device) -> None:
+    """Say on standard error where a model runs, if that is not the CPU."""
+    if device.type != "cpu":
+        print(f"receptance: running on {described(device)}", file=sys.stderr)
 
 
 class Console(RichConsole):

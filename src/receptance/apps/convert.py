@@ -10,8 +10,9 @@ import tyro
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
-from receptance.conversion.converting import PASSES, Dtype, Format, Report, Target, check, convert
+from receptance.conversion.converting import PASSES, Report, check, convert
 from receptance.conversion.source import Note, Source, open_source
+from receptance.conversion.target import Dtype, Format, Target
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 

@@ -11,12 +11,13 @@ from typing import Annotated
 
 import tyro
 
+from receptance.apps.console import say_device
 from receptance.apps.options import parse
 from receptance.apps.text import has_escapes, unescaped, visible
 from receptance.engine import EngineOptions
-from receptance.inference.generation import Generation, prefill
+from receptance.inference.generation import Generation
 from receptance.inference.sampling import Sampling
-from receptance.state import State, check_replaceable, unread_text
+from receptance.state import check_replaceable, unread_text
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -57,8 +58,9 @@ def main(argv: list[str]) -> None:
     engine, tokenizer = options.engine.load(options.model)
     state, before = None, ""
     if options.load_state:
-        state = State.load(options.load_state, engine.fingerprint()).to(engine.device)
+        state = engine.load_state(options.load_state)
         before = unread_text(options.load_state)
+    say_device(engine.device)
     generation = Generation(
         engine,
         tokenizer,
@@ -73,11 +75,7 @@ def main(argv: list[str]) -> None:
     )
     _print(generation, prompts)
     if options.save_state:
-        after, unread = generation.states[0], generation.unread[0]
-        if unread:
-            _, after = prefill(engine, [unread], after)
-        if after is not None:
-            after.save(options.save_state, engine.fingerprint())
+        engine.save_state(generation.final_state(), options.save_state)
 
 
 def _check(options: Options) -> None:

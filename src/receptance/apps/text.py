@@ -13,6 +13,25 @@ _IN_LINES = {code: shown for code, shown in _CONTROLS.items() if code not in _LA
 _ESCAPE = re.compile(r"\\(?:([nt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))", re.DOTALL)
 _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 
+# An argument as the library's messages name it: tokenizer=, tokenizer=FILE, recompute=True.
+_ARGUMENT = re.compile(r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,.)]|$)')
+
+
+def as_flags(message: str) -> str:
+    """A message of the library with its arguments as the flags of a command.
+
+    tokenizer=FILE becomes --tokenizer FILE, recompute=True --recompute, recompute=False
+    --no-recompute.
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1].replace("_", "-"), (found[2] or "").strip('"')
+        if value in ("", "True"):
+            return f"--{name}"
+        return f"--no-{name}" if value == "False" else f"--{name} {value}"
+
+    return _ARGUMENT.sub(flag, message)
+
 
 def visible(text: str, *, one_line: bool = False) -> str:
     r"""The text with its control characters spelled out, an escape as \x1b.

@@ -10,7 +10,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -25,15 +24,15 @@ from receptance.conversion.comparing import (
     probe,
 )
 from receptance.conversion.source import Note, Source, Streamed, open_source
+from receptance.conversion.target import DIRECTORIES, Target
 from receptance.errors import one_line
-from receptance.formats import ggmf, hf
-from receptance.formats.ggmf import Stored, decay_parameter, stored_decay, stored_kind, write_ggmf
+from receptance.formats import hf
+from receptance.formats.ggmf import decay_parameter, stored_decay, stored_kind, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
-from receptance.formats.names import some, tensor_shapes
+from receptance.formats.names import some
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
-from receptance.formats.writing import Layout
-from receptance.model.architecture import Shape
+from receptance.formats.writing import Schema
 from receptance.storage.checkpoint import write_description
 from receptance.storage.directories import Draft, existing
 from receptance.storage.manifest import MANIFEST, sync, write_manifest
@@ -41,20 +40,9 @@ from receptance.storage.pairing import found_tokenizer
 from receptance.tokenizer import Tokenizer
 from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, find_tokenizer
 
-Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
-Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
-
 PASSES = 5
 """How often a conversion reads the values of a model: three times there, two times here."""
 
-_SUFFIXES: dict[str, Format] = {
-    ".pth": "pth",
-    ".pt": "pth",
-    ".st": "st",
-    ".safetensors": "safetensors",
-    ".bin": "ggmf",
-}
-_DIRECTORIES = ("hf", "receptance")
 _USUAL_EPSILON = 1e-5
 
 # Largest difference of a logit, by the largest there is, that the types excuse.
@@ -62,59 +50,6 @@ _LIMITS = {"Q4_0": 1.0, "Q8_0": 0.2}
 _NARROWED, _EXACT = 0.1, 1e-5
 # The same for a value, by the largest one in its block: one step, and some for float16 scales.
 _STEPS = {"Q4_0": 1.01 / 8, "Q8_0": 1.01 / 127}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is to be written, and where."""
-
-    path: Path
-    """A file, or a directory for hf and receptance; nothing may be there."""
-    format: Format | None = None
-    """Read off the path's suffix if not given."""
-    dtype: Dtype | None = None
-    """Of the weights; None keeps that of each tensor, as far as the format has it."""
-    shard_bytes: float = 5_000_000_000
-    """hf: the size above which weights are cut into several files."""
-
-    def __post_init__(self) -> None:
-        by_suffix = _SUFFIXES.get(self.path.suffix)
-        if self.format is None:
-            object.__setattr__(self, "format", by_suffix)
-        _check_path(self.path, self.format, by_suffix)
-        _check_dtype(self.format, self.dtype)
-        if not self.shard_bytes >= 1:  # nor NaN
-            raise ValueError(f"shard_bytes is {self.shard_bytes}; 5,000,000,000 are usual")
-
-    def kind(self, source: Source) -> Stored:
-        """The kind of rwkv.cpp file that is written."""
-        if self.dtype in KINDS:
-            return cast(Stored, self.dtype)
-        shapes = tensor_shapes(source.config)
-        matrices = {source.dtypes[name] for name, shape in shapes.items() if len(shape) == 2}
-        narrow = self.dtype == "float16" or (self.dtype is None and matrices == {torch.float16})
-        return "FP16" if narrow else "FP32"
-
-    def layout(self, source: Source) -> Layout:
-        """Name, type and shape of each tensor to be written; of quantized ones, float32."""
-        shapes = tensor_shapes(source.config)
-        return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
-
-    def _dtype(self, source: Source, name: str, shape: Shape) -> torch.dtype:
-        if self.format == "ggmf":
-            stored = stored_kind(name, shape, self.kind(source))
-            return ggmf.FLOATS.get(stored, torch.float32)
-        own = source.dtypes[name]
-        if self.dtype is None:
-            return own
-        wanted: torch.dtype = getattr(torch, self.dtype)
-        # As when a model is loaded: bfloat16 rounds a decay of 0.999 to 1. Ai00 wants one type.
-        wide = (
-            source.config.architecture.is_float32(name)
-            and own.itemsize >= 4
-            and self.format != "st"
-        )
-        return torch.float32 if wide else wanted
 
 
 @dataclass(frozen=True)
@@ -151,7 +86,7 @@ def check(source: Source, target: Target) -> None:
     """ValueError when a conversion would fail for reasons that can be known before."""
     _check_absent(target.path)
     config = source.config
-    if target.format not in _DIRECTORIES and config.layer_norm_epsilon != _USUAL_EPSILON:
+    if target.format not in DIRECTORIES and config.layer_norm_epsilon != _USUAL_EPSILON:
         raise ValueError(
             f"the layer_norm_epsilon of {source.path} is {config.layer_norm_epsilon}, and a file "
             f"has no place for it: every reader takes {_USUAL_EPSILON}; use --to hf or receptance"
@@ -161,7 +96,7 @@ def check(source: Source, target: Target) -> None:
             f"there is no tokenizer beside {source.path}, and a directory of ours holds one; pass "
             "it with --tokenizer"
         )
-    if target.format not in _DIRECTORIES:
+    if target.format not in DIRECTORIES:
         _check_beside(source, target.path.parent)
 
 
@@ -170,7 +105,7 @@ def check(source: Source, target: Target) -> None:
 
 def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report:
     layout = target.layout(source)
-    path = draft.folder if target.format in _DIRECTORIES else draft.folder / target.path.name
+    path = draft.folder if target.format in DIRECTORIES else draft.folder / target.path.name
     entries = None
     try:
         _write(source, target, path, Streamed(source, note))
@@ -193,7 +128,7 @@ def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report
 
 def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> None:
     layout = target.layout(source)
-    folder = path if target.format in _DIRECTORIES else path.parent
+    folder = path if target.format in DIRECTORIES else path.parent
     ordered = ((name, tensors[name]) for name in layout)
     if target.format == "hf":
         hf.write_hf(path, source.config, layout, tensors, target.shard_bytes)
@@ -288,7 +223,7 @@ def _publish(folder: Path, source: Source, target: Target) -> None:
         sync(file)
     _check_absent(target.path)
     parent = target.path.parent
-    if target.format in _DIRECTORIES:
+    if target.format in DIRECTORIES:
         sync(folder)
         os.rename(folder, target.path)
     else:
@@ -300,29 +235,6 @@ def _publish(folder: Path, source: Source, target: Target) -> None:
 
 
 # ---- checks -------------------------------------------------------------------------------------
-
-
-def _check_path(path: Path, format_: str | None, by_suffix: str | None) -> None:
-    if format_ is None:
-        raise ValueError(
-            f"{path}: what it is to be can't be told from its name, which has none of the endings "
-            f"{', '.join(_SUFFIXES)}; choose with --to one of {', '.join(get_args(Format))}"
-        )
-    if format_ not in get_args(Format):
-        raise ValueError(f"there is no format {format_!r}; choose of {', '.join(get_args(Format))}")
-    endings = [suffix for suffix, meant in _SUFFIXES.items() if meant == format_]
-    if by_suffix not in (None, format_) or (by_suffix is None and endings and format_ != "ggmf"):
-        wanted = f"one that ends in {' or '.join(endings)}" if endings else "a directory's"
-        raise ValueError(f"{path}: wrong name for {format_}; give {wanted}")
-
-
-def _check_dtype(format_: str | None, dtype: str | None) -> None:
-    if dtype not in (None, *get_args(Dtype)):
-        raise ValueError(f"there is no dtype {dtype!r}; choose of {', '.join(get_args(Dtype))}")
-    if format_ == "ggmf" and dtype == "bfloat16":
-        raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which holds it all")
-    if format_ != "ggmf" and dtype in KINDS:
-        raise ValueError(f"only files of rwkv.cpp (--to ggmf) hold {dtype}")
 
 
 def _check_absent(path: Path) -> None:
@@ -345,7 +257,7 @@ def _check_beside(source: Source, folder: Path) -> None:
         )
 
 
-def _matrix_types(target: Target, layout: Layout) -> tuple[str, ...]:
+def _matrix_types(target: Target, layout: Schema) -> tuple[str, ...]:
     if target.dtype in KINDS:
         return (str(target.dtype),)
     types = {dtype for dtype, shape in layout.values() if len(shape) == 2}

@@ -23,7 +23,7 @@ from receptance.formats.files import reason
 from receptance.formats.names import conform, some, to_hf, to_official
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors, write_safetensors
-from receptance.formats.writing import Layout
+from receptance.formats.writing import Schema
 from receptance.tokenizer.files import find_tokenizer
 
 Reader = Callable[[Path], dict[str, Tensor]]
@@ -197,7 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def write_hf(
     directory: Path,
     config: ModelConfig,
-    layout: Layout,
+    layout: Schema,
     tensors: Mapping[str, Tensor],
     shard_bytes: float,
 ) -> None:
@@ -247,7 +247,7 @@ def tokenizer_fields(end_of_text: str) -> dict[str, Any]:
     }
 
 
-def _shards(layout: Layout, shard_bytes: float) -> list[list[str]]:
+def _shards(layout: Schema, shard_bytes: float) -> list[list[str]]:
     """The names in order, cut into lists of as many bytes; at least one tensor in each."""
     shards: list[list[str]] = [[]]
     size = 0

@@ -25,7 +25,7 @@ from torch import Tensor
 from receptance.formats.files import check_file, reason
 from receptance.formats.names import some
 from receptance.formats.pickles import MAX_INDEX, PROTOCOL, Refused, Scan
-from receptance.formats.writing import Layout, pieces
+from receptance.formats.writing import Schema, pieces
 from receptance.model.architecture import Shape
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -198,7 +198,7 @@ def _inspect_legacy(path: Path) -> None:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_pth(path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+def write_pth(path: Path, layout: Schema, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, each as the layout has it, as the file that torch.save makes of their dict.
 
     They are asked for one at a time, so memory holds one at most. ValueError when one has values

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from receptance.formats.files import check_file, reason
-from receptance.formats.writing import Layout, pieces
+from receptance.formats.writing import Schema, pieces
 
 ALIGNMENT = 64
 """The bytes of a cache line; tensors begin at multiples of it where they can."""
@@ -50,7 +50,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         ) from None
 
 
-def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_safetensors(path: Path, layout: Schema, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors one at a time, in any order, each as the layout has it; none may be missing.
 
     Those with a multiple of 64 bytes begin at one; the format has no room between tensors.
@@ -72,7 +72,7 @@ def write_safetensors(path: Path, layout: Layout, tensors: Iterable[tuple[str, T
     assert not missing, missing
 
 
-def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
+def _header(layout: Schema) -> tuple[bytes, dict[str, int]]:
     """The first bytes of the file, and where behind them each tensor begins."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}

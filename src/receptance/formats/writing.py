@@ -9,7 +9,7 @@ from torch import Tensor
 
 from receptance.model.architecture import Shape
 
-Layout = Mapping[str, tuple[torch.dtype, Shape]]
+Schema = Mapping[str, tuple[torch.dtype, Shape]]
 """The tensors of a file by name, in the order in which they are written: type and shape."""
 
 # The number of values that are converted and written at a time.

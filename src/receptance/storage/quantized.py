@@ -22,7 +22,7 @@ from receptance.config import ModelConfig
 from receptance.formats.files import reason
 from receptance.formats.names import some, tensor_shapes
 from receptance.formats.safetensors import read_safetensors, write_safetensors
-from receptance.formats.writing import Layout as Plan
+from receptance.formats.writing import Schema
 from receptance.quantize import Quantized, QuantizedKind, check_group
 from receptance.quantize.packing import Packed, dtypes, pack, shapes, unpack
 from receptance.storage.directories import write_directory
@@ -149,7 +149,7 @@ def dequantized_tensors(
     return found
 
 
-def _plan(config: ModelConfig, about: About) -> Plan:
+def _plan(config: ModelConfig, about: About) -> Schema:
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     layout_of = config.architecture.layouts(config)
     for name, shape in tensor_shapes(config).items():
@@ -185,7 +185,7 @@ def _check_kind(opened: Opened) -> None:
     opened.check_version()
 
 
-def _check(file: Path, tensors: dict[str, Tensor], plan: Plan) -> None:
+def _check(file: Path, tensors: dict[str, Tensor], plan: Schema) -> None:
     """ValueError unless these are the tensors of the plan: kernels believe their addresses."""
     found = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     if wrong := [name for name in {**plan, **found} if plan.get(name) != found.get(name)]:

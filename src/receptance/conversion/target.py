@@ -1,0 +1,106 @@
+"""What a conversion is to write: the file or directory, its format and the type of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import torch
+
+from receptance.conversion.source import Source
+from receptance.formats import ggmf
+from receptance.formats.ggmf import Stored, stored_kind
+from receptance.formats.ggml import KINDS
+from receptance.formats.names import tensor_shapes
+from receptance.formats.writing import Schema
+from receptance.model.architecture import Shape
+
+Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
+Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
+
+_SUFFIXES: dict[str, Format] = {
+    ".pth": "pth",
+    ".pt": "pth",
+    ".st": "st",
+    ".safetensors": "safetensors",
+    ".bin": "ggmf",
+}
+DIRECTORIES = ("hf", "receptance")
+"""The formats that are directories."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is to be written, and where."""
+
+    path: Path
+    """A file, or a directory for hf and receptance; nothing may be there."""
+    format: Format | None = None
+    """Read off the path's suffix if not given."""
+    dtype: Dtype | None = None
+    """Of the weights; None keeps that of each tensor, as far as the format has it."""
+    shard_bytes: float = 5_000_000_000
+    """hf: the size above which weights are cut into several files."""
+
+    def __post_init__(self) -> None:
+        by_suffix = _SUFFIXES.get(self.path.suffix)
+        if self.format is None:
+            object.__setattr__(self, "format", by_suffix)
+        _check_path(self.path, self.format, by_suffix)
+        _check_dtype(self.format, self.dtype)
+        if not self.shard_bytes >= 1:  # nor NaN
+            raise ValueError(f"shard_bytes is {self.shard_bytes}; 5,000,000,000 are usual")
+
+    def kind(self, source: Source) -> Stored:
+        """The kind of rwkv.cpp file that is written."""
+        if self.dtype in KINDS:
+            return cast(Stored, self.dtype)
+        shapes = tensor_shapes(source.config)
+        matrices = {source.dtypes[name] for name, shape in shapes.items() if len(shape) == 2}
+        narrow = self.dtype == "float16" or (self.dtype is None and matrices == {torch.float16})
+        return "FP16" if narrow else "FP32"
+
+    def layout(self, source: Source) -> Schema:
+        """Name, type and shape of each tensor to be written; of quantized ones, float32."""
+        shapes = tensor_shapes(source.config)
+        return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
+
+    def _dtype(self, source: Source, name: str, shape: Shape) -> torch.dtype:
+        if self.format == "ggmf":
+            stored = stored_kind(name, shape, self.kind(source))
+            return ggmf.FLOATS.get(stored, torch.float32)
+        own = source.dtypes[name]
+        if self.dtype is None:
+            return own
+        wanted: torch.dtype = getattr(torch, self.dtype)
+        # As when a model is loaded: bfloat16 rounds a decay of 0.999 to 1. Ai00 wants one type.
+        wide = (
+            source.config.architecture.is_float32(name)
+            and own.itemsize >= 4
+            and self.format != "st"
+        )
+        return torch.float32 if wide else wanted
+
+
+def _check_path(path: Path, format_: str | None, by_suffix: str | None) -> None:
+    if format_ is None:
+        raise ValueError(
+            f"{path}: what it is to be can't be told from its name, which has none of the endings "
+            f"{', '.join(_SUFFIXES)}; choose with --to one of {', '.join(get_args(Format))}"
+        )
+    if format_ not in get_args(Format):
+        raise ValueError(f"there is no format {format_!r}; choose of {', '.join(get_args(Format))}")
+    endings = [suffix for suffix, meant in _SUFFIXES.items() if meant == format_]
+    if by_suffix not in (None, format_) or (by_suffix is None and endings and format_ != "ggmf"):
+        wanted = f"one that ends in {' or '.join(endings)}" if endings else "a directory's"
+        raise ValueError(f"{path}: wrong name for {format_}; give {wanted}")
+
+
+def _check_dtype(format_: str | None, dtype: str | None) -> None:
+    if dtype not in (None, *get_args(Dtype)):
+        raise ValueError(f"there is no dtype {dtype!r}; choose of {', '.join(get_args(Dtype))}")
+    if format_ == "ggmf" and dtype == "bfloat16":
+        raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which holds it all")
+    if format_ != "ggmf" and dtype in KINDS:
+        raise ValueError(f"only files of rwkv.cpp (--to ggmf) hold {dtype}")
