@@ -31,9 +31,9 @@ from receptance.storage.quantized import QuantizedModel, open_quantized, quantiz
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Backend = Literal["auto", "native", "triton", "torch"]
-# The pass before which weights are copied from their mapped file to huge pages. Where fresh memory
-# is slow, the copy costs as much as generating dozens of tokens, which a short run would not repay.
-_COPY_AT_PASS = 9
+# The first passes read weights from their mapped file; then these are copied to huge pages. Where
+# fresh memory is slow, the copy costs as much as generating dozens of tokens.
+_MAPPED_PASSES = 8
 _TORCH_DTYPES = ("float32", "bfloat16")
 MOST_THREADS = 1024
 
@@ -249,7 +249,7 @@ def _packed_engine(
 ) -> Engine:
     parts = found.config, found.matrices, found.vectors, found.about.source
     if chosen == "native":
-        return NativeEngine(*parts, threads=options.threads, copy_at_pass=_COPY_AT_PASS)
+        return NativeEngine(*parts, threads=options.threads, copy_at_pass=_MAPPED_PASSES + 1)
     from receptance.engine.gpu import GpuEngine  # This module imports Triton.
 
     return GpuEngine(*parts, device=device)

@@ -86,13 +86,13 @@ class NativeEngine(NotCopied, EvaluationOnly):
     def bytes_per_token(self) -> int:
         """The bytes of weights that one token of one row reads: all but the embedding.
 
-        Fewer are read where zero inputs of ffn.value let the kernels skip weights.
+        Fewer are read where the kernels skip the weights of activations that are zero.
         """
         return self.weight_bytes - self._matrices[0].nbytes
 
     @property
     def skipped(self) -> float:
-        """The share of ffn.value's inputs that were zero so far; short passes skip their weights."""
+        """The share of channel mixing's hidden values that were zero, whose weights are skipped."""
         return 1 - self._nonzero / self._inputs if self._inputs else 0.0
 
     @property
