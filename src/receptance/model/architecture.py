@@ -181,8 +181,8 @@ class Architecture(ABC):
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
         """The bytes that a block saves per position for its backward pass.
 
-        element_bytes is the size of one number of an activation. `inputs` tells whether the inputs of
-        matrices are saved as well, instead of being recomputed in the backward pass.
+        element_bytes is the size of one number of an activation. `inputs` tells whether the inputs
+        of matrices are saved as well, instead of being recomputed in the backward pass.
         """
 
     # ---- state ---------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Architecture(ABC):
         return {n: x[:, 0].clone() for n, x in self.empty_state(sizes, 1, like).items()}
 
     def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """Turn learned values into a state's tensors: each [L,...], in the dtypes of `empty_layer`."""
+        """Turn learned values into a state, in the dtypes of `empty_layer`: each tensor [L,...]."""
         return {name: x.to(like.dtype) for name, x in learned.items()}
 
     # ---- values for measurements ---------------------------------------------------------------
