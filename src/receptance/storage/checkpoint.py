@@ -56,9 +56,7 @@ def write_description(config: ModelConfig, directory: Path, tokenizer: Tokenizer
 def read_description(opened: Opened) -> tuple[ModelConfig, Tokenizer | None]:
     """Read what `write_description` wrote; ValueError if the directory holds no model."""
     if opened.kind != "checkpoint":
-        raise ValueError(
-            f"{opened.path} is not a checkpoint that receptance wrote; name one that is"
-        )
+        raise ValueError(f"{opened.path} is no checkpoint that receptance wrote; name one that is")
     opened.check_version()
     config = ModelConfig.from_dict(opened.fields.get("model"))
     return config, tokenizer_in(opened.path, opened.fields.get("tokenizer"))
@@ -166,8 +164,8 @@ def read_opened(
         formats.check_local(path, revision)
     if opened.kind == "adapter":
         raise ValueError(
-            f"{path} holds an adapter and no model; name the model that it was trained on, and this "
-            "directory as its adapter"
+            f"{path} holds an adapter and no model; name the model that it was trained on, and "
+            "this directory as its adapter"
         )
     if opened.kind == "quantized":
         quantized = open_quantized(opened)

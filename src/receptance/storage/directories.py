@@ -257,7 +257,7 @@ def _check_step(directory: Path) -> None:
     about = json.loads(file.read_bytes())
     step = about.get("step") if isinstance(about, dict) else None
     if step != step_number(directory):
-        raise ValueError(f"{directory} holds step {step}; give it back the name of that")
+        raise ValueError(f"{directory} holds step {step}; give it back the name of that step")
 
 
 def put_aside(newest: Path) -> list[Path]:
