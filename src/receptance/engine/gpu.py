@@ -209,8 +209,8 @@ class GpuEngine(NotCopied, EvaluationOnly):
 def _as_one_tensor(parts: list[Tensor]) -> Tensor | None:
     """The single tensor that holds all parts one after another: [L,B,C] each -> [parts,L,B,C].
 
-    None if they lie apart in memory. The parts that `_step` returns do not, and one copy is faster
-    than five.
+    None if they lie apart in memory. `_step` returns parts that do not lie apart, so that the next
+    step needs one copy instead of five.
     """
     first, size = parts[0], parts[0].numel()
     for i, part in enumerate(parts):
@@ -237,8 +237,7 @@ def gpu_engine(
     """Make an engine of a model's tensors under official names, in any float type.
 
     With kind None the matrices keep their type if all have the same one, otherwise they become
-    float32. The dict `tensors` is emptied on the way, so that
-    a tensor that nobody else holds is freed once it was copied.
+    float32. The dict `tensors` is emptied on the way.
     """
     states_of = own_fingerprint or fingerprint(config, tensors)
     kind = kind or common_kind(tensors[name] for name in config.architecture.layouts(config))
