@@ -76,5 +76,5 @@ class StateTuning(Adapter):
         return State(tensors, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def fingerprint(self, model_fingerprint: str) -> str:
-        """The fingerprint of the model alone: its states do not depend on how rows began."""
+        """The fingerprint of the model alone, because it reads on from any initial state."""
         return model_fingerprint
