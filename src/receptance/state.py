@@ -116,7 +116,7 @@ class State:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not os.path.isfile(path):  # Path.is_file raises without permission.
+        if not os.path.isfile(path):  # Path.is_file raises where it may not look.
             raise ValueError(f"no state file at {path}")
         try:
             with safe_open(path, framework="pt") as file:
@@ -160,7 +160,7 @@ def unread_text(path: str | Path) -> str:
 
 
 def check_replaceable(path: Path) -> None:
-    """ValueError if something other than a state file is at path."""
+    """ValueError if there is something at path that is no state file."""
     if os.path.lexists(path) and _about(path).get("format") != FORMAT:
         raise ValueError(
             f"cannot write the state to {path}: what is there is not a state; choose another name"

@@ -71,7 +71,7 @@ class ModelConfig:
 
     @cached_property
     def num_parameters(self) -> int:
-        """The exact number; for version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
+        """The exact count; for version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
         return self.architecture.num_parameters(self)
 
     @cached_property

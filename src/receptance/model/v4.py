@@ -93,7 +93,7 @@ class TimeMix(nn.Module):
             nn.init.zeros_(matrix.weight)
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """The factors that differ from 1 (RWKV-v4neo, layerwise_lr)."""
+        """The learning-rate factors that differ from 1 (RWKV-v4neo, layerwise_lr)."""
         return {"time_decay": 2.0, "time_first": 3.0}
 
 
@@ -131,7 +131,7 @@ class ChannelMix(nn.Module):
             nn.init.zeros_(matrix.weight)
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """The factors that differ from 1, of which there are none."""
+        """The learning-rate factors that differ from 1, of which there are none."""
         return {}
 
 
