@@ -95,7 +95,7 @@ class State:
 
         path = Path(path)
         check_replaceable(path)
-        # Tensors are copied, because rows and layers may share memory, which safetensors refuses.
+        # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
         tensors = {
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, x in (self.tensors | {"tokens": self.tokens}).items()

@@ -120,7 +120,7 @@ class Adapter(nn.Module, ABC):
         return {ABOUT: json.dumps(about)}
 
     def save(self, path: str | Path, model_fingerprint: str) -> None:
-        """Write a safetensors file, atomically, that holds the fingerprint of the model as well."""
+        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically."""
         from safetensors.torch import save
 
         path = Path(path)
