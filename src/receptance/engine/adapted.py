@@ -36,7 +36,7 @@ class AdaptedModel(EvaluationOnly):
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Logits of features: [...,C] -> [...,V]."""
+        """The function from features to logits: [...,C] -> [...,V]."""
         return self._model.head
 
     def features(

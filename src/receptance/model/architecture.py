@@ -148,7 +148,7 @@ class Architecture(ABC):
         """F of a model whose configuration leaves it out."""
         return 4 * width
 
-    def check(self, sizes: Sizes) -> None:  # noqa: B027 most versions have nothing to add
+    def check(self, sizes: Sizes) -> None:  # noqa: B027 Most versions have nothing to check.
         """ValueError for sizes that this version cannot have."""
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:

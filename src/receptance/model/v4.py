@@ -57,7 +57,7 @@ class TimeMix(nn.Module):
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
+        """[B,T,C] -> [B,T,C], and the layer's next state."""
         previous, last = token_shift(x, state.time_shift, reading)
         r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 11
         k = self.key(mix(x, previous, self.time_mix_k))  # equation 12
@@ -77,7 +77,7 @@ class TimeMix(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Starting values, orthogonal draws from the generator."""
+        """Set the starting values, drawing the orthogonal matrix from the generator."""
         early, late = _depth_fractions(*self.depth)
         width = self.time_decay.numel()
         channel = torch.arange(width, dtype=torch.float64)
@@ -111,7 +111,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(hidden, width)
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
+        """[B,T,C] -> [B,T,C], and the layer's next state."""
         previous, last = token_shift(x, state.channel_shift, reading)
         r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 14
         k = self.key(mix(x, previous, self.time_mix_k))  # equation 15
@@ -120,7 +120,7 @@ class ChannelMix(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Starting values, orthogonal draws from the generator."""
+        """Set the starting values, drawing the orthogonal matrix from the generator."""
         early, _ = _depth_fractions(*self.depth)
         width = self.time_mix_k.shape[-1]
         share = torch.arange(width, dtype=torch.float64) / width
@@ -141,11 +141,11 @@ def log_decay(time_decay: Tensor) -> Tensor:
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
-    """1 at the first layer and near 0 at the last; 0 at the first layer and 1 at the last."""
+    """Two measures of a layer's depth: one falls from 1 to nearly 0, the other rises from 0 to 1."""
     return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
 
 
-# ---- what others ask ----------------------------------------------------------------------------
+# ---- the architecture ----------------------------------------------------------------------------
 
 
 class RWKV4(Architecture):
@@ -156,7 +156,7 @@ class RWKV4(Architecture):
     matrices = {  # noqa: RUF012 The dict is never changed.
         **dict.fromkeys(("att.key", "att.value", "att.receptance", "att.output"), "tiles"),
         **dict.fromkeys(("ffn.key", "ffn.receptance"), "tiles"),
-        "ffn.value": "rows",  # Most of its inputs are zero, and rows let kernels skip them.
+        "ffn.value": "rows",  # Most of its inputs are zero; with rows kernels skip their weights.
     }
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_first")
