@@ -141,11 +141,11 @@ def log_decay(time_decay: Tensor) -> Tensor:
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
-    """Two measures of a layer's depth: one falls from 1 to nearly 0, the other rises from 0 to 1."""
+    """Two measures of a layer's depth: one falls from 1 to about 0, one rises from 0 to 1."""
     return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
 
 
-# ---- the architecture ----------------------------------------------------------------------------
+# ---- the architecture ---------------------------------------------------------------------------
 
 
 class RWKV4(Architecture):
