@@ -7,6 +7,6 @@ The modules, in reading order:
     lock         the lock that lets one process write into the folder of a run
     opening      the kind of a file or directory, told before it is read
     pairing      the check that a tokenizer belongs to its weights
-    checkpoint   a model and its tokenizer on disk, and `load`
     quantized    a quantized model on disk
+    checkpoint   a model and its tokenizer on disk, and `load`
 """
