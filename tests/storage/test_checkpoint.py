@@ -332,7 +332,7 @@ class TestForeignWeights:
         assert load(str(pth))[1].fingerprint == small_bpe().fingerprint
 
     def test_a_pth_without_a_tokenizer_comes_without_one(self, pth):
-        model, tokenizer = load(pth)
+        _, tokenizer = load(pth)
         assert tokenizer is None
         message = refusal(lambda: EngineOptions().load(pth))
         assert "vocabulary of 300" in message

@@ -280,6 +280,7 @@ def _kernel_engine(
     options: EngineOptions,
 ) -> Engine:
     initial = states_of = None
+    kind = options.dtype or common_kind(tensors[n] for n in config.architecture.layouts(config))
     if options.adapter is not None:
         model, states_of, initial = _with_adapter(as_model(config, tensors), options.adapter)
         tensors = dict(model.state_dict())
@@ -287,7 +288,7 @@ def _kernel_engine(
         return native_engine(
             config,
             tensors,
-            options.dtype,
+            kind,
             group=options.group,
             threads=options.threads,
             initial=initial,
@@ -298,7 +299,7 @@ def _kernel_engine(
     return gpu_engine(
         config,
         tensors,
-        options.dtype,
+        kind,
         group=options.group,
         device=device,
         initial=initial,
@@ -314,5 +315,6 @@ def _with_adapter(model: Model, adapter: Path) -> tuple[Model, str, State | None
     loaded = load_adapter(adapter, model)
     states_of, initial = loaded.fingerprint(model.fingerprint()), loaded.initial_state()
     if initial is None:
-        return loaded.merge(model), states_of, None
+        # In a narrower type the sum would be rounded before it is packed, and small changes lost.
+        return loaded.merge(model, torch.float32), states_of, None
     return model, states_of, initial.detach()
