@@ -246,7 +246,7 @@ def _cut_short() -> NoReturn:
 
 
 def decay_parameter(stored: Tensor, what: str) -> Tensor:
-    """log(-stored), the parameter of the decay of a file's -exp of it: [C] -> [C] float32.
+    """log(-stored): the parameter of a decay whose -exp a file holds, [C] -> [C] float32.
 
     Near zero several parameters have the same exponential in float32. Most were narrow numbers
     once, so of those the narrowest is taken.
