@@ -20,7 +20,7 @@ from rich.table import Table
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
-from receptance.atomic import written
+from receptance.atomic import check_replaceable, written
 from receptance.config import published
 from receptance.engine import load_engine
 from receptance.engine.load import check_threads
@@ -70,6 +70,18 @@ def _check(options: Options) -> None:
         raise ValueError(f"there is no folder {options.json.parent} to write {options.json} into")
     if options.json and options.json.is_dir():
         raise ValueError(f"{options.json} is a folder; give --json the name of a file")
+    if options.json:
+        check_replaceable(options.json, "the figures", "a file of figures", _holds_figures)
+
+
+def _holds_figures(path: Path) -> bool:
+    """Whether the file is empty or what an earlier benchmark wrote; other JSON is not replaced."""
+    content = path.read_bytes()
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return False
+    return not content or (isinstance(found, dict) and found.keys() >= {"read bytes/s", "results"})
 
 
 @dataclass

@@ -10,6 +10,7 @@ import tyro
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
+from receptance.apps.text import as_flags
 from receptance.conversion.converting import PASSES, Report, check, convert
 from receptance.conversion.source import Note, Source, open_source
 from receptance.conversion.target import Dtype, Format, Target
@@ -45,7 +46,13 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, convert, report."""
     options = parse(Options, argv, "receptance convert")
-    console = Console()
+    try:
+        _convert(options, Console())
+    except ValueError as error:
+        raise ValueError(as_flags(str(error), {"format": "to"})) from error
+
+
+def _convert(options: Options, console: Console) -> None:
     target = Target(
         path=expanded(options.out),
         format=options.to,

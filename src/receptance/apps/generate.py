@@ -17,7 +17,7 @@ from receptance.apps.text import has_escapes, unescaped, visible
 from receptance.engine import EngineOptions
 from receptance.inference.generation import Generation
 from receptance.inference.sampling import Sampling
-from receptance.state import check_replaceable, unread_text
+from receptance.state import check_state_path, unread_text
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -92,7 +92,7 @@ def _check(options: Options) -> None:
             raise ValueError(
                 f"no state can be written to {file}; name a file in a folder that exists"
             )
-        check_replaceable(file)
+        check_state_path(file)
     if len(options.prompts) > 1:
         print(
             f"receptance: note: {len(options.prompts)} prompts, each continued for itself; a "

@@ -15,7 +15,7 @@ from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.apps.text import visible
 from receptance.checking.inspecting import Inspection, inspect
-from receptance.plots import draw_decays
+from receptance.plots import check_picture, draw_decays
 from receptance.progress import progress_bar, say
 
 _BAR = 40  # characters
@@ -39,6 +39,8 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, look at everything, report; leave with 1 if it is damaged."""
     options = parse(Options, argv, "receptance inspect")
+    if options.plot is not None:
+        check_picture(options.plot)  # A large model takes minutes to inspect.
     found = _looked_at(options)
     if options.json:
         print(json.dumps(as_json(found), indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # The controls of ASCII and of Latin-1 (C0, DEL and C1): a terminal obeys some of them, alone or as
 # the beginning of a longer command.
@@ -17,15 +18,16 @@ _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 _ARGUMENT = re.compile(r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,.)]|$)')
 
 
-def as_flags(message: str) -> str:
+def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
     """A message of the library with its arguments as the flags of a command.
 
     tokenizer=FILE becomes --tokenizer FILE, recompute=True --recompute, recompute=False
-    --no-recompute.
+    --no-recompute. names has the flags that are called otherwise than their arguments.
     """
 
     def flag(found: re.Match[str]) -> str:
-        name, value = found[1].replace("_", "-"), (found[2] or "").strip('"')
+        name = (names or {}).get(found[1], found[1]).replace("_", "-")
+        value = (found[2] or "").strip('"')
         if value in ("", "True"):
             return f"--{name}"
         return f"--no-{name}" if value == "False" else f"--{name} {value}"

@@ -89,12 +89,13 @@ def check(source: Source, target: Target) -> None:
     if target.format not in DIRECTORIES and config.layer_norm_epsilon != _USUAL_EPSILON:
         raise ValueError(
             f"the layer_norm_epsilon of {source.path} is {config.layer_norm_epsilon}, and a file "
-            f"has no place for it: every reader takes {_USUAL_EPSILON}; use --to hf or receptance"
+            f"has no place for it: every reader takes {_USUAL_EPSILON}; "
+            'use format="hf" or format="receptance"'
         )
     if target.format == "receptance" and source.tokenizer is None:
         raise ValueError(
             f"there is no tokenizer beside {source.path}, and a directory of ours holds one; pass "
-            "it with --tokenizer"
+            "it with tokenizer=FILE"
         )
     if target.format not in DIRECTORIES:
         _check_beside(source, target.path.parent)
@@ -180,7 +181,7 @@ def _compare_logits(
     if not found.relative <= (limit := _limit(source, target)):
         raise ValueError(
             f"{written.path}: its logits differ by {found.relative:.1e} of the largest, more than "
-            f"{limit:.0e}; nothing was kept; choose a wider --dtype"
+            f"{limit:.0e}; nothing was kept; choose a wider dtype="
         )
     return found
 

@@ -87,7 +87,7 @@ def _check_path(path: Path, format_: str | None, by_suffix: str | None) -> None:
     if format_ is None:
         raise ValueError(
             f"{path}: what it is to be can't be told from its name, which has none of the endings "
-            f"{', '.join(_SUFFIXES)}; choose with --to one of {', '.join(get_args(Format))}"
+            f"{', '.join(_SUFFIXES)}; choose with format= one of {', '.join(get_args(Format))}"
         )
     if format_ not in get_args(Format):
         raise ValueError(f"there is no format {format_!r}; choose of {', '.join(get_args(Format))}")
@@ -103,4 +103,4 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
     if format_ == "ggmf" and dtype == "bfloat16":
         raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which holds it all")
     if format_ != "ggmf" and dtype in KINDS:
-        raise ValueError(f"only files of rwkv.cpp (--to ggmf) hold {dtype}")
+        raise ValueError(f'only files of rwkv.cpp (format="ggmf") hold {dtype}')
