@@ -193,7 +193,7 @@ class TestInit:
         torch.save(make_model(300).state_dict(), "bare.pth")
         small_bpe(300).save(Path("run"))  # somewhere else
         start = ["train", "text.txt", "--init", "bare.pth", "--batch", 2, "--context", 32]
-        assert "pass it with tokenizer=" in refused(*start, "--out", "new", "--steps", 1)
+        assert "pass --tokenizer FILE" in refused(*start, "--out", "new", "--steps", 1)
         start += ["--tokenizer", "run/tokenizer.json"]
         for tune in ("all", "lora"):
             begun(*start, "--tune", tune, "--out", tune, "--steps", 1)

@@ -190,7 +190,7 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
 
     file has recorded logits; None takes the one beside the model, if it exists.
     """
-    resolve_device(device)
+    device = str(resolve_device(device))
     if file is None and recorded.beside(subject.path).is_file():
         file = recorded.beside(subject.path)
     # The file is read before anything is computed, because it may be damaged.
