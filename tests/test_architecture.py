@@ -130,6 +130,14 @@ def test_only_apps_know_the_command_line(module):
     assert is_app(module) or not names & {"tyro", "argparse"}
 
 
+@every_module
+def test_only_apps_name_flags(module):
+    """The library names arguments, as in dtype=; __main__ makes flags of them."""
+    strings = (node.value for node in ast.walk(TREES[module]) if isinstance(node, ast.Constant))
+    flags = [text for text in strings if isinstance(text, str) and re.search("--[a-z]", text)]
+    assert is_app(module) or not flags, f"{module} names flags of the command line: {flags}"
+
+
 def test_versions_of_the_model_do_not_import_each_other():
     versions = {m for m in TREES if m.split(".")[-1].strip("v").isdigit()}
     assert "receptance.model.v4" in versions

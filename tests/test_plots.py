@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance import plots
-from receptance.plots import draw_losses
+from receptance.plots import draw_decays, draw_losses
 
 
 def step_line(step: int, **more: object) -> str:
@@ -76,6 +76,24 @@ class TestThePicture:
         with pytest.raises(ValueError, match=r"no training step in .*metrics\.jsonl yet"):
             draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
         assert (tmp_path / "loss.png").read_bytes() == b"the last one"
+
+    @pytest.mark.parametrize("content", [b"", b"weights", b"\x89PNG is how a PNG begins"])
+    def test_only_a_png_is_replaced(self, content, tmp_path):
+        picture = tmp_path / "loss.png"
+        picture.write_bytes(content)
+        (tmp_path / "metrics.jsonl").write_text(step_line(1))
+        for draw in (
+            lambda: draw_losses(tmp_path / "metrics.jsonl", picture),
+            lambda: draw_decays({0: [0.9, 0.1]}, picture),
+        ):
+            picture.write_bytes(content)
+            with pytest.raises(ValueError, match="what is there is not a PNG; choose another name"):
+                draw()
+            assert picture.read_bytes() == content
+            picture.unlink()
+            draw()
+            draw()  # replaces the first
+            assert size(picture)[0] > 0
 
     def test_what_is_drawn(self, tmp_path, monkeypatch):
         """Both panels, by what is on their axes."""

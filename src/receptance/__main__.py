@@ -31,7 +31,7 @@ APPS = {
 }
 
 
-_INTERRUPTED = 130  # what shells report of a program that ended with Ctrl-C
+_INTERRUPTED = 130  # the exit code that shells report for a program that ended with Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,12 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         finally:
-            if sys.stdout is not None:  # closed by whoever started us
-                sys.stdout.flush()  # here, where it can still be said that it failed
+            if sys.stdout is not None:  # The parent process may have closed it.
+                sys.stdout.flush()  # A failure here can still be reported.
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away; the rest of it goes nowhere
+    except BrokenPipeError:  # The reader went away, so the rest of the output is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -82,10 +82,10 @@ def _run(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def _quick_interrupts() -> Iterator[None]:
-    """Ctrl-C ends the program at once and in one line, while modules are imported.
+    """Make Ctrl-C end the program at once and in one line while modules are imported.
 
-    An exception instead would come out of the middle of another package, which may turn it into an
-    error of its own, or lose it. Nothing has been begun that would have to be tidied up.
+    An exception would be raised in the middle of another package, which may turn it into another
+    error, or lose it. Nothing has been begun yet that would have to be cleaned up.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -104,7 +104,7 @@ def _quick_interrupts() -> Iterator[None]:
 
 
 def _use_what_there_is() -> None:
-    """No more threads of torch than the CPUs that this process may use, in a container say."""
+    """Limit torch's threads to the CPUs that this process may use; a container may have few."""
     if "torch" in sys.modules:
         import torch
 
@@ -114,14 +114,15 @@ def _use_what_there_is() -> None:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as one line, without the place in the code."""
+    """Print a warning as one line, without its place in the code."""
     _say("warning", as_flags(str(message)))
 
 
 def _tolerate_any_text() -> None:
-    """Show what the terminal's encoding lacks as a question mark; a model may write anything.
+    """Accept any bytes and any characters, since models and users may write anything.
 
-    So may a user: bytes that are no text come as lone surrogates, as they do in arguments.
+    A character that the terminal's encoding lacks is shown as a question mark. Input bytes that are
+    not UTF-8 become lone surrogates, as they do in arguments.
     """
     streams = {sys.stdin: "surrogateescape", sys.stdout: "replace", sys.stderr: "replace"}
     for stream, errors in streams.items():

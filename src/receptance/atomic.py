@@ -1,10 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Writing files: each appears whole or not at all, and replaces only a file of its own kind."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -30,3 +30,18 @@ def written(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == str(partial):
             error.filename = str(path)  # The caller knows this name only.
         raise
+
+
+def check_replaceable(path: Path, what: str, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    """ValueError if there is anything at path but a file for which is_kind is true.
+
+    The message needs what is to be written, such as "the state", and its kind, such as "a state".
+    """
+    if not os.path.lexists(path):
+        return
+    with suppress(OSError):  # What cannot be read is not replaced either.
+        if os.path.isfile(path) and is_kind(path):
+            return
+    raise ValueError(
+        f"cannot write {what} to {path}: what is there is not {kind}; choose another name"
+    )

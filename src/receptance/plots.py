@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from receptance.atomic import written
+from receptance.atomic import check_replaceable, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Points = list[tuple[float, float]]
 Buffer = bytes | mmap.mmap
 
+_PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
 _VALIDATION = "validation_bits_per_byte"
 # A file of up to this many bytes is read whole. In a longer one the lines at _PLACES places are
 # read, _BYTES_PER_PLACE at each, and of its validations at most _MOST_VALIDATIONS.
@@ -33,7 +34,8 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     """Draw loss, validation, learning rate and gradient norm of a metrics.jsonl over its tokens.
 
     A bounded part of a long file is read. The picture is a PNG that replaces an older one as a
-    whole. ValueError if there is no training step to draw yet, or if matplotlib is not installed.
+    whole. ValueError if there is no training step to draw yet, if a file that is not a PNG is in
+    the way, or if matplotlib is not installed.
     """
     figure = _figure()
     records = _records(metrics)
@@ -56,7 +58,7 @@ def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> Non
     """Draw the share that each channel keeps from a token to the next, layer by layer, as a PNG.
 
     The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2.
-    ValueError if matplotlib is not installed.
+    ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -70,6 +72,16 @@ def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> Non
     _save(figure, picture)
 
 
+def check_picture(path: Path) -> None:
+    """ValueError if there is something at path that is not a PNG: a picture would replace it."""
+    check_replaceable(path, "the picture", "a PNG", _is_png)
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_PNG)) == _PNG
+
+
 def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure
@@ -79,6 +91,7 @@ def _figure() -> Figure:
 
 
 def _save(figure: Figure, picture: Path) -> None:
+    check_picture(picture)
     with written(picture) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from receptance.atomic import written
+from receptance.atomic import check_replaceable, written
 from receptance.errors import one_line
 
 FORMAT = "receptance-state"
@@ -94,7 +94,7 @@ class State:
         from safetensors.torch import save
 
         path = Path(path)
-        check_replaceable(path)
+        check_state_path(path)
         # Copies, because safetensors refuses tensors that share memory, as rows and layers may.
         tensors = {
             name: x.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -159,12 +159,9 @@ def unread_text(path: str | Path) -> str:
     return _about(Path(path)).get("unread", "")
 
 
-def check_replaceable(path: Path) -> None:
-    """ValueError if there is something at path that is no state file."""
-    if os.path.lexists(path) and _about(path).get("format") != FORMAT:
-        raise ValueError(
-            f"cannot write the state to {path}: what is there is not a state; choose another name"
-        )
+def check_state_path(path: Path) -> None:
+    """ValueError if there is something at path that is not a state file: it would be lost."""
+    check_replaceable(path, "the state", "a state", lambda x: _about(x).get("format") == FORMAT)
 
 
 def _about(path: Path) -> dict[str, str]:

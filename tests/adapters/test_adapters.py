@@ -1,6 +1,7 @@
 """Adapters: beside an untouched model, the only thing that trains, and files that know theirs."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -435,6 +436,40 @@ def test_truncated_files_are_refused(tmp_path):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"cannot write .*nowhere/a: No such"):
         random_adapter(make_model(), "lora").save(tmp_path / "nowhere" / "a", "x")
+
+
+def test_only_an_adapter_is_replaced(tmp_path):
+    model, path = make_model(), tmp_path / "a"
+    adapter = random_adapter(model, "lora")
+    for other in ("text", "weights", "state", "list", "folder", "link", "pipe"):
+        something_else(other, path, model)
+        before = path.read_bytes() if path.is_file() else [*tmp_path.iterdir()]
+        with pytest.raises(ValueError, match="what is there is not an adapter; choose another"):
+            adapter.save(path, model.fingerprint())
+        assert before == (path.read_bytes() if path.is_file() else [*tmp_path.iterdir()])
+        path.rmdir() if path.is_dir() else path.unlink()
+    random_adapter(model, "state").save(path, model.fingerprint())
+    adapter.save(path, model.fingerprint())
+    assert load_adapter(path, model).kind == "lora"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def something_else(kind: str, path: Path, model: Model) -> None:
+    """Put something at a path that is not an adapter."""
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "weights":
+        save_file(model.state_dict(), path)
+    elif kind == "state":
+        model.empty_state(1).save(path, model.fingerprint())
+    elif kind == "list":
+        save_file({"x": torch.zeros(1)}, path, metadata={"about": "[]"})
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        os.mkfifo(path)
 
 
 def test_a_state_belongs_to_the_weights_that_made_it():

@@ -144,6 +144,25 @@ def test_options_are_checked(fields, words):
         bench._check(bench.Options(**fields))
 
 
+@pytest.mark.parametrize("content", ["text", '{"width": 16}', "[]", "null", "["])
+def test_only_figures_are_replaced(content, model, tmp_path, monkeypatch):
+    """It is refused before anything is measured."""
+    monkeypatch.setattr(bench, "_measure_all", lambda *_: pytest.fail("too late"))
+    out = tmp_path / "figures.json"
+    out.write_text(content)
+    with pytest.raises(ValueError, match=r"figures\.json: what is there is not a file of figures"):
+        bench.main([model, "--json", str(out)])
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", '{"read bytes/s": 1.0, "results": {}}'])
+def test_figures_are_replaced(content, model, tmp_path):
+    out = tmp_path / "figures.json"
+    out.write_text(content)
+    bench.main([model, *QUICK, "--dtypes", "float32", "--json", str(out)])
+    assert json.loads(out.read_text())["results"].keys() == {"float32"}
+
+
 # ---- the measurements ---------------------------------------------------------------------------
 
 

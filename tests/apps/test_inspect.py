@@ -74,6 +74,19 @@ def test_a_picture_is_drawn():
     assert not Path("other.png").exists()
 
 
+def test_a_picture_replaces_no_weights(monkeypatch):
+    """It is refused before the model, which may be large, is looked at."""
+    monkeypatch.setattr("receptance.apps.inspect.inspect", lambda *_, **__: pytest.fail("too late"))
+    before = Path("m.pth").read_bytes()
+    result = call("inspect", "m.pth", "--plot", "m.pth")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == (
+        "receptance: error: cannot write the picture to m.pth: what is there is not a PNG; choose "
+        "another name\n"
+    )
+    assert Path("m.pth").read_bytes() == before
+
+
 def test_another_version_is_described_and_no_error():
     torch.save({"blocks.0.att.r_k": torch.zeros(2, 4)}, "seven.pth")
     result = call("inspect", "seven.pth")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from receptance.atomic import written
+from receptance.atomic import check_replaceable, written
 from receptance.errors import one_line
 from receptance.model import Model
 from receptance.state import State
@@ -120,10 +120,26 @@ class Adapter(nn.Module, ABC):
         return {ABOUT: json.dumps(about)}
 
     def save(self, path: str | Path, model_fingerprint: str) -> None:
-        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically."""
+        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically.
+
+        An earlier adapter is replaced. ValueError if anything else is at path: it stays as it is.
+        """
         from safetensors.torch import save
 
         path = Path(path)
+        check_replaceable(path, "the adapter", "an adapter", _is_adapter)
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
         with one_line(path, "the adapter to "), written(path) as file:
             file.write(save(tensors, metadata=self.metadata(model_fingerprint)))
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether the file says that it is an adapter, of whatever kind and format version."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("format") == FORMAT

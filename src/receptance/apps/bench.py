@@ -1,4 +1,4 @@
-"""receptance bench: how fast a model runs on this machine, and what its memory would allow."""
+"""receptance bench: measure how fast a model runs, and compare that with the limit of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
-from receptance.atomic import written
+from receptance.atomic import check_replaceable, written
 from receptance.config import published
 from receptance.engine import load_engine
 from receptance.engine.load import check_threads
@@ -32,7 +32,8 @@ from receptance.quantize.packing import Kind
 from receptance.storage.directories import existing
 from receptance.storage.quantized import is_quantized
 
-_MEMORY_TOKENS = 100  # read and generated before memory is looked at
+# The number of tokens that are read and generated before the memory of the process is measured.
+_MEMORY_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +41,25 @@ class Options:
     """Measure how fast a model runs on this machine's CPU, and compare it with its memory."""
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
-    """What `receptance generate` takes; without it random weights of a published size."""
+    """The model, as for `receptance generate`. Without it, random weights of a published size are
+    measured."""
     size: str = "169m"
-    """The size of the random weights: 169m, 430m, 1.5b, 3b, 7b or 14b."""
+    """Give the random weights this size: 169m, 430m, 1.5b, 3b, 7b or 14b."""
     dtypes: tuple[Kind | Literal["stored"], ...] = ()
-    """Types of the weights to compare; "stored" is that of the files. If not given: float32,
-    bfloat16, int8 and int4, as far as there are kernels for them; of a quantized model its own."""
+    """Compare these types of weights; "stored" is the type in the files. The default is float32 and
+    bfloat16, and int8 and int4 if there are kernels for them; a quantized model has its own."""
     batches: tuple[int, ...] = (1, 4, 16)
-    """Rows that are decoded together."""
+    """Decode this number of rows together."""
     prefill: tuple[int, ...] = (256, 2048)
-    """Lengths of prompts to read."""
+    """Read a prompt of this length."""
     threads: int | None = None
-    """Threads to compute with; torch's own number if not given."""
+    """Compute with this number of threads; the default is that of torch."""
     seconds: float = 2.0
-    """The least time for each measurement."""
+    """Measure each figure for at least this number of seconds."""
     tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
     json: Path | None = None
-    """Write all figures to this file, too."""
+    """Write all figures to this file as well."""
 
 
 def _check(options: Options) -> None:
@@ -70,24 +72,36 @@ def _check(options: Options) -> None:
         raise ValueError(f"there is no folder {options.json.parent} to write {options.json} into")
     if options.json and options.json.is_dir():
         raise ValueError(f"{options.json} is a folder; give --json the name of a file")
+    if options.json:
+        check_replaceable(options.json, "the figures", "a file of figures", _holds_figures)
+
+
+def _holds_figures(path: Path) -> bool:
+    """Whether the file is empty or what an earlier benchmark wrote; other JSON is not replaced."""
+    content = path.read_bytes()
+    try:
+        found = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return False
+    return not content or (isinstance(found, dict) and found.keys() >= {"read bytes/s", "results"})
 
 
 @dataclass
 class Findings:
-    """What was measured up to now."""
+    """The figures that were measured so far."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By type of the weights, then by the name of a figure."""
+    """The figures by type of weights, then by name."""
     about: dict[str, object] = field(default_factory=dict)
 
     @property
     def bandwidth(self) -> float:
-        """The fastest that memory was read, in bytes per second."""
+        """The highest speed at which memory was read, in bytes per second."""
         return max((found["bandwidth"] for found in self.results.values()), default=0.0)
 
 
 def main(argv: list[str]) -> None:
-    """Parse, measure every type in a process of its own, report; also what Ctrl-C left."""
+    """Parse, measure each type in a process of its own, report; Ctrl-C reports what is there."""
     options = parse(Options, argv, "receptance bench")
     _check(options)
     console, findings = Console(), Findings()
@@ -97,7 +111,7 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def _model(options: Options) -> Iterator[str]:
-    """What to load: the model that was named, or a file of random weights for the time being."""
+    """The model to load: the one that was named, or a temporary file of random weights."""
     if options.model is not None:
         yield options.model
         return
@@ -113,7 +127,7 @@ def _model(options: Options) -> Iterator[str]:
 
 @contextmanager
 def _reporting(console: Console, options: Options, findings: Findings) -> Iterator[None]:
-    """Show and write what there is in the end, whatever the end is."""
+    """Show and write the figures at the end, even if the measurements were interrupted."""
     try:
         yield
     finally:
@@ -150,14 +164,14 @@ def _measure_all(options: Options, source: str, findings: Findings) -> None:
 
 
 def _in_a_process(options: Options, source: str, dtype: str) -> Iterator[dict[str, Any]]:
-    """What `measure_one` finds in a new process, as it comes."""
+    """The figures of `measure_one`, which runs in a new process, one after another."""
     fields = dataclasses.asdict(options) | {"model": source, "dtypes": [dtype], "json": None}
     command = [sys.executable, "-c", "from receptance.apps.bench import worker; worker()"]
     process = subprocess.Popen(
         [*command, json.dumps(fields), options.size if options.model is None else ""],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+        start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other.
     )
     assert process.stdout is not None
     with process:
@@ -181,7 +195,7 @@ def _checked(line: str) -> dict[str, Any]:
 
 
 def worker() -> None:
-    """Measure what the arguments say; a line of JSON for every figure."""
+    """Measure as the arguments of the process say, and print a line of JSON for each figure."""
     fields, size = json.loads(sys.argv[1]), sys.argv[2]
     try:
         for figures in measure_one(Options(**fields), size or None):
@@ -195,7 +209,7 @@ def worker() -> None:
 
 
 def measure_one(options: Options, size: str | None = None) -> Iterator[dict[str, Any]]:
-    """The figures for the first of the types; size if the weights are random ones of that size."""
+    """The figures for the first of the types; size is given if the weights are random."""
     if options.threads:
         torch.set_num_threads(options.threads)
     bandwidth, how = measure.read_bandwidth()
@@ -236,7 +250,7 @@ def _prompt(length: int) -> str:
 
 
 def table(options: Options, findings: Findings) -> Table:
-    """A row for each figure, a column for each type of weights."""
+    """The table of figures, with a row for each figure and a column for each type of weights."""
     columns = [_column(found, options, findings.bandwidth) for found in findings.results.values()]
     shown = Table("", box=None, pad_edge=False)
     for dtype in findings.results:
@@ -262,9 +276,10 @@ def _column(found: dict[str, Any], options: Options, bandwidth: float) -> dict[s
 
 
 def share_of_limit(found: dict[str, Any], batch: int, bandwidth: float) -> float | None:
-    """The rate at which weights were used by steps over so many rows, by that of reading memory.
+    """The speed at which steps used the weights, divided by the speed of reading memory.
 
-    Above 1 if enough activations were zero, so that the weights they meet were not read.
+    A step computes `batch` rows. The share is above 1 if many activations were zero, because the
+    weights that they are multiplied with were not read.
     """
     speed = found.get(_batch(batch))
     return None if speed is None else speed / batch * found["bytes per token"] / bandwidth
@@ -284,7 +299,7 @@ def _title(findings: Findings) -> str:
 
 
 def summary(options: Options, findings: Findings) -> dict[str, Any]:
-    """All of it, ready for JSON: sizes in bytes, times in seconds, speeds in tokens per second."""
+    """All figures for JSON: sizes in bytes, times in seconds, speeds in tokens per second."""
     results = {}
     for dtype, found in findings.results.items():
         shares = {

@@ -1,4 +1,4 @@
-"""receptance chat: a conversation in the terminal, its history kept as the model's state."""
+"""receptance chat: talk with a model in the terminal; its state holds the conversation."""
 
 from __future__ import annotations
 
@@ -39,44 +39,45 @@ _QUOTES, _MORE = '"""', "... "
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Talk with a model. Type /help for the commands."""
+    """Talk with a model. During the conversation /help lists the commands."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
+    """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub
+    id."""
     template: Literal["world", "raven", "instruction", "qa"] = "world"
-    """The format of turns: the one that the model was trained with."""
+    """Write turns in this format; it should be the one that the model was trained with."""
     user: str | None = None
-    """Name of your side, instead of the template's."""
+    """Call your side by this name instead of that of the template."""
     assistant: str | None = None
-    """Name of the model's side, instead of the template's."""
+    """Call the model's side by this name instead of that of the template."""
     max_tokens: int = 500
-    """Longest answer."""
+    """End an answer after this number of tokens."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Sampling(top_p=0.7, presence_penalty=0.4, frequency_penalty=0.4)
     )
     seed: int = 0
-    """Decides the random choices; each answer has its own numbers."""
+    """Draw the random choices from this seed; each answer has random numbers of its own."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True)
 class History:
-    """What was said, and how much of it a state has read."""
+    """The text of a conversation, and the state that has read the beginning of it."""
 
     text: bytes = b""
     ids: list[int] = field(default_factory=list)
-    """The tokens that the state has read: the first ones of the text, but not always all."""
+    """The tokens that the state has read: those of the text, perhaps without the last ones."""
     state: State | None = None
-    """None if nothing has been read."""
+    """The state behind these tokens; None if nothing has been read."""
 
 
 class Chat:
-    """A conversation, kept as a state: earlier turns are not read again.
+    """A conversation that is kept as a state, so that earlier turns are not read again.
 
-    The model reads the tokens that its training text would have, those of the conversation encoded
-    as one text. The last ones of a turn may become others when the next turn follows: in the Pile's
-    vocabulary a blank line at the end of a text is one token, and two before a word. So the state
-    stops before them, and what it has read is compared with the whole text's tokens every time.
+    The model reads the tokens that its training text would have: the conversation is encoded as one
+    text. The last tokens of a turn may change when the next turn follows: in the Pile's vocabulary
+    a blank line is one token at the end of a text and two before a word. So the state stops before
+    them, and the tokens that it has read are compared with those of the whole text every time.
     """
 
     def __init__(
@@ -92,9 +93,9 @@ class Chat:
         self._last: tuple[History, str] | None = None
 
     def answer(self, message: str) -> Iterator[str]:
-        """Pieces of the answer to a message; the history moves on when the last has been taken."""
+        """The answer to a message in pieces; the history changes when the last has been taken."""
         before = self.history
-        # What was typed need not be UTF-8: see the command's _tolerate_any_text.
+        # The message need not be UTF-8; _tolerate_any_text in __main__ keeps its bytes.
         text = before.text + self.template.prompt(message).encode("utf-8", "surrogateescape")
         self._last = (before, message)
         ids = self.tokenizer.encode(text)
@@ -117,10 +118,10 @@ class Chat:
                 reply += token.text
                 ids.append(token.id)
                 yield token.text
-        finally:  # also when interrupted: the history then holds what was shown
+        finally:  # After an interrupt, too, the history holds the text that was shown.
             read = ids[: len(ids) - len(generation.unread[0])]
             after = History(ids=read, state=generation.states[0])
-            # Whatever the model wrote behind the stop is not part of the conversation.
+            # Text that the model wrote behind the stop string is not part of the conversation.
             self._remember(text + (reply.rstrip() + TURN_END).encode(), after, known)
 
     def retry(self) -> Iterator[str]:
@@ -153,7 +154,7 @@ class Chat:
         self._last = None
 
     def _beginning(self, ids: list[int], *known: History) -> History:
-        """The first of what is known that has read tokens these begin with, and not all of them."""
+        """The first history that has read the beginning of these tokens, but not all of them."""
         for history in known:
             read = history.ids
             if history.state is not None and len(read) < len(ids) and ids[: len(read)] == read:
@@ -161,7 +162,7 @@ class Chat:
         return self._start
 
     def _remember(self, text: bytes, *known: History) -> None:
-        """Move on to this text, and read those of its tokens that stay, whatever follows."""
+        """Make this text the history, and read the tokens that cannot change any more."""
         alone = self.tokenizer.encode(text)
         followed = self.tokenizer.encode(text + self.template.prompt("x").encode())
         pairs = enumerate(zip(alone, followed, strict=False))
@@ -175,11 +176,11 @@ class Chat:
         self.history = History(text, begun.ids + rest, state)
 
     def _separated(self) -> tuple[State, str]:
-        """The state, and the text that it has not read."""
+        """The state, and the end of the text that the state has not read."""
         text, ids, state = self.history.text, self.history.ids, self.history.state
         read = self.tokenizer.decode_bytes(ids)
         if state is not None and text.startswith(read):
-            with suppress(UnicodeDecodeError):  # it would begin inside a character
+            with suppress(UnicodeDecodeError):  # The rest may begin inside a character.
                 return state, text[len(read) :].decode()
         whole = self.tokenizer.encode(text)
         _, state = prefill(self.engine, [whole], self._start.state)
@@ -198,15 +199,17 @@ def _template(options: Options) -> Template:
 def main(argv: list[str]) -> None:
     """Parse, load, and talk until the input ends."""
     options = parse(Options, argv, "receptance chat")
-    Request(max_tokens=options.max_tokens, seed=options.seed)  # checks them before a model is read
+    # A request checks its options; this happens before a model is read.
+    Request(max_tokens=options.max_tokens, seed=options.seed)
     if not options.max_tokens:
         raise ValueError("max_tokens is 0; an answer needs at least 1")
     engine, tokenizer = options.engine.load(options.model)
     say_device(engine.device)
     chat = Chat(engine, tokenizer, options)
     if sys.stdin is not None and sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has none
-            importlib.import_module("readline")  # input() then edits lines and keeps a history
+        with suppress(ImportError):  # Windows has no readline.
+            # After this import, input() edits lines and keeps a history.
+            importlib.import_module("readline")
     print(f"{options.model}: type a message, or /help.")
     while (line := _ask(f"\n{chat.template.user}: ")) is not None:
         try:
@@ -219,10 +222,10 @@ def main(argv: list[str]) -> None:
 
 
 def _ask(prompt: str) -> str | None:
-    """A message, or None at the end of input or Ctrl-C.
+    """Read a message; None at the end of input or Ctrl-C.
 
-    It is one line, with those that follow where a line ends with a backslash; or all lines between
-    two of three double quotes.
+    A message is one line, and the next one where a line ends with a backslash; or it is all lines
+    between two lines of three double quotes.
     """
     try:
         line = input(prompt)
@@ -233,13 +236,14 @@ def _ask(prompt: str) -> str | None:
             lines[-1] = lines[-1][:-1]
             lines.append(input(_MORE))
         return "\n".join(lines)
-    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: there is no standard input
+    # input() raises RuntimeError when there is no standard input.
+    except (EOFError, KeyboardInterrupt, RuntimeError):
         print()
         return None
 
 
 def _turn(chat: Chat, line: str) -> bool:
-    """Obey a command or answer a message; False to leave."""
+    """Obey a command or answer a message; False means that the user wants to leave."""
     command, _, rest = line.partition(" ")
     match command:
         case "":

@@ -1,4 +1,4 @@
-"""Where commands print: standard output or a progress bar's standard error, by way of rich."""
+"""The console on which commands print, by way of rich."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from receptance.model.devices import described
 
 
 def say_device(device: torch.device) -> None:
-    """Say on standard error where a model runs, if that is not the CPU."""
+    """Name on standard error the device on which a model runs, unless that is the CPU."""
     if device.type != "cpu":
         print(f"receptance: running on {described(device)}", file=sys.stderr)
 
 
 class Console(RichConsole):
-    """A console without which the work goes on: its reader may go away, or its disk be full."""
+    """A console whose loss does not end a command: its reader may go away, or its disk be full."""
 
     def on_broken_pipe(self) -> None:
-        """Print nothing any more, instead of ending the program with 1 as rich does."""
+        """Print nothing from now on, instead of ending the program with code 1 as rich does."""
         self.quiet = True
-        with suppress(OSError):  # a file without a descriptor
+        with suppress(OSError):  # The file may have no descriptor.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     def _check_buffer(self) -> None:

@@ -1,4 +1,4 @@
-"""receptance convert: weights in another format, compared with where they came from."""
+"""receptance convert: write a model in another format, and compare the two."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tyro
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
+from receptance.apps.text import as_flags
 from receptance.conversion.converting import PASSES, Report, check, convert
 from receptance.conversion.source import Note, Source, open_source
 from receptance.conversion.target import Dtype, Format, Target
@@ -21,31 +22,40 @@ from receptance.storage.directories import expanded
 class Options:
     """Write a model in another format, read that, and compare.
 
-    Nothing is kept unless every tensor and the logits are what they should be.
+    Nothing is kept unless every tensor and the logits are those of the source.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A file of weights, checkpoint directory, training run, Hugging Face directory or hub id."""
+    """The model: a file of weights, checkpoint directory, training run, Hugging Face directory or
+    hub id."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """What to write; it must not exist. .pth, .st, .safetensors and .bin (rwkv.cpp) say what."""
+    """The file or directory to write; it must not exist. The endings .pth, .st, .safetensors and
+    .bin (rwkv.cpp) choose the format."""
     to: Format | None = None
-    """The format, for directories (hf, receptance) and other names."""
+    """Write this format; required for directories (hf, receptance) and for other endings."""
     dtype: Dtype | None = None
-    """Type of the weights; that of each tensor if not given. Q8_0 and Q4_0 are for rwkv.cpp."""
+    """Write weights of this type; the default keeps the type of each tensor. Q8_0 and Q4_0 are for
+    rwkv.cpp."""
     unscale: bool = False
-    """Undo that transformers divided weights before it saved them, after its config.json."""
+    """Multiply the weights that transformers divided before it saved them, as config.json says."""
     tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
     revision: str | None = None
-    """Of a hub id: branch, tag or commit."""
+    """Take this branch, tag or commit of a model on the hub."""
     shard_gb: float = 5.0
-    """hf: gigabytes above which the weights become several files."""
+    """Split the weights of hf into files of about this many gigabytes."""
 
 
 def main(argv: list[str]) -> None:
     """Parse, convert, report."""
     options = parse(Options, argv, "receptance convert")
-    console = Console()
+    try:
+        _convert(options, Console())
+    except ValueError as error:
+        raise ValueError(as_flags(str(error), {"format": "to"})) from error
+
+
+def _convert(options: Options, console: Console) -> None:
     target = Target(
         path=expanded(options.out),
         format=options.to,

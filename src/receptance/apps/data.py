@@ -1,4 +1,4 @@
-"""receptance data: make corpora of tokens, look into them, put them together."""
+"""receptance data: make, inspect and merge corpora of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from receptance.progress import say
 from receptance.storage.directories import expanded
 from receptance.tokenizer import load_tokenizer
 
-# Of a longer corpus the lengths of the first documents are shown.
+# The lengths of documents are counted in this many tokens from the beginning of a corpus.
 _COUNTED_TOKENS = 1 << 28
 _SHOWN_TOKENS = 200
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -30,17 +30,16 @@ _BARS = " ▁▂▃▄▅▆▇█"
 class Prepare:
     """Tokenize text, JSON lines, parquet and data sets into a corpus folder for training.
 
-    Ctrl-C, or anything worse, loses at most the seconds of work that were not yet written: the
-    same command goes on.
+    The same command continues after Ctrl-C or a crash, which lose at most some seconds of work.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
-    """Text files, .jsonl, .parquet, all these with .gz except the last; folders and globs of them;
-    hf:NAME[:CONFIG][:SPLIT] for data sets."""
+    """The sources: text files, .jsonl (both also with .gz), .parquet, folders and globs of these,
+    and hf:NAME[:CONFIG][:SPLIT] for data sets of the hub."""
     out: Path
-    """The corpus folder."""
+    """Write this corpus folder."""
     tokenizer: str
-    """bytes, bpe:SIZE (trained on the text), or a tokenizer file."""
+    """Encode with this tokenizer: bytes, bpe:SIZE (trained on the text), or a tokenizer file."""
     options: Annotated[PrepareOptions, tyro.conf.arg(name="")] = field(
         default_factory=PrepareOptions
     )
@@ -51,9 +50,9 @@ class Inspect:
     """Say what is in a corpus: counts, the first document, how long documents are."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS")]
-    """A corpus folder, a .npy file, or a .bin/.idx pair."""
+    """The corpus: a corpus folder, a .npy file, or a .bin/.idx pair."""
     tokenizer: str | None = None
-    """bytes or a tokenizer file, to decode files that come without one."""
+    """Decode with this tokenizer (bytes, or a file) if the corpus has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +60,17 @@ class Merge:
     """Make one corpus folder of token files: .npy, .bin/.idx pairs, corpora, folders of these."""
 
     shards: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SHARD ...")]
-    """In this order; the files of a folder by name."""
+    """The token files, in the order in which they are merged; those of a folder go by name."""
     out: Path
-    """The new corpus folder."""
+    """Write this corpus folder."""
     tokenizer: str
-    """The tokenizer the tokens were made with: bytes, or a file."""
+    """The tokenizer that made the tokens: bytes, or a file."""
     validation: float = 0.01
-    """Share of the tokens that is kept for validation; corpora among the shards keep theirs."""
+    """Keep this share of the tokens for validation; corpora among the shards keep their own."""
     format: Literal["npy", "binidx"] = "npy"
-    """npy, or binidx for RWKV-LM and Megatron."""
+    """Write npy, or binidx for RWKV-LM and Megatron."""
     seed: int = 0
-    """Decides which documents are kept for validation."""
+    """Choose the documents for validation from this seed."""
 
 
 Command = Prepare | Inspect | Merge
@@ -79,7 +78,7 @@ COMMANDS: dict[str, type[Command]] = {"prepare": Prepare, "inspect": Inspect, "m
 
 
 def main(argv: list[str]) -> None:
-    """Parse, do it, report."""
+    """Parse, run the subcommand, report."""
     if argv and argv[0] in ("-h", "--help"):
         print(_usage())
         return
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
 
 
 def _usage() -> str:
-    """What each command is for, by the beginning of its docstring."""
+    """The help text: each command with the beginning of its docstring."""
     purposes = {name: re.split(r"[.:]\s", kind.__doc__ or "")[0] for name, kind in COMMANDS.items()}
     return "\n".join(
         [
@@ -150,7 +149,7 @@ def _inspect(command: Inspect, console: Console) -> None:
 def _describe(
     name: str, tokens: np.ndarray, mask: np.ndarray | None, corpus: TokenFiles, console: Console
 ) -> None:
-    """Two lines: how many tokens and documents; how long the documents are."""
+    """Print the number of tokens and documents, and a line on the lengths of the documents."""
     documents = sum(np.count_nonzero(block == corpus.end_of_text) for block in blocks(tokens))
     line = f"{name:11}  {len(tokens):,} tokens in {documents:,} documents"
     if mask is not None:
@@ -163,7 +162,10 @@ def _describe(
 
 
 def length_histogram(lengths: np.ndarray) -> str:
-    """Bars for the documents of 1, 2-3, 4-7, ... tokens, between the shortest and the longest."""
+    """A histogram in one line: a bar for documents of 1, 2-3, 4-7, ... tokens.
+
+    It stands between the lengths of the shortest and the longest document.
+    """
     counts = np.bincount(np.log2(lengths).astype(int))
     first = int(np.flatnonzero(counts)[0])
     bars = "".join(

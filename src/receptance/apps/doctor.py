@@ -1,4 +1,4 @@
-"""receptance doctor: what this machine and installation can do, and the command for what is not."""
+"""receptance doctor: say what this machine can do, and which commands install what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from receptance.ops import available_backends, native
 from receptance.ops.threads import available_cpus, usable_threads
 from receptance.progress import say
 
-# Optional packages, and what each is for.
+# The optional packages, and the purpose of each.
 _OPTIONAL = {
     "matplotlib": "plots",
     "datasets": "hub datasets, parquet",
@@ -33,13 +33,15 @@ _OPTIONAL = {
 }
 _COMPILERS = ("c++", "g++", "clang++")
 _REINSTALL = "pip install --force-reinstall --no-deps receptance"
-_CUDA_TORCH = "pip install --force-reinstall torch"  # on Linux the default build is one for CUDA
-# What the native kernels are made for, or could be, as Linux calls it.
+# On Linux the default build of torch is one for CUDA.
+_CUDA_TORCH = "pip install --force-reinstall torch"
+# The instruction sets that native kernels use or could use, by their names in Linux.
 _INSTRUCTIONS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "sve"),
 )
-_PATIENCE = 2.0  # seconds for a program that is asked for its version
+# The seconds that a program has to print its version.
+_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Options:
     """Say what this machine and installation can do, and how to get what is missing."""
 
     bandwidth: bool = False
-    """Measure how fast memory is read, too: that limits how fast a model can write."""
+    """Also measure how fast memory is read, which limits how fast a model generates tokens."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -58,11 +60,11 @@ class Finding:
 
     found: str
     fix: str | None = None
-    """The command that would bring what is missing; None if nothing is."""
+    """The command that installs what is missing; None if nothing is missing."""
 
 
 def main(argv: list[str]) -> None:
-    """Parse, look around, print."""
+    """Parse, collect the findings, print them."""
     options = parse(Options, argv, "receptance doctor")
     found = findings()
     if options.bandwidth:
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def findings() -> dict[str, Finding]:
-    """What there is to report, in its order."""
+    """The lines of the report by name, in order."""
     return {
         "receptance": Finding(f"{__version__} on Python {platform.python_version()}"),
         "CPU": _cpu(),
@@ -105,7 +107,7 @@ def _cpu() -> Finding:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says about a processor; elsewhere nothing."""
+    """The fields of /proc/cpuinfo; none on systems other than Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -152,7 +154,7 @@ def _gpu() -> Finding:
     try:
         if torch.cuda.is_available():
             return Finding("; ".join(map(_one_gpu, range(torch.cuda.device_count()))))
-    except RuntimeError as error:  # a driver that does not answer
+    except RuntimeError as error:  # torch raises this when the driver does not answer.
         return Finding(f"not usable: {str(error).splitlines()[0]}")
     if shutil.which("nvidia-smi") is not None and torch.version.cuda is None:
         return Finding("there is an NVIDIA driver, but this torch was built without CUDA",
@@ -202,7 +204,7 @@ def _version(package: str) -> str:
 
 
 def _first_line(*command: str) -> str | None:
-    """What a program prints first; None if it fails or takes too long."""
+    """The first line that a program prints; None if it fails or takes too long."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE

@@ -17,7 +17,7 @@ from receptance.apps.text import has_escapes, unescaped, visible
 from receptance.engine import EngineOptions
 from receptance.inference.generation import Generation
 from receptance.inference.sampling import Sampling
-from receptance.state import check_replaceable, unread_text
+from receptance.state import check_state_path, unread_text
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -27,27 +27,28 @@ class Options:
     """Continue prompts with a model."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
+    """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub
+    id."""
     prompts: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT ...]")
     ] = ()
-    """Texts to continue, one argument each; without one the model begins from nothing."""
+    """Continue these texts, each of which is one argument. Without one the model begins a text."""
     prompt_file: Path | None = None
-    """Continue what this file holds, to the last byte; - is standard input."""
+    """Continue the text in this file, to its last byte; - means standard input."""
     escapes: bool = False
     r"""Read \n, \t, \\, \xNN and \uNNNN in prompts and stop strings as the characters they name."""
     max_tokens: int = 256
-    """Tokens to generate for each prompt."""
+    """Generate at most this number of tokens for each prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     seed: int = 0
-    """Decides the random choices; every prompt uses it for itself."""
+    """Draw the random choices from this seed; each prompt uses it independently of the others."""
     stop: tuple[str, ...] = ()
-    """A string that ends a text and is not part of it."""
+    """End a text before this string."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
     load_state: Path | None = None
-    """Continue from a state file that --save-state or a chat wrote (for one prompt)."""
+    """Continue from this state file, which --save-state or a chat wrote (for one prompt)."""
     save_state: Path | None = None
-    """Write the state behind the generated text, all tokens read (for one prompt)."""
+    """Write the state that has read the prompt and its continuation to this file (one prompt)."""
 
 
 def main(argv: list[str]) -> None:
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     generation = Generation(
         engine,
         tokenizer,
-        # They need not be UTF-8.
+        # Prompts need not be UTF-8, so their bytes are encoded.
         [tokenizer.encode(os.fsencode(before + prompt)) for prompt in prompts],
         sampling=options.sampling,
         max_tokens=options.max_tokens,
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(options: Options) -> None:
-    """What would otherwise be found out after a model was loaded, or a text was generated."""
+    """Raise errors that would otherwise come only after loading a model or generating a text."""
     if options.prompt_file and options.prompts:
         raise ValueError("prompts are given twice; leave out --prompt-file or the others")
     if (options.load_state or options.save_state) and len(options.prompts) > 1:
@@ -92,7 +93,7 @@ def _check(options: Options) -> None:
             raise ValueError(
                 f"no state can be written to {file}; name a file in a folder that exists"
             )
-        check_replaceable(file)
+        check_state_path(file)
     if len(options.prompts) > 1:
         print(
             f"receptance: note: {len(options.prompts)} prompts, each continued for itself; a "
@@ -102,7 +103,7 @@ def _check(options: Options) -> None:
 
 
 def _prompts(options: Options) -> tuple[str, ...]:
-    """The texts to continue; a byte that is no text is a lone surrogate, as in arguments."""
+    """The texts to continue; bytes that are not UTF-8 become lone surrogates, as in arguments."""
     if options.prompt_file is None:
         return _read(options, options.prompts or ("",))
     if str(options.prompt_file) == "-":
@@ -115,7 +116,7 @@ def _prompts(options: Options) -> tuple[str, ...]:
 
 
 def _read(options: Options, texts: tuple[str, ...]) -> tuple[str, ...]:
-    """Texts of the command line as they are meant."""
+    """The texts of the command line, with escapes replaced if the options say so."""
     if options.escapes:
         return tuple(map(unescaped, texts))
     if escaped := [text for text in texts if has_escapes(text)]:
@@ -128,7 +129,10 @@ def _read(options: Options, texts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _print(generation: Generation, prompts: tuple[str, ...]) -> None:
-    """One text as it comes; several when all are done. A terminal gets no commands from them."""
+    """Print one text as it comes, or several when all are done.
+
+    Control characters are spelled out on a terminal, which would obey them.
+    """
     shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
     if len(prompts) == 1:
         before = prompts[0]

@@ -1,4 +1,4 @@
-"""receptance inspect: what a file or directory of weights is, without running it."""
+"""receptance inspect: say what a file or directory of weights is, without running it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.apps.text import visible
 from receptance.checking.inspecting import Inspection, inspect
-from receptance.plots import draw_decays
+from receptance.plots import check_picture, draw_decays
 from receptance.progress import progress_bar, say
 
-_BAR = 40  # characters
+_BAR = 40  # the width of the histogram's bars, in characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Say what a file or directory of weights is: any RWKV, adapters, states, checkpoints.
 
-    Exit code 1 if it is damaged, 2 if there is nothing to look at.
+    The exit code is 1 if it is damaged, and 2 if there is nothing that can be inspected.
     """
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """A file, a directory, a training run or a hub id."""
+    """The file, directory, training run or hub id to inspect."""
     plot: Path | None = None
-    """Draw the decays of RWKV-4, layer by layer, into this PNG."""
+    """Draw the decays of RWKV-4, layer by layer, in this PNG file."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def main(argv: list[str]) -> None:
-    """Parse, look at everything, report; leave with 1 if it is damaged."""
+    """Parse, inspect, report; leave with exit code 1 if the contents are damaged."""
     options = parse(Options, argv, "receptance inspect")
+    if options.plot is not None:
+        check_picture(options.plot)  # A large model takes minutes to inspect.
     found = _looked_at(options)
     if options.json:
         print(json.dumps(as_json(found), indent=1))
@@ -64,7 +66,7 @@ def _looked_at(options: Options) -> Inspection:
 
 
 def as_json(found: Inspection) -> dict[str, object]:
-    """All but the decays of single channels."""
+    """The figures for JSON, without the decays of single channels."""
     fields = dataclasses.asdict(found)
     del fields["retentions"]
     return fields

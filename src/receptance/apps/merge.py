@@ -1,4 +1,4 @@
-"""receptance merge: an adapter's changes into a model's weights, as a checkpoint of its own."""
+"""receptance merge: write a model with an adapter's changes in its weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from receptance.storage.directories import expanded
 
 # Rounding in float32 may change a logit by this much, relative to the largest logit.
 _FLOAT32_ERROR = 1e-4
-# Rounding to bfloat16 may take away this share of the adapter's effect.
+# Rounding to bfloat16 may change logits by this share of the adapter's effect.
 _BFLOAT16_LOSS = 0.1
-# The logits of so many rows and tokens are compared.
+# The rows and tokens whose logits are compared.
 _PROBE = (2, 64)
 
 
@@ -30,15 +30,15 @@ class Options:
     """Write a model with an adapter's changes in its weights, and check it."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """The model that the adapter was trained on, as for generate."""
+    """The model that the adapter was trained on, as for `receptance generate`."""
     adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
-    """The adapter's file, or a directory with adapter.safetensors."""
+    """The file of the adapter, or a directory with adapter.safetensors."""
     out: Path
-    """The checkpoint directory to write; it must not exist."""
+    """Write this checkpoint directory; it must not exist."""
     tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """The type of the merged weights; that of the model if not given."""
+    """Write the merged weights in this type; the default is the type of the model."""
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     adapter = load_adapter(options.adapter, model)
     merged = adapter.merge(model, getattr(torch, options.dtype) if options.dtype else None)
     save(merged, out, tokenizer)
-    del merged  # the copy on disk is the one to check
+    del merged  # The copy on disk is the one that is checked.
     plain = _logits(model)
     with adapter.attach(model):
         wanted = _logits(model)

@@ -1,8 +1,9 @@
-"""The words behind a command as a dataclass of options, with every mistake as one line.
+"""Parsing the arguments of a command into a dataclass of options, with one line for each mistake.
 
-tyro makes help texts and values of the dataclasses. The words are checked here before it sees
-them, for two reasons: its errors are boxes of several lines, and its options for lists take every
-word that follows, a prompt as well. Here an option for a list takes one value and is repeated.
+tyro makes help texts and values of the dataclasses. The arguments, called words here, are checked
+before tyro sees them, for two reasons: its errors are boxes of several lines, and its options for
+lists take every word that follows, even a prompt. Here an option for a list takes one value and can
+be repeated.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ Parsed = TypeVar("Parsed")
 
 _WORDS = {int: "a whole number", float: "a number"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
-_WIDEST = 100  # columns of a paragraph
-# The box that tyro draws around what it says.
+# Help texts are folded to at most this many columns.
+_WIDEST = 100
+# The characters of the box that tyro draws around an error.
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 
 
 def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None) -> Parsed:
-    """The dataclass that the words say, on top of a default of that class.
+    """Parse the words into a dataclass; options that are not given come from the default.
 
     -h and --help print the help text and leave with 0. ValueError says in one line what is wrong.
-    An option for a list (`tuple[X, ...]`) takes one value and may be repeated; what is given
-    replaces the default.
+    An option for a list (`tuple[X, ...]`) takes one value and may be repeated; the values that are
+    given replace the default.
     """
     words = _Words(cls, prog, complete=default is not None)
     rest = words.check(argv)
@@ -62,23 +64,23 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """One field of a dataclass of options, or of one inside it."""
+    """One field of a dataclass of options, or of a dataclass inside it."""
 
     flag: str
-    """With its dashes; of a positional the name that help shows."""
+    """The name of the option with its dashes; for a positional the name that help shows."""
     path: tuple[str, ...]
     """The names of the fields that lead to it from the outermost dataclass."""
     owner: type
     kind: Any
     """The type of one value."""
     count: int = 1
-    """Values that it takes at once."""
+    """The number of values that the option takes at once."""
     many: bool = False
-    """Whether it is a list."""
+    """Whether the field is a list of any length."""
     required: bool = False
 
     def converted(self, word: str) -> Any:
-        """A value of its type. ValueError if the word is none."""
+        """The word as a value of the option's type; ValueError if it is not one."""
         if get_origin(self.kind) is Literal:
             by_word = {str(choice): choice for choice in get_args(self.kind)}
             if word in by_word:
@@ -92,7 +94,7 @@ class _Option:
         raise ValueError(f"{self.flag} is {word!r}; it must be {wanted}")
 
     def accepts(self, word: str) -> bool:
-        """Whether it is no text, and the word could be a value of it."""
+        """Whether the option takes other values than text, and the word could be one of them."""
         try:
             self.converted(word)
         except ValueError:
@@ -120,9 +122,9 @@ class _Words:
                 self._by_flag[f"--{parent}{dot}no-{name}"] = option
 
     def check(self, argv: Sequence[str]) -> list[str]:
-        """The words without lists, whose values are noted. ValueError for what tyro would refuse.
+        """The words without options for lists, whose values go to `lists`.
 
-        Words that ask for help are not looked at any further.
+        ValueError for mistakes that tyro would refuse. A request for help ends the check.
         """
         left, rest, seen, places = deque(argv), list[str](), set[_Option](), 0
         while left:
@@ -146,14 +148,14 @@ class _Words:
         return self._complete_words(rest, seen, places)
 
     def named(self, error: ValueError) -> str:
-        """The error's text, in which the field of a dataclass that refused it is a flag."""
+        """The text of an error that begins with a field's name, with that name as a flag."""
         text = str(error)
         name = re.match(r"\w*", text)
         option = self._by_field.get((_refusing(error), name[0])) if name else None
         return text if option is None else option.flag + text[len(option.path[-1]) :]
 
     def _taken(self, word: str, left: deque[str]) -> tuple[_Option, list[str]]:
-        """The option of a word, and its values, which are taken from what is left."""
+        """The option that a word names, and its values, which are taken off the words left."""
         name, equals, value = word.partition("=")
         option = self._by_flag.get(name.replace("_", "-"))
         if option is None:
@@ -194,7 +196,7 @@ class _Words:
             )
 
     def _complete_words(self, words: list[str], seen: set[_Option], places: int) -> list[str]:
-        """The words. ValueError if something is missing, or there are words without a place."""
+        """The words; ValueError if a required option is missing, or a word has no place."""
         single = [place for place in self._places if not place.many]
         required = [place for place in single if place.required]
         missing = [place.flag for place in required[places:]]
@@ -251,12 +253,12 @@ def _fields(
 
 
 def _unwrapped(hint: Any) -> tuple[Any, ...]:
-    """The type of a field, and what Annotated says about it."""
+    """The type of a field, and the notes that Annotated adds to it."""
     return get_args(hint) if get_origin(hint) is Annotated else (hint,)
 
 
 def _shape(kind: Any) -> tuple[Any, int, bool]:
-    """The type of one value, how many are taken at once, and whether it is a list of any length."""
+    """The type of one value, the number taken at once, and whether it is a list of any length."""
     if get_origin(kind) is not tuple:
         return _single(kind), 1, False
     inner = get_args(kind)
@@ -265,7 +267,7 @@ def _shape(kind: Any) -> tuple[Any, int, bool]:
 
 
 def _single(kind: Any) -> Any:
-    """The one type that words are read as: of a union all that is not None."""
+    """The type that words are converted to: a union without its None."""
     if get_origin(kind) not in (Union, types.UnionType):
         return kind
     kinds = [part for part in get_args(kind) if part is not type(None)]
@@ -275,14 +277,14 @@ def _single(kind: Any) -> Any:
 
 
 def _folded(text: str) -> str:
-    """tyro's help text with its long lines folded: it leaves each paragraph of a docstring one."""
+    """The help text with long lines folded, because tyro makes each paragraph one line."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     lines = (x if len(x) <= width else textwrap.fill(x, width) for x in text.split("\n"))
     return "\n".join(lines)
 
 
 def _registry() -> ConstructorRegistry:
-    """tyro's rules, and one for help: an option for a list is shown with one value."""
+    """The rules of tyro, and another one: help shows an option for a list with one value."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -296,7 +298,7 @@ def _registry() -> ConstructorRegistry:
         return PrimitiveConstructorSpec(
             nargs="*",
             metavar=f"{_METAVARS.get(one, '{' + choices + '}')} (repeatable)",
-            instance_from_str=tuple,  # never called: the words have no lists any more
+            instance_from_str=tuple,  # This is never called, as the words hold no lists by now.
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [str(item) for item in value],
         )
@@ -305,14 +307,14 @@ def _registry() -> ConstructorRegistry:
 
 
 def _replaced(parsed: Any, path: tuple[str, ...], value: Any) -> Any:
-    """A copy in which the field at the end of the path has another value."""
+    """A copy of the dataclass in which the field at the end of the path has another value."""
     name, *rest = path
     inner = _replaced(getattr(parsed, name), tuple(rest), value) if rest else value
     return dataclasses.replace(parsed, **{name: inner})
 
 
 def _cause(leaving: SystemExit) -> ValueError | None:
-    """The refusal of a dataclass because of which tyro leaves."""
+    """The ValueError of a dataclass that made tyro leave; None if there was none."""
     error: BaseException | None = leaving
     while error is not None:
         if isinstance(error, ValueError) and _refusing(error) is not type(None):
@@ -322,7 +324,7 @@ def _cause(leaving: SystemExit) -> ValueError | None:
 
 
 def _refusing(error: ValueError) -> type:
-    """The dataclass whose check raised the error; NoneType if it was none."""
+    """The dataclass whose check raised the error; NoneType if none did."""
     owner, trace = type(None), error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == "__post_init__":
@@ -332,5 +334,5 @@ def _refusing(error: ValueError) -> type:
 
 
 def _unboxed(text: str) -> str:
-    """What tyro says inside its box, in one line."""
+    """The text inside tyro's box, in one line."""
     return " ".join(_BOX.sub(" ", text).split())

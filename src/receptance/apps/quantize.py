@@ -1,4 +1,4 @@
-"""receptance quantize: a model's matrices as int8 or int4, in a directory that loads at once."""
+"""receptance quantize: write a model with its matrices as int8 or int4."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from receptance.storage.pairing import no_tokenizer
 from receptance.storage.quantized import About, is_quantized, write_quantized
 from receptance.tokenizer import Tokenizer
 
-# Pieces of the calibration text, from all over the file.
+# The calibration text is read in this many pieces, from all over the file.
 _PIECES = 8
-# More than a token has on average, in any language and vocabulary.
+# A token has fewer bytes than this on average, in any language and vocabulary.
 _BYTES_PER_TOKEN = 16
 
 
@@ -39,23 +39,24 @@ _BYTES_PER_TOKEN = 16
 class Options:
     """Write a model with its matrices as small integers.
 
-    All else stays float32. The directory that is written loads in a moment.
+    All other tensors are float32. The directory that is written loads at once.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A checkpoint directory, a training run, a .pth file, a Hugging Face directory or hub id."""
+    """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub
+    id."""
     to: QuantizedKind
-    """int8 (8.1 bits a weight) or int4 (4.5)."""
+    """Write int8 (8.1 bits per weight) or int4 (4.5 bits per weight)."""
     out: Path
-    """The directory to write; it must not exist."""
+    """Write this directory; it must not exist."""
     group: int | None = None
-    """int4: weights that share a scale and a minimum, 32, 64 or 128; 64 if not given."""
+    """Let this many weights share a scale and a minimum in int4: 32, 64 (the default) or 128."""
     calibrate: Path | None = None
-    """int4: a text such as the model is for; rounding is then fitted to what it reads there."""
+    """Fit the rounding of int4 to this text, which should resemble what the model will read."""
     calibration_tokens: int = 8192
-    """Tokens of that text to read."""
+    """Read this number of tokens of that text."""
     tokenizer: str | None = None
-    """A tokenizer file, or "bytes", instead of the one beside the weights."""
+    """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
 
 
 def main(argv: list[str]) -> None:
@@ -83,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(options: Options, out: Path) -> None:
-    """Before anything is loaded."""
+    """ValueError if the options are wrong; this is checked before anything is loaded."""
     check_group(options.to, options.group)
     if options.calibrate and options.to == "int8":
         raise ValueError("int8 is exact enough without a text; leave out --calibrate")
@@ -115,7 +116,7 @@ def _calibration(
 def sample_text(path: Path, tokenizer: Tokenizer, count: int) -> Tensor:
     """About `count` tokens of a text file, in pieces from all over it: [8,T] int64.
 
-    Fewer if the text is short.
+    A short text gives fewer.
     """
     size, each = path.stat().st_size, count // _PIECES
     pieces = []
@@ -136,7 +137,7 @@ def _watched(
     weights: Iterator[tuple[str, Quantized | Tensor]],
     report: Report,
 ) -> Iterator[tuple[str, Quantized | Tensor]]:
-    """The weights as they come, with a progress bar, noted in the report."""
+    """Pass the weights on, with a progress bar, and note each in the report."""
     with progress_bar(console) as bar:
         total = sum(x.numel() for x in tensors.values())
         task = bar.add_task("quantizing", total=total, note="")
@@ -148,12 +149,12 @@ def _watched(
 
 @dataclass
 class Report:
-    """What became of a model."""
+    """The sizes of a model before and after, and the errors of its matrices."""
 
     before: int = 0
-    """Bytes of all tensors."""
+    """The size of all tensors of the original model, in bytes."""
     errors: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By kind of matrix."""
+    """The relative errors of the matrices, by kind of matrix."""
     parameters: int = 0
 
     def add(self, name: str, exact: Tensor, weight: Quantized | Tensor) -> None:

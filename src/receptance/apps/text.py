@@ -1,11 +1,12 @@
-"""Text on its way from the command line and to the terminal."""
+"""Changes to text that comes from the command line or goes to the terminal."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-# The controls of ASCII and of Latin-1 (C0, DEL and C1): a terminal obeys some of them, alone or as
-# the beginning of a longer command.
+# The control characters of ASCII and Latin-1 (C0, DEL and C1). A terminal obeys some of them, alone
+# or as the beginning of a longer command.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 _LAYOUT = {ord("\n"), ord("\t")}
 _IN_LINES = {code: shown for code, shown in _CONTROLS.items() if code not in _LAYOUT}
@@ -13,19 +14,21 @@ _IN_LINES = {code: shown for code, shown in _CONTROLS.items() if code not in _LA
 _ESCAPE = re.compile(r"\\(?:([nt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))", re.DOTALL)
 _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 
-# An argument as the library's messages name it: tokenizer=, tokenizer=FILE, recompute=True.
+# The library's messages name an argument like this: tokenizer=, tokenizer=FILE, recompute=True.
 _ARGUMENT = re.compile(r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,.)]|$)')
 
 
-def as_flags(message: str) -> str:
+def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
     """A message of the library with its arguments as the flags of a command.
 
     tokenizer=FILE becomes --tokenizer FILE, recompute=True --recompute, recompute=False
-    --no-recompute.
+    --no-recompute. names has the flags whose names differ from those of
+    their arguments.
     """
 
     def flag(found: re.Match[str]) -> str:
-        name, value = found[1].replace("_", "-"), (found[2] or "").strip('"')
+        name = (names or {}).get(found[1], found[1]).replace("_", "-")
+        value = (found[2] or "").strip('"')
         if value in ("", "True"):
             return f"--{name}"
         return f"--no-{name}" if value == "False" else f"--{name} {value}"
@@ -36,8 +39,8 @@ def as_flags(message: str) -> str:
 def visible(text: str, *, one_line: bool = False) -> str:
     r"""The text with its control characters spelled out, an escape as \x1b.
 
-    Newlines and tabs stay, unless the text has to be one line. It works character by character, so
-    it may be given a text in pieces.
+    Newlines and tabs stay, unless the text has to be one line. A text may be given in pieces,
+    because every character is handled by itself.
     """
     return text.translate(_CONTROLS if one_line else _IN_LINES)
 
@@ -45,7 +48,7 @@ def visible(text: str, *, one_line: bool = False) -> str:
 def unescaped(text: str) -> str:
     r"""The text with \n, \t, \\, \xNN and \uNNNN as the characters they stand for, as in Python.
 
-    ValueError for any other backslash.
+    Any other backslash is a ValueError.
     """
 
     def character(found: re.Match[str]) -> str:

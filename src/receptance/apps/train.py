@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 
+from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.config import PILE_VOCAB_SIZE
 from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
@@ -48,14 +46,14 @@ _TRAINED = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Start(StartOptions):
-    """What is trained, and where."""
+    """The options of training, as the command line shows them."""
 
     # On the command line these options have no prefix: --steps, not --train.steps.
     read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
     train: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
-        """Check nothing yet: the options of a recipe or of a resumed run may still be missing."""
+        """Skip the checks, because options of a recipe or a resumed run may still be missing."""
 
     def checked(self) -> StartOptions:
         """The same options for the library; ValueError if some of them do not go together."""
@@ -82,22 +80,22 @@ class Options:
     out: Path = Path("runs/model")
     """The run folder."""
     recipe: str | None = None
-    """Options from a recipe (169m, 430m, 1.5b, 3b, 7b, 14b, one-gpu, cpu-10min, context-2048 ...)
-    or a TOML file; those given here come first."""
+    """Take options from a recipe (169m, 430m, 1.5b, 3b, 7b, 14b, one-gpu, cpu-10min, context-2048
+    ...) or a TOML file. Options given on the command line replace those of the recipe."""
     resume: bool = False
-    """Continue the run in --out from its newest whole checkpoint, with its own data, tokenizer,
-    sizes and training options; only those may change that do not make it another run."""
+    """Continue the run in --out from its newest whole checkpoint, with its data, tokenizer, sizes
+    and training options. An option that would make it another run cannot change."""
     auto_resume: bool = False
-    """Continue the run in --out if there is one, otherwise begin it: one command for schedulers
-    and torchrun --max-restarts."""
+    """Continue the run in --out if there is one, otherwise begin it. Schedulers and torchrun
+    --max-restarts can then repeat one command."""
     dry_run: bool = False
-    """Look for the data, print parameters, FLOPs, memory, steps and time, and train nothing."""
+    """Check that the data exists, print parameters, FLOPs, memory, steps and time, and stop."""
     on: str = "this-machine"
-    """For --dry-run: the device, such as h200, a100-80g, rtx-4090."""
+    """With --dry-run, estimate for this device, such as h200, a100-80g or rtx-4090."""
     devices: int = 1
-    """For --dry-run: how many of them."""
+    """With --dry-run, estimate for this number of devices."""
     mfu: float = DEFAULT_UTILIZATION
-    """For --dry-run: the share of their peak that is reached."""
+    """With --dry-run, assume that this share of the devices' peak FLOPs is reached."""
     start: Annotated[_Start, tyro.conf.arg(name="")] = field(default_factory=_Start)
     run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
 
@@ -121,7 +119,7 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_line())
         ranks, device = stack.enter_context(joined(device, place.context_ranks))
-        console = _Console(quiet=not ranks.first)
+        console = Console(quiet=not ranks.first)
         several = f", {ranks.count} processes" if ranks.count > 1 else ""
         say(console, f"training on {described(device)}{several}")
         if ranks.first:
@@ -147,7 +145,7 @@ def _start(
     device: torch.device,
     console: Console,
 ) -> Start:
-    """A new run, or the one in the folder as its newest whole checkpoint has it."""
+    """Begin a new run, or resume the one in the folder from its newest whole checkpoint."""
     begun = ranks.share(lambda: "yes" if step_directories(out) else "")
     if not (options.resume or (options.auto_resume and begun)):
         check_new(out, again=options.auto_resume)
@@ -174,7 +172,7 @@ def _say_rates(given: StartOptions, parts: Start, console: Console) -> None:
 
 
 def _say_changed_rate(stored: TrainOptions, parts: Start, console: Console) -> None:
-    """Say by how much the learning rate jumps if a resumed run has more steps or minutes."""
+    """Say how the learning rate jumps if a resumed run has other steps or minutes."""
     trainer, given = parts.trainer, parts.trainer.options
     if (stored.steps, stored.minutes) == (given.steps, given.minutes):
         return
@@ -190,7 +188,7 @@ def _say_changed_rate(stored: TrainOptions, parts: Start, console: Console) -> N
 
 
 def _recipe(name: str, given: Options) -> Options:
-    """The recipe's options, without its tokenizer where the model or the corpus has one."""
+    """The options of a recipe, without its tokenizer if the model or the corpus has one."""
     recipe = apply_recipe(Options(), name)
     if given.start.init is None and _corpus_tokenizer(given.data or recipe.data) is None:
         return recipe
@@ -198,7 +196,7 @@ def _recipe(name: str, given: Options) -> Options:
 
 
 def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
-    """The tokenizer of a corpus of tokens, if that says which one made it."""
+    """The tokenizer of a corpus of tokens, if the corpus names it."""
     if _is_one_corpus(data):
         return TokenFiles.open(data[0]).tokenizer
     return None
@@ -256,17 +254,17 @@ def _dry_run(options: Options) -> None:
 
 
 def _vocabulary(name: str) -> int:
-    """The number of tokens that the tokenizer of that name has, or will have."""
+    """The size of the vocabulary that the tokenizer of this name has, or will have."""
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal():
         return int(size)
     if Path(name).name == _PILE_TOKENIZER and not expanded(name).exists():
-        return _PILE_VOCABULARY  # an estimate does not need the file
+        return _PILE_VOCABULARY  # The size is known, so an estimate does not need the file.
     return load_tokenizer(name).vocab_size
 
 
 def _say_unread(options: Options, console: Console) -> None:
-    """Say what was given in vain, because a resumed run keeps its own."""
+    """Say which options have no effect because a resumed run keeps its own."""
     text = options.data and not is_corpus(options.data[0])
     for what, given in {"text": text, "recipe": options.recipe}.items():
         if given:
@@ -274,7 +272,7 @@ def _say_unread(options: Options, console: Console) -> None:
 
 
 def _newest(out: Path, console: Console) -> Path:
-    """The newest whole checkpoint; damaged ones behind it are reported and renamed."""
+    """The newest whole checkpoint; newer ones that are damaged are reported and renamed."""
     directory, skipped = newest_checkpoint(out)
     for reason in skipped:
         say(console, f"skipped a damaged checkpoint: {reason}", style="bold yellow")
@@ -284,37 +282,24 @@ def _newest(out: Path, console: Console) -> Path:
 
 
 def _place(out: Path, options: Options, argv: list[str]) -> StartOptions:
-    """Options that say where to train, before any process is joined: a resumed run has its own."""
+    """The options that say where to train, which processes need before they are joined.
+
+    A resumed run has its own.
+    """
     going_on = (options.resume or options.auto_resume) and out.is_dir()
     for directory in reversed(step_directories(out) if going_on else []):
         try:
             stored = read_about(directory).options
-        except ValueError:  # the checkpoint is damaged, as will be said
+        except ValueError:  # The checkpoint is damaged, which `_newest` reports later.
             continue
         return _resumed(argv, stored)
     return options.start if options.resume else options.start.checked()
 
 
 def _resumed(argv: list[str], stored: StartOptions) -> StartOptions:
-    """The stored options with those given in their place; ValueError if one may not change."""
+    """The stored options, replaced by those given; ValueError if one of them must not change."""
     # The command line is parsed again with the stored options as defaults, so that only what was
     # given can differ.
     given = located(_parsed(argv, Options(start=_Start.of(stored))).start.checked())
     check_changes(stored, given)
     return given
-
-
-class _Console(Console):
-    """A console whose loss does not end the run: its reader may go away, its disk may be full."""
-
-    def on_broken_pipe(self) -> None:
-        with suppress(SystemExit):
-            super().on_broken_pipe()
-
-    def _check_buffer(self) -> None:
-        try:
-            super()._check_buffer()
-        except OSError as error:
-            self.on_broken_pipe()  # the rest of the output is dropped
-            with suppress(OSError):
-                print(f"receptance: warning: no more output: {error.strerror}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""receptance verify: does a model do on this machine what it has to?"""
+"""receptance verify: check that a model computes the right logits on this machine."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from receptance.checking.verifying import Check, Subject, record, verify
 from receptance.progress import progress_bar, say
 
 _PIPED_WIDTH = 160
-"""A row for each check, for `grep`."""
+"""The width of a table that is not for a terminal; each check then has one line, for `grep`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Check a model on this machine: parallel = recurrent = batched, every kernel and engine.
 
-    Exit code 0 if all checks pass, 1 if one fails, 2 if there is no model to check.
+    The exit code is 0 if all checks pass, 1 if one fails, and 2 if there is no model to check.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """What `receptance generate` takes; a tokenizer is not needed."""
+    """The model, as for `receptance generate`; it does not need a tokenizer."""
     record: bool = False
-    """Write the logits of some fixed tokens beside the model, for other machines to compare."""
+    """Write the logits of fixed tokens beside the model, for other machines to compare with."""
     logits: Path | None = None
-    """The file of recorded logits, instead of MODEL.logits."""
+    """Compare with the recorded logits in this file instead of MODEL.logits."""
     device: str = "cpu"
-    """Where the torch model runs: cpu, cuda, ... On cuda the engine for GPUs is checked as well."""
+    """Run the torch model on this device: cpu, cuda, ... On cuda the GPU engine is checked too."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def main(argv: list[str]) -> None:
-    """Parse, check, report; leave with 1 if a check failed."""
+    """Parse, check, report; leave with exit code 1 if a check failed."""
     options = parse(Options, argv, "receptance verify")
     subject = Subject.open(options.model)
     file = options.logits or beside(subject.path)
@@ -77,7 +77,7 @@ def _checked(options: Options, subject: Subject) -> list[Check]:
 
 
 def table(checks: list[Check]) -> Table:
-    """A row for each check."""
+    """The table of results, with a row for each check."""
     shown = Table(Column("check", no_wrap=True), box=None, pad_edge=False)
     for title in ("difference", "bound"):
         shown.add_column(title, justify="right")
@@ -95,7 +95,7 @@ def _short(value: float) -> str:
 
 
 def as_json(subject: Subject, checks: list[Check]) -> dict[str, Any]:
-    """Everything; a difference that is not finite is null, which JSON has no number for."""
+    """The results for JSON, which has no number for a difference that is not finite: it is null."""
     rows = [
         {
             "check": check.what,

@@ -1,9 +1,9 @@
-"""Looking at what lies on disk, and proving that a model computes what it should.
+"""Inspecting models on disk, and checking that a model computes what it should.
 
 The modules, in reading order:
 
-    contents     what a path holds, in whatever format
-    inspecting   its figures, without running a model
-    recorded     what a model said, in a file for other machines
-    verifying    parallel, recurrent, batched, every kernel: the same logits
+    contents     what a path holds, in any format
+    inspecting   the figures of weights, without running a model
+    recorded     files of logits that other machines compare their own with
+    verifying    whether every form of the model and every kernel give the same logits
 """

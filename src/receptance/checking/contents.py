@@ -1,6 +1,6 @@
-"""What lies at a path: weights of any RWKV, a checkpoint, an adapter, a state, and in what format.
+"""What a path holds: weights of any RWKV, a checkpoint, an adapter or a state, and its format.
 
-Unlike `load` this also opens what no engine runs, as far as it can say what it is.
+Unlike `load`, this also opens models that no engine runs, if it can tell what they are.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ _WEIGHTS = ("*.pth", "*.pt", "*.bin", "*.safetensors", "*.st")
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found; tensors are read when they are asked for, where the format allows it."""
+    """The contents of a path. Where the format allows it, tensors are read when they are used."""
 
     path: Path
-    """The file or directory; of a run folder its newest whole checkpoint."""
+    """The file or directory; for a run folder, its newest whole checkpoint."""
     kind: str
-    """Such as "weights", "checkpoint", "adapter"."""
+    """The kind of contents, such as "weights", "checkpoint" or "adapter"."""
     format: str
     files: tuple[Path, ...]
-    """Those that hold the tensors."""
+    """The files that hold the tensors."""
     tensors: Mapping[str, Tensor]
-    """By the names of the file."""
+    """The tensors under the names that the file gives them."""
     config: ModelConfig | None = None
-    """The sizes of a whole RWKV-4 model."""
+    """The configuration; None unless this is a whole RWKV-4 model."""
     version: str | None = None
-    """Such as "RWKV-4" or "RWKV-6"."""
+    """The version of RWKV, such as "RWKV-4" or "RWKV-6"; None if it is not known."""
     problem: str | None = None
-    """Why no engine runs it."""
+    """The reason why no engine runs this; None if there is none."""
     stored: str | None = None
-    """The type of the weights in the file, where the tensors have another one."""
+    """The type of the weights in the file; None if it is that of the tensors."""
     tokenizer: str | None = None
-    """The kind of the tokenizer in the directory, where it says so itself."""
+    """The kind of the tokenizer in the directory; None if the directory does not say it."""
     about: str | None = None
-    """What else there is to know."""
+    """Further information for the reader, such as the step of a checkpoint."""
     named: Path = Path()
-    """What was asked for: `path`, or the folder of the run that it lies in."""
+    """The path that was asked for: `path`, or the run folder in which it lies."""
     verified: bool = False
     """Whether the directory was compared with its manifest."""
 
 
 def find(source: str | Path) -> Contents:
-    """What is at a path or a hub id. ValueError in one line when it is none of what we know."""
+    """The contents of a path or a hub id. ValueError when they are of no known kind."""
     try:
         path = existing(source)
         if hub.means_hub(source):
@@ -94,7 +94,7 @@ def _in_directory(opened: Opened) -> Contents:
 
 
 def _fields(file: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if there is none, or none that says anything."""
+    """The fields of a JSON file; none if the file is missing, unreadable or no JSON object."""
     try:
         fields = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -195,11 +195,12 @@ def _in_file(path: Path) -> Contents:
 
 
 def _read(path: Path) -> tuple[str, Mapping[str, Tensor]]:
-    """What kind of file this is, by its first bytes, and its tensors."""
+    """The format of a file, which its first bytes tell, and its tensors."""
     check_file(path)
     with path.open("rb") as file:
         start = file.read(9)
-    if start[8:] == b"{":  # after a length, whose first byte may be that of a pickle
+    # The brace is checked first: the length before it may begin with the first byte of a pickle.
+    if start[8:] == b"{":
         return "safetensors", read_safetensors(path)
     if start.startswith(_PICKLES):
         return f"PyTorch {'zip' if start[:2] == b'PK' else 'legacy'} file", read_pth(path)
@@ -221,7 +222,7 @@ def _rwkv_cpp(path: Path) -> Contents:
 
 
 def _weights(contents: Contents) -> Contents:
-    """The same with what the names and shapes of the tensors tell."""
+    """The contents with the configuration and version that the names and shapes tell."""
     try:
         config, _ = conform(contents.tensors, contents.path)
     except ValueError as error:
@@ -245,7 +246,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _own(contents: Contents, metadata: dict[str, str]) -> Contents | None:
-    """An adapter or a state, which say so themselves."""
+    """The contents as an adapter or a state, if the metadata says that it is one."""
     if metadata.get("format") == state.FORMAT:
         rows = contents.tensors["tokens"].numel() if "tokens" in contents.tensors else 0
         about = f"{rows} rows, of model {metadata.get('model', '')[:12]}"

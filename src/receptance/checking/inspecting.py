@@ -1,7 +1,7 @@
-"""What a file or directory of weights holds, in figures, without running a model.
+"""The figures of a file or directory of weights, found without running a model.
 
-Tensors are read one after another, in pieces, so that memory is bounded by the largest of them
-(but a legacy .pth, which torch reads whole).
+Tensors are read one after another, in pieces, so that memory is bounded by the largest of them.
+The exception is a legacy .pth file, which torch reads as a whole.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from receptance.storage.opening import look
 from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED, find_tokenizer
 
 HALF_LIVES = (1, 4, 16, 64, 256, 1024, 4096, 16384)
-"""Borders of the histogram, in tokens."""
+"""The borders of the histogram of half-lives, in tokens."""
 
-_PIECE = 1 << 22  # values looked at together
+# The number of values that are checked at a time.
+_PIECE = 1 << 22
 _BLOCK = re.compile(r"\b(?:blocks|layers)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:emb|embeddings|embed_tokens)\.weight")
 _USUAL_TOKENIZERS = {
@@ -37,12 +38,12 @@ _USUAL_TOKENIZERS = {
 }
 
 Note = Callable[[str, int], object]
-"""Told what is being looked at, and of how many bytes it is."""
+"""Called with the name of each tensor or file that was read, and its size in bytes."""
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """Values of one tensor that no computation survives."""
+    """The number of values in one tensor that are NaN, and that are infinite."""
 
     nan: int
     inf: int
@@ -50,18 +51,18 @@ class NotFinite:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What there is to say about a path; ready for JSON as a dict."""
+    """The figures of a path; `dataclasses.asdict` makes fields of it that JSON can hold."""
 
     path: str
     kind: str
-    """Such as "weights", "training checkpoint", "adapter"."""
+    """The kind of contents, such as "weights", "training checkpoint" or "adapter"."""
     format: str
     version: str | None
-    """Such as "RWKV-4"; None if it is no RWKV that is known."""
+    """The version of RWKV, such as "RWKV-4"; None if it is not known."""
     problem: str | None
-    """Why no engine runs it as it is."""
+    """The reason why no engine runs this; None if there is none."""
     damage: str | None
-    """What in a directory is not as its manifest has it."""
+    """The difference between a directory and its manifest; None if there is none."""
     about: str | None
     vocabulary: int | None
     width: int | None
@@ -70,22 +71,22 @@ class Inspection:
     tensors: int
     parameters: int
     bytes: int
-    """Of the files with the tensors."""
+    """The size of the files that hold the tensors."""
     dtypes: dict[str, int]
-    """Values of each type; a single entry, as its file calls it, for other encodings."""
+    """The number of values of each type; other encodings are one entry with all parameters."""
     tokenizer: str
     not_finite: dict[str, NotFinite]
-    """By tensor; empty is as it should be."""
+    """The tensors with values that are not finite; empty for a sound model."""
     half_lives: dict[str, int]
-    """Channels of all layers by the number of tokens after which half of a token is forgotten."""
+    """The number of channels, over all layers, by the tokens after which they forget one half."""
     digests: dict[str, str]
-    """sha256 of each of these files."""
+    """The sha256 of each file."""
     retentions: dict[int, list[float]] = field(repr=False)
-    """By layer, in descending order: the share that a channel keeps from a token to the next."""
+    """The share that each channel keeps from a token to the next, by layer, in descending order."""
 
 
 def inspect(source: str | Path, *, note: Note = lambda what, size: None) -> Inspection:
-    """Look at everything at a path or hub id. ValueError if it is nothing that is known."""
+    """Read everything at a path or hub id. ValueError if its contents are of no known kind."""
     contents = find(source)
     damage = _damage(contents)
     tally = _Tally.of(contents, note)
@@ -116,7 +117,7 @@ def inspect(source: str | Path, *, note: Note = lambda what, size: None) -> Insp
 
 
 def histogram(retentions: Mapping[int, list[float]]) -> dict[str, int]:
-    """Channels between the borders of HALF_LIVES; empty without channels."""
+    """The number of channels between the borders of HALF_LIVES; empty if there are no channels."""
     counts = Counter(
         sum(half_life(share) >= border for border in HALF_LIVES)
         for shares in retentions.values()
@@ -129,7 +130,7 @@ def histogram(retentions: Mapping[int, list[float]]) -> dict[str, int]:
 
 
 def half_life(retention: float) -> float:
-    """Tokens after which half is left of what is multiplied by `retention` with every token."""
+    """The number of tokens after which half is left, if each multiplies the rest by retention."""
     if retention <= 0:
         return 0.0
     return math.inf if retention >= 1 else -math.log(2) / math.log(retention)
@@ -140,7 +141,7 @@ def half_life(retention: float) -> float:
 
 @dataclass
 class _Tally:
-    """What was found in the tensors up to now."""
+    """The figures of the tensors read so far."""
 
     values: int = 0
     dtypes: Counter[str] = field(default_factory=Counter)
@@ -183,7 +184,7 @@ def _dtypes(contents: Contents, tally: _Tally) -> dict[str, int]:
 
 
 def _sizes(contents: Contents) -> tuple[int | None, int | None, int | None]:
-    """Vocabulary, width, layers, also of what is not RWKV-4, as far as names tell."""
+    """Vocabulary, width and layers; for other models than RWKV-4, those that the names tell."""
     if (config := contents.config) is not None:
         return config.vocab_size, config.width, config.num_layers
     blocks = {found[1] for found in map(_BLOCK.search, contents.tensors) if found}
@@ -195,7 +196,7 @@ def _sizes(contents: Contents) -> tuple[int | None, int | None, int | None]:
 
 
 def _tokenizer(contents: Contents, vocabulary: int | None) -> str:
-    """Which one it is, or probably is."""
+    """The tokenizer that the directory names, or else the usual one for such a vocabulary."""
     if contents.tokenizer is not None:
         return f"{contents.tokenizer}, in the directory"
     if vocabulary is None:
@@ -211,7 +212,7 @@ def _tokenizer(contents: Contents, vocabulary: int | None) -> str:
 
 
 def _damage(contents: Contents) -> str | None:
-    """What is not as the manifest of a directory of ours has it."""
+    """The difference between a Receptance directory and its manifest; None if there is none."""
     path = contents.path
     if contents.verified or not path.is_dir() or not look(path).sealed:
         return None

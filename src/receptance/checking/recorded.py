@@ -1,14 +1,14 @@
-"""What a model said about a few fixed tokens, in a file that other machines can compare with.
+"""Files with a model's logits for a few fixed tokens, which other machines compare with theirs.
 
-A safetensors file beside the model, PATH.logits:
+The file is named PATH.logits and lies beside the model. It is a safetensors file with:
 
     tokens     [T] int64
-    positions  [P] int64        those whose logits are kept
-    logits     [P,V] float32    computed in float32
+    positions  [P] int64        the positions whose logits are kept
+    logits     [P,V] float32    the logits, computed in float32
     metadata   about = JSON: format, format_version, model (its fingerprint), stored (the type of
                the weights)
 
-It lies beside a directory and not in it: a manifest vouches for every file in there.
+The file never lies in a model's directory, because a manifest must list every file in there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DTYPES = {"tokens": torch.int64, "positions": torch.int64, "logits": torch.floa
 
 @dataclass(frozen=True)
 class Recorded:
-    """The content of such a file."""
+    """The content of a file of logits."""
 
     tokens: Tensor
     """[T] int64."""
@@ -49,13 +49,13 @@ class Recorded:
 
 
 def beside(path: Path) -> Path:
-    """Where the logits of the model at a path are looked for."""
+    """The path of the file with the logits of the model at a path."""
     named = path if path.name not in ("", "..") else Path(os.path.abspath(path))
     return named.with_name(named.name + ".logits")
 
 
 def write(file: Path, tokens: Tensor, logits: Tensor, *, model: str, stored: str) -> None:
-    """Keep some of the logits [T,V] of tokens [T]; ValueError if the file is there already."""
+    """Write some of the logits [T,V] of tokens [T] to a file; ValueError if it exists already."""
     from safetensors.torch import save
 
     if file.exists():
@@ -64,14 +64,15 @@ def write(file: Path, tokens: Tensor, logits: Tensor, *, model: str, stored: str
     positions = torch.tensor(sorted({0, min(1, last), last // 2, last}))
     about = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": model, "stored": stored}
     tensors = {"tokens": tokens, "positions": positions, "logits": logits[positions].float()}
-    # One word: safetensors writes several in any order, and equal records are to be equal files.
+    # The metadata is one entry, because safetensors writes several in any order, and equal records
+    # are to be equal files.
     content = save(tensors, metadata={"about": json.dumps(about)})
     with one_line(file), written(file) as stream:
         stream.write(content)
 
 
 def read(file: Path) -> Recorded:
-    """What `write` wrote; ValueError if it is damaged or something else."""
+    """Read a file that `write` wrote; ValueError if it is damaged or another kind of file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,6 +1,6 @@
-"""Whether a model does on this machine what it has to: every form, kernel and engine agree.
+"""Checking on this machine that every form, kernel and engine of a model gives the same logits.
 
-Differences are the largest of any logit, divided by the largest logit.
+A difference is the largest one of any logit, divided by the largest logit.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ from receptance.storage.checkpoint import read_opened
 from receptance.storage.opening import look, open_path
 from receptance.storage.quantized import dequantized_tensors, read_quantized
 
-if TYPE_CHECKING:  # imports Triton
+if TYPE_CHECKING:  # This module imports Triton, which is not installed everywhere.
     from receptance.engine.gpu import GpuEngine
 
 FLOAT32_BOUND = 1e-4
-"""What the rounding of float32 may add up to in the deepest published models."""
+"""The rounding errors of float32 stay below this in the deepest published models."""
 INTEGER_BOUND = 2e-3
-"""Kernels of integer weights round activations to 15 bits: about 1e-4 in one layer or many."""
+"""Kernels for integer weights round activations to 15 bits, which changes logits by about 1e-4."""
 GPU_BOUNDS = {"float32": FLOAT32_BOUND, "float16": 0.02} | dict.fromkeys(
     ("bfloat16", "int8", "int4"), 0.05
 )
-"""The engine for GPUs rounds several rows to the type of the weights, or to bfloat16; one never."""
-NARROWED_BOUNDS = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "int4": 0.5}
-"""Against logits recorded before the same weights were rounded to one of these types."""
+"""The GPU engine rounds activations to the type of the weights, or to bfloat16 for integers.
 
-# More than a chunk of the parallel kernels, so that two of them meet.
+It does so for several rows only; a single row is computed in float32.
+"""
+NARROWED_BOUNDS = {"bfloat16": 0.05, "float16": 0.02, "int8": 0.1, "int4": 0.5}
+"""Bounds for a model that was rounded to one of these types after its logits were recorded."""
+
+# This is more than one chunk of the parallel kernels, so that a border between two is tested.
 _LENGTH = 40
 _RAGGED = (_LENGTH, 1, 33, 16)
 _CUTS = 3
@@ -54,32 +57,32 @@ _CUTS = 3
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison."""
+    """The result of one comparison."""
 
     what: str
     measured: float
     bound: float
-    """The most that is right; 0 where not even a bit may differ."""
+    """The largest difference that passes; 0 demands equal bits."""
     note: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its bound; NaN never is."""
+        """Whether the measured difference is within its bound; NaN never is."""
         return self.measured <= self.bound
 
 
 class Reader(Protocol):
-    """What all of them offer: an engine, or a model that computes in float32."""
+    """The interface that checks use: an engine, or a model that computes in float32."""
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """[...,C] -> [...,V]."""
+        """The output layer: [...,C] -> [...,V]."""
         ...
 
     def features(
         self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """[B,T] -> [B,T,C], and the state."""
+        """The features of tokens, and the state behind them: [B,T] -> [B,T,C]."""
         ...
 
 
@@ -91,34 +94,34 @@ class Exact:
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """[...,C] -> [...,V] float32."""
+        """The output layer: [...,C] -> [...,V] float32."""
         return self.model.head
 
     def features(
         self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """[B,T] -> [B,T,C] float32, and the state."""
+        """The features of tokens, and the state behind them: [B,T] -> [B,T,C] float32."""
         return self.model.features(tokens, state, lengths=lengths, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is looked at."""
+    """The model that is checked."""
 
     path: Path
-    """What was named: a file, a directory, or the folder of a run."""
+    """The path that was asked for: a file, a directory, or a run folder."""
     config: ModelConfig
     tensors: dict[str, Tensor]
-    """By official name, as floats."""
+    """The tensors by official name; quantized matrices are dequantized."""
     kind: Kind
     """The type of the weights as they are stored."""
     fingerprint: str
     matrices: dict[str, Packed]
-    """As native engines want them; empty where there are none."""
+    """The matrices packed for the native kernels; empty if there are no such kernels here."""
 
     @classmethod
     def open(cls, source: str | Path) -> Subject:
-        """The model at a path or hub id. ValueError if there is none."""
+        """Read the model at a path or hub id. ValueError if there is none."""
         found = find(source)
         if found.config is None:
             what = "an adapter" if found.kind == "adapter" else f"a {found.kind}"
@@ -140,24 +143,24 @@ class Subject:
 
     @property
     def tokens(self) -> Tensor:
-        """[T] int64."""
+        """The tokens that every check reads: [T] int64."""
         return probe_tokens(self.config.vocab_size)
 
     def model(self, device: str = "cpu") -> Exact:
-        """In torch, with no weight rounded."""
+        """The torch model, with no weight rounded."""
         wide = self.config.architecture.is_float32
         kind = common_kind(x for name, x in self.tensors.items() if not wide(name))
         dtype = FLOATS[kind]
         return Exact(Model.from_tensors(self.config, self.tensors, device=device, dtype=dtype))
 
     def engine(self, instruction_set: str) -> NativeEngine:
-        """With the native kernels of an instruction set."""
+        """The engine with the native kernels for an instruction set."""
         vectors = {name: x for name, x in self.tensors.items() if name not in self.matrices}
         parts = self.config, self.matrices, vectors, self.fingerprint
         return NativeEngine(*parts, instruction_set=instruction_set)
 
     def gpu_engine(self, device: str) -> GpuEngine:
-        """With the Triton kernels."""
+        """The engine with the Triton kernels."""
         from receptance.engine.gpu import GpuEngine
 
         matrices: Mapping[str, Tensor | Packed] = self.matrices or {
@@ -169,7 +172,7 @@ class Subject:
 
 
 def probe_tokens(vocab_size: int, count: int = _LENGTH) -> Tensor:
-    """The same ids everywhere and always, a function of the vocabulary's size alone: [T] int64."""
+    """Fixed ids that depend on the size of the vocabulary alone: [T] int64."""
     numbers = torch.arange(1, count + 1)
     return (numbers * numbers + 7919 * numbers) % vocab_size
 
@@ -183,14 +186,15 @@ def record(subject: Subject, file: Path) -> None:
 
 @torch.no_grad()
 def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> Iterator[Check]:
-    """All checks, one after another.
+    """Run all checks, one after another.
 
-    file has recorded logits; None: that beside the model, if there is one.
+    file has recorded logits; None takes the one beside the model, if it exists.
     """
     device = str(resolve_device(device))
     if file is None and recorded.beside(subject.path).is_file():
         file = recorded.beside(subject.path)
-    known = None if file is None else recorded.read(file)  # first: it may be damaged
+    # The file is read before anything is computed, because it may be damaged.
+    known = None if file is None else recorded.read(file)
     yield _weights_finite(subject)
     exact = subject.model(device)
     tokens = subject.tokens.to(device)
@@ -212,7 +216,10 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
 
 
 def logits(reader: Reader, tokens: Tensor, pieces: Iterable[int] = ()) -> Tensor:
-    """Of one row, read in pieces of these lengths and then the rest: [T] -> [T,V] on the CPU."""
+    """The logits of a row that is read in pieces of these lengths: [T] -> [T,V] on the CPU.
+
+    Tokens behind the last piece are read at once.
+    """
     state, found, start = None, [], 0
     for length in (*pieces, len(tokens)):
         piece = tokens[None, start : start + length]
@@ -224,7 +231,7 @@ def logits(reader: Reader, tokens: Tensor, pieces: Iterable[int] = ()) -> Tensor
 
 
 def difference(found: Tensor, reference: Tensor) -> float:
-    """The largest of any value, by the largest value; NaN if there is any in either."""
+    """The largest difference, divided by the largest value of reference; NaN if either has NaN."""
     return comparing.difference(reference, found).relative
 
 
@@ -251,7 +258,7 @@ def _laws(
     bound: float,
     step_bound: float | None = None,
 ) -> Iterator[Check]:
-    """Cutting a sequence and batching it with others change nothing."""
+    """Check that cutting a sequence, or batching it with others, does not change the logits."""
     recurrent = difference(logits(reader, tokens, [1] * len(tokens)), whole)
     step_bound = bound if step_bound is None else step_bound
     yield Check(f"{label}: token by token", recurrent, step_bound)
@@ -267,7 +274,7 @@ def _random_cuts() -> list[list[int]]:
 
 
 def _ragged(reader: Reader, tokens: Tensor) -> float:
-    """Rows of several lengths together, against each alone."""
+    """The largest difference between rows of several lengths in one batch and each row alone."""
     rows = torch.stack([tokens.roll(shift) for shift in range(len(_RAGGED))])
     features, _ = reader.features(rows, lengths=torch.tensor(_RAGGED, device=tokens.device))
     together = reader.head(features).float().cpu()
@@ -278,7 +285,7 @@ def _ragged(reader: Reader, tokens: Tensor) -> float:
 
 
 def _backends(exact: Exact, tokens: Tensor, device: str) -> Iterator[Check]:
-    """Every kernel of the recurrence against its definition."""
+    """Compare every kernel of the recurrence with the reference."""
     exact.model.backend = "reference"
     wanted = logits(exact, tokens)
     for name in available_backends(device):
@@ -294,7 +301,7 @@ def _has_gpu_engine(device: str) -> bool:
 
 
 def _gpu_engine(subject: Subject, device: str, reference: Tensor) -> Iterator[Check]:
-    """The engine for GPUs against torch: one row, which it multiplies in float32, and several."""
+    """Compare the GPU engine with torch, for a single row and for several."""
     engine, label = subject.gpu_engine(device), f"triton on {device}"
     tokens, bound = subject.tokens.to(device), GPU_BOUNDS[subject.kind]
     found = difference(logits(engine, tokens), reference)

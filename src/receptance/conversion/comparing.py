@@ -1,4 +1,4 @@
-"""Are two sets of weights the same model? Answered with one tensor of each in memory."""
+"""Telling whether two sets of weights are the same model, with one tensor of each in memory."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ from receptance.formats.writing import chunks
 from receptance.model import Model
 from receptance.model.parts import Reading
 
+# The rows and tokens of the text that logits are computed for.
 _PROBE = (1, 64)
-_ROWS = 1 << 12  # of the head that are float32 at once
-
-# What rounding moves the smallest float16 numbers, which scales of quantized blocks may be.
+# The number of the head's rows that are converted to float32 at a time.
+_ROWS = 1 << 12
+# Rounding to float16 moves the smallest of its numbers by at most this much. The scales of
+# quantized blocks can be that small.
 _SCALE_ERROR = 2.0**-25
 
 Same = Callable[[str, Tensor, Tensor], bool]
-"""Whether two tensors of this name are the same, as far as the type of the second one allows."""
+"""Tells whether two tensors of a name are the same, as far as the type of the second allows."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of two sets of weights are apart, on the same tokens."""
+    """The distance between the logits that two sets of weights give for the same tokens."""
 
     largest: float
-    """Of all logits."""
+    """The largest difference of any logit."""
     relative: float
-    """The same by the largest logit there is."""
+    """The largest difference, divided by the largest logit."""
 
 
 @torch.no_grad()
 def probe(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Logits on tokens that are the same every time, computed in float32: [B,T,V].
+    """The logits of fixed tokens, computed in float32: [B,T,V].
 
-    Each tensor is asked for when it is needed, and let go. None stays in memory as float32.
+    Each tensor is read when it is needed and released after that. No copy in float32 is kept.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, _PROBE, generator=generator)
@@ -57,12 +59,12 @@ def probe(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _lend(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Let the modules have their tensors while they compute and no longer."""
+    """Make every module read its tensors before it computes, and release them after that."""
 
     def give(module: nn.Module, prefix: str) -> None:
         for name, _ in list(module.named_parameters(recurse=False)):
             tensor = tensors[f"{prefix}.{name}"]
-            # Matrices are widened when they are used; decays have to be before.
+            # Modules convert a matrix to float32 when they use it, but expect float32 vectors.
             value = tensor if tensor.dim() == 2 else tensor.float()
             setattr(module, name, nn.Parameter(value, requires_grad=False))
 
@@ -76,7 +78,7 @@ def _lend(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def difference(wanted: Tensor, got: Tensor) -> Difference:
-    """Between logits: [B,T,V] twice; not a number if some of them are none."""
+    """The distance between two sets of logits [B,T,V]; NaN if any of them is NaN."""
     largest = float((wanted - got).abs().max())
     return Difference(largest, largest / max(float(wanted.abs().max()), 1e-30))
 
@@ -89,18 +91,21 @@ def differing(
 
 
 def equal(there: Tensor, here: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the values there are, rounded to a type, those here, to the bit."""
+    """Whether the values of `there`, rounded to a type, have exactly the bits of `here`."""
     pairs = zip(chunks(there), chunks(here), strict=True)
     return all(torch.equal(_bits(x.to(dtype).to(y.dtype)), _bits(y)) for x, y in pairs)
 
 
 def _bits(values: Tensor) -> Tensor:
-    # As numbers, NaN differs from itself, and -0 does not from 0.
+    # Bytes are compared because NaN is not equal to itself, while -0 is equal to 0.
     return values.view(torch.uint8)
 
 
 def near(there: Tensor, here: Tensor, block: int, share: float) -> bool:
-    """Whether values differ by at most a share of the largest one in their block of so many."""
+    """Whether no value is off by more than a share of the largest value in its block.
+
+    A block is that many values in a row.
+    """
     for x, y in zip(chunks(there), chunks(here), strict=True):
         blocks = x.float().view(-1, block)
         error = (blocks - y.view(-1, block)).abs().amax(1)

@@ -1,7 +1,7 @@
-"""Weights from any format into another, tensor by tensor, and then the proof.
+"""Converting weights from one format to another, tensor by tensor, and checking the result.
 
-What was written is read again by the ordinary reader and compared with where it came from, before
-it gets its name. Memory holds a few hundred megabytes besides the largest tensor.
+The ordinary reader reads what was written, and that is compared with the source before it gets its
+name. The conversion takes a few hundred megabytes of memory besides the largest tensor.
 """
 
 from __future__ import annotations
@@ -41,37 +41,39 @@ from receptance.tokenizer import Tokenizer
 from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, find_tokenizer
 
 PASSES = 5
-"""How often a conversion reads the values of a model: three times there, two times here."""
+"""The number of times that values are read: three times from the source, twice from the copy."""
 
 _USUAL_EPSILON = 1e-5
 
-# Largest difference of a logit, by the largest there is, that the types excuse.
+# The largest difference of a logit, relative to the largest logit, that a type of the copy allows:
+# a quantized type, a narrower float type, and a type that holds the source exactly.
 _LIMITS = {"Q4_0": 1.0, "Q8_0": 0.2}
 _NARROWED, _EXACT = 0.1, 1e-5
-# The same for a value, by the largest one in its block: one step, and some for float16 scales.
+# The largest difference of a quantized value, relative to the largest value in its block: one step
+# of the codes, and 1 % of it for the rounding of scales to float16.
 _STEPS = {"Q4_0": 1.01 / 8, "Q8_0": 1.01 / 127}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a conversion."""
+    """The result of a conversion."""
 
     difference: Difference
-    """Of the logits, float32, there and here."""
+    """The difference between the logits of the source and of the copy, both in float32."""
     bytes: int
-    """Of everything that was written."""
+    """The size of everything that was written."""
     dtypes: tuple[str, ...]
-    """Of the matrices."""
+    """The types of the matrices in the copy."""
     decays_rounded: bool
-    """Whether an rwkv.cpp file's exponentials do not tell some decays from their neighbors."""
+    """Whether some decays changed in their last bit, as rwkv.cpp files hold their exponentials."""
 
 
 def convert(source: Source, target: Target, note: Note = lambda name, values: None) -> Report:
-    """Write a model in another format, read that, compare, and only then give it its name.
+    """Write a model in another format, read it back, compare it, and only then give it its name.
 
-    The tokenizer goes along, into the directory or beside the file. ValueError when something is
-    in the way, when the format has no room for what the model is, or when the copy is not the
-    same model as far as its types allow; nothing is left of it then.
+    The tokenizer is written too, into the directory or beside the file. ValueError when something
+    is at the target's path, when the format cannot hold the model, or when the copy differs from
+    the source by more than its types explain; nothing is kept then.
     """
     check(source, target)
     with one_line(target.path):
@@ -83,18 +85,19 @@ def convert(source: Source, target: Target, note: Note = lambda name, values: No
 
 
 def check(source: Source, target: Target) -> None:
-    """ValueError when a conversion would fail for reasons that can be known before."""
+    """ValueError when it is known before anything is written that the conversion would fail."""
     _check_absent(target.path)
     config = source.config
     if target.format not in DIRECTORIES and config.layer_norm_epsilon != _USUAL_EPSILON:
         raise ValueError(
             f"the layer_norm_epsilon of {source.path} is {config.layer_norm_epsilon}, and a file "
-            f"has no place for it: every reader takes {_USUAL_EPSILON}; use --to hf or receptance"
+            f"has no place for it: every reader takes {_USUAL_EPSILON}; "
+            'use format="hf" or format="receptance"'
         )
     if target.format == "receptance" and source.tokenizer is None:
         raise ValueError(
-            f"there is no tokenizer beside {source.path}, and a directory of ours holds one; pass "
-            "it with --tokenizer"
+            f"there is no tokenizer beside {source.path}, and a Receptance directory holds one; "
+            "pass it with tokenizer=FILE"
         )
     if target.format not in DIRECTORIES:
         _check_beside(source, target.path.parent)
@@ -114,7 +117,7 @@ def _convert(source: Source, target: Target, draft: Draft, note: Note) -> Report
             write_manifest(draft.folder, entries)
         found = _compare(source, target, open_source(path), note)
     except ValueError as error:
-        # What is wrong has its final name in the message, not the one it has until then.
+        # The message names the final path, not the temporary one.
         raise ValueError(str(error).replace(str(path), str(target.path))) from None
     size = sum(file.stat().st_size for file in draft.folder.iterdir())
     if entries is not None:
@@ -180,7 +183,7 @@ def _compare_logits(
     if not found.relative <= (limit := _limit(source, target)):
         raise ValueError(
             f"{written.path}: its logits differ by {found.relative:.1e} of the largest, more than "
-            f"{limit:.0e}; nothing was kept; choose a wider --dtype"
+            f"{limit:.0e}; nothing was kept; choose a wider dtype="
         )
     return found
 
@@ -195,7 +198,7 @@ def _limit(source: Source, target: Target) -> float:
 
 
 def _same(source: Source, target: Target) -> Same:
-    """Whether what was written of a tensor is what should have been."""
+    """A comparison of each tensor with its copy: exact, or near for quantized tensors."""
     layout = target.layout(source)
 
     def same(name: str, there: Tensor, here: Tensor) -> bool:
@@ -218,7 +221,7 @@ def _decays_rounded(source: Source) -> bool:
 
 
 def _publish(folder: Path, source: Source, target: Target) -> None:
-    """Force to disk what is in the folder and give it its name, a file after its tokenizer."""
+    """Sync the files of the folder and move them to their place, weights after the tokenizer."""
     for file in folder.iterdir():
         sync(file)
     _check_absent(target.path)
@@ -243,16 +246,19 @@ def _check_absent(path: Path) -> None:
 
 
 def _check_beside(source: Source, folder: Path) -> None:
-    """ValueError when a file in the folder would harm it, or be read with the wrong tokenizer."""
+    """ValueError when a file must not be added to the folder.
+
+    It would damage a checkpoint, or be read with the tokenizer of another model.
+    """
     if (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is a checkpoint, and whole without more files; write elsewhere")
+        raise ValueError(f"{folder} is a checkpoint, which takes no more files; write elsewhere")
     if source.tokenizer is None or not folder.is_dir():
         return
     beside = find_tokenizer(folder, source.config.vocab_size)
     found = found_tokenizer(beside, source.config)
     if beside and found and not found.same_as(source.tokenizer):
         raise ValueError(
-            f"{beside} is the tokenizer of another model and would be taken for that of this one; "
+            f"{beside} is the tokenizer of another model, and readers would use it for this one; "
             "write to a folder of its own"
         )
 

@@ -1,6 +1,6 @@
-"""A model on disk in any format, its tensors mapped when they are asked for.
+"""A model on disk in any format, whose tensors are mapped when they are asked for.
 
-What `load` needs besides, a tokenizer, may be missing here.
+Unlike `load`, this does not need a tokenizer beside the weights.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from receptance.storage.pairing import check_tokenizer, found_tokenizer
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str, int], object]
-"""Told the name of each tensor that is read, and how many values it has."""
+"""Called with the name of each tensor that is read, and the number of its values."""
 
-_MAPPED = 1 << 28  # bytes of a file that may stay in memory after they were read
+# A file is mapped anew after this many bytes, so that those already read leave the memory.
+_MAPPED = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,21 @@ class Source:
     path: Path
     config: ModelConfig
     dtypes: Mapping[str, torch.dtype]
-    """By official name."""
+    """The type of each tensor, by official name."""
     open: Callable[[], Mapping[str, Tensor]]
-    """Maps the tensors."""
+    """Maps the tensors of the model, by official name."""
     tokenizer: Tokenizer | None
     rescale_every: int = 0
-    """Of a transformers directory, after how many blocks an evaluation halves; 0 for never."""
+    """The number of blocks after which an evaluation in transformers halves the weights once more.
+
+    0 means never, as in every format but a transformers directory.
+    """
 
     def unscaled(self) -> Source:
-        """The same with what transformers divided multiplied again (see rescaling.py)."""
+        """The model as it was before transformers divided its weights (see rescaling.py).
+
+        ValueError unless it is a transformers directory with a rescale_every.
+        """
         if not self.rescale_every:
             raise ValueError(
                 f"{self.path}: only a transformers directory whose config.json has a "
@@ -54,7 +61,7 @@ class Source:
         return replace(self, open=lambda: Unscaled(self.open(), every), rescale_every=0)
 
     def looks_rescaled(self) -> bool:
-        """Whether transformers seems to have saved it after an evaluation; never certain."""
+        """Whether transformers probably saved the model after evaluating it; this is a guess."""
         return looks_rescaled(self.open(), self.config.num_layers, self.rescale_every)
 
 
@@ -64,9 +71,9 @@ def open_source(
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
 ) -> Source:
-    """A model at a path or hub id, in any format there is a reader for; nothing is read yet.
+    """The model at a path or hub id, in any format that can be read; no tensor is read yet.
 
-    tokenizer: as for `load`, but a file without one is no error.
+    tokenizer is that of `load`, but a model without a tokenizer is no error.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
@@ -90,7 +97,7 @@ def open_source(
 
 
 def _opener(weights: formats.Weights) -> Callable[[], Mapping[str, Tensor]]:
-    # What can't be mapped is in memory now, and would only be read again.
+    # A legacy file cannot be mapped: its tensors are in memory already, and stay there.
     source = weights.source
     if source.is_file() and source.suffix in (".pth", ".pt") and not is_mapped(source):
         return lambda: weights.tensors
@@ -104,7 +111,7 @@ def _own(
     dtypes, path = _dtypes(tensors), opened.path
     if opened.kind == "quantized":
         return Source(path, config, dtypes, lambda: tensors, found)
-    # Tensors are mapped again without comparing the directory with its manifest again.
+    # The directory was compared with its manifest above; later mappings skip that.
     return Source(path, config, dtypes, lambda: read_tensors(path, "model"), found)
 
 
@@ -122,7 +129,7 @@ def _rescale_every(path: Path) -> int:
 
 
 class Streamed(Mapping[str, Tensor]):
-    """The tensors of a source, which is mapped anew now and then: what was read is let go."""
+    """The tensors of a source, whose file is mapped anew now and then to release memory."""
 
     def __init__(self, source: Source, note: Note) -> None:
         self._source = source

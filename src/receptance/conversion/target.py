@@ -1,4 +1,4 @@
-"""What a conversion is to write: the file or directory, its format and the type of its weights."""
+"""The target of a conversion: a file or directory, its format and the type of its weights."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ DIRECTORIES = ("hf", "receptance")
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be written, and where."""
+    """A file or directory to write, its format and the type of its weights."""
 
     path: Path
-    """A file, or a directory for hf and receptance; nothing may be there."""
+    """The file to write, or the directory for hf and receptance; it must not exist."""
     format: Format | None = None
-    """Read off the path's suffix if not given."""
+    """The format; None takes it from the suffix of the path."""
     dtype: Dtype | None = None
-    """Of the weights; None keeps that of each tensor, as far as the format has it."""
+    """The type of the weights; None keeps the type of each tensor where the format allows it."""
     shard_bytes: float = 5_000_000_000
-    """hf: the size above which weights are cut into several files."""
+    """The size in bytes above which hf weights are split into several files."""
 
     def __post_init__(self) -> None:
         by_suffix = _SUFFIXES.get(self.path.suffix)
@@ -53,7 +53,7 @@ class Target:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; 5,000,000,000 are usual")
 
     def kind(self, source: Source) -> Stored:
-        """The kind of rwkv.cpp file that is written."""
+        """The kind of rwkv.cpp file to write for a source."""
         if self.dtype in KINDS:
             return cast(Stored, self.dtype)
         shapes = tensor_shapes(source.config)
@@ -62,7 +62,7 @@ class Target:
         return "FP16" if narrow else "FP32"
 
     def layout(self, source: Source) -> Schema:
-        """Name, type and shape of each tensor to be written; of quantized ones, float32."""
+        """Name, type and shape of each tensor to write; quantized tensors count as float32."""
         shapes = tensor_shapes(source.config)
         return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
 
@@ -74,7 +74,8 @@ class Target:
         if self.dtype is None:
             return own
         wanted: torch.dtype = getattr(torch, self.dtype)
-        # As when a model is loaded: bfloat16 rounds a decay of 0.999 to 1. Ai00 wants one type.
+        # Decays stay float32, as when a model is loaded: bfloat16 would round a decay of 0.999 to
+        # 1. Ai00, which reads st files, wants a single type.
         wide = (
             source.config.architecture.is_float32(name)
             and own.itemsize >= 4
@@ -86,8 +87,8 @@ class Target:
 def _check_path(path: Path, format_: str | None, by_suffix: str | None) -> None:
     if format_ is None:
         raise ValueError(
-            f"{path}: what it is to be can't be told from its name, which has none of the endings "
-            f"{', '.join(_SUFFIXES)}; choose with --to one of {', '.join(get_args(Format))}"
+            f"{path}: the format can't be told from its name, which has none of the endings "
+            f"{', '.join(_SUFFIXES)}; choose with format= one of {', '.join(get_args(Format))}"
         )
     if format_ not in get_args(Format):
         raise ValueError(f"there is no format {format_!r}; choose of {', '.join(get_args(Format))}")
@@ -101,6 +102,6 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
     if dtype not in (None, *get_args(Dtype)):
         raise ValueError(f"there is no dtype {dtype!r}; choose of {', '.join(get_args(Dtype))}")
     if format_ == "ggmf" and dtype == "bfloat16":
-        raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which holds it all")
+        raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which is exact")
     if format_ != "ggmf" and dtype in KINDS:
-        raise ValueError(f"only files of rwkv.cpp (--to ggmf) hold {dtype}")
+        raise ValueError(f'only files of rwkv.cpp (format="ggmf") hold {dtype}')

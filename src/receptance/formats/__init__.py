@@ -39,13 +39,14 @@ _SUFFIXES = ", ".join(_READERS)
 
 @dataclass(frozen=True)
 class Weights:
-    """A model as some file or directory gave it."""
+    """The model in a file or directory, as it was read."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]
-    """By official name, in official shapes and the file's dtypes; mapped to it where possible.
+    """The tensors by official name, in official shapes and the file's dtypes.
 
-    A tensor of an rwkv.cpp file is made anew each time that it is asked for.
+    They stay mapped to the file where that is possible. A tensor of an rwkv.cpp file
+    is made anew each time that it is asked for.
     """
     tokenizer: Path | None
     """The tokenizer's file beside the weights, if there is one."""

@@ -76,11 +76,11 @@ class GGMFFile(Mapping[str, Tensor]):
 
     @property
     def kinds(self) -> set[str]:
-        """The types of its tensors, such as FP32 and Q5_1."""
+        """The types of the tensors in the file, such as FP32 and Q5_1."""
         return {entry.kind for entry in self._entries.values()}
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type in which a tensor comes; known without reading it."""
+        """The type of a tensor once it is read; the tensor is not read for this."""
         return FLOATS.get(self._entries[name].kind, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -114,7 +114,7 @@ class GGMFFile(Mapping[str, Tensor]):
 
 
 def is_ggmf(path: Path) -> bool:
-    """Whether this is a file that begins as those of rwkv.cpp do."""
+    """Whether this is a file that begins with the magic number of rwkv.cpp."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -142,7 +142,7 @@ def open_ggmf(path: str | Path) -> GGMFFile:
 
 
 def read_ggmf(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of `open_ggmf`."""
+    """Read all tensors of a file of rwkv.cpp, as `open_ggmf` gives them."""
     return dict(open_ggmf(path))
 
 
@@ -151,9 +151,9 @@ def write_ggmf(
 ) -> None:
     """Write a file of version 101, tensor by tensor; it appears, or is replaced, when complete.
 
-    Tensors are those of the configuration by official name. As in rwkv.cpp, vectors are stored as
-    FP32, and quantized are all matrices but embedding and head, which then are FP16. ValueError
-    when tensors are missing, have other shapes, or values that the type cannot hold.
+    The tensors have official names and fit the configuration. As in rwkv.cpp, vectors are stored
+    as FP32, and a quantized file has its embedding and head as FP16. ValueError when tensors are
+    missing, have other shapes, or values that the type cannot hold.
     """
     path = Path(path)
     _check_kind(config, kind)
@@ -171,7 +171,7 @@ def write_ggmf(
 
 
 def _read_header(data: Bytes) -> list[int]:
-    """Version, vocabulary, width, layers."""
+    """The version, and the sizes: vocabulary, width and layers."""
     if len(data) < _HEADER.size:
         _cut_short()
     _, version, *sizes, code = _HEADER.unpack_from(data.data)
@@ -220,7 +220,7 @@ def _read_entry(data: Bytes, offset: int, version: int) -> tuple[str, _Entry]:
 
 
 def _size(name: str, code: int, shape: Shape, version: int) -> int:
-    """Bytes of a tensor's data."""
+    """The size of a tensor's data in bytes."""
     _check_type(code, f"its tensor {some([name])}")
     if min(shape) < 1:
         raise ValueError(f"its tensor {some([name])} has the shape {shape}; it is damaged")
@@ -248,13 +248,13 @@ def _cut_short() -> NoReturn:
 def decay_parameter(stored: Tensor, what: str) -> Tensor:
     """log(-stored): the parameter of a decay whose -exp a file holds, [C] -> [C] float32.
 
-    Near zero several parameters have the same exponential in float32. Most were narrow numbers
-    once, so of those the narrowest is taken.
+    Near zero several parameters have the same exponential in float32. Most parameters were float16
+    or bfloat16 once, so a number that one of these types holds is preferred.
     """
     decay = -stored.double()
     if (decay < 0).any():
         raise ValueError(f"{what} has positive values; rwkv.cpp stores negative ones for RWKV-4")
-    # Decays beyond these have no finite parameter, and act as these do.
+    # Decays beyond these limits have no finite parameter, and the limits act as they do.
     decay = decay.clamp(2.0**-149, torch.finfo(torch.float32).max)
     parameter = decay.log().float()
     for narrow in (torch.float16, torch.bfloat16):
@@ -278,7 +278,7 @@ def _check_kind(config: ModelConfig, kind: Stored) -> None:
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
-    """The tensor as it is stored, a vector as a vector."""
+    """The tensor in the shape that is stored; a vector has one axis."""
     if name not in tensors:
         raise ValueError(f"{name} is missing; a whole model is wanted")
     tensor = tensors[name].detach().cpu()
@@ -297,7 +297,7 @@ def stored_decay(parameter: Tensor) -> Tensor:
 
 
 def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:
-    """The type of a tensor in a file of this kind; all but matrices are FP32."""
+    """The type of a tensor in a file of this kind; every tensor that is no matrix is FP32."""
     if len(shape) != 2:
         return "FP32"
     return "FP16" if kind in KINDS and name in _NOT_QUANTIZED else kind

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 32
-"""Values in a block; every row of a quantized matrix is a whole number of blocks."""
+"""The number of values in a block; a row of a quantized matrix has a whole number of blocks."""
 
 # This many blocks are handled at a time, so that intermediate results stay small.
 _AT_ONCE = 1 << 15
@@ -51,7 +51,7 @@ KINDS = {
 
 
 def block_bytes(kind: str, *, old: bool = False) -> int:
-    """Bytes of one block."""
+    """The size of one block in bytes."""
     return KINDS[kind].layout(old).itemsize
 
 
@@ -67,9 +67,9 @@ def dequantize(data: Bytes, kind: str, *, old: bool = False) -> Floats:
 
 
 def quantize(values: Floats, kind: str) -> Bytes:
-    """Blocks of consecutive values, kind "Q8_0" or "Q4_0": [values] float32 -> [bytes].
+    """Blocks of consecutive values, for the kind "Q8_0" or "Q4_0": [values] float32 -> [bytes].
 
-    As many values as fill whole blocks. ValueError if a scale is too large for them or not finite.
+    The values must fill whole blocks. ValueError if a scale is not finite in float16.
     """
     encode = {"Q8_0": _q8_0, "Q4_0": _q4_0}[kind]
     rows = values.reshape(-1, BLOCK)

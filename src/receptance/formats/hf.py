@@ -1,6 +1,6 @@
-"""Directories of transformers' RwkvForCausalLM, read and written.
+"""Reading and writing directories of transformers' RwkvForCausalLM.
 
-Tensors have their official names outside of these directories, going in and coming out.
+The functions here take and return tensors under their official names.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> HFWeights:
-    """The tensors checked against the fields of their config.json; tied heads filled in."""
+    """The tensors, checked against their config.json; a tied head becomes a tensor of its own."""
     if fields.get("tie_word_embeddings"):
         tensors = _with_head(tensors)
     config, official = conform(tensors, directory)
@@ -144,9 +144,9 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> dict[Path, list[str] | None]:
-    """The files that `read` takes weights from, with the tensors it takes from each (None: all).
+    """The files of weights, with the names of the tensors to read from each (None: all).
 
-    Of what an index names, the files that are there; none at all if there are no weights.
+    Files that an index names but that are missing are left out; without weights there are none.
     """
     path = next((directory / name for name, _ in _FILES if (directory / name).is_file()), None)
     if path is None or path.suffix != ".json":
@@ -203,7 +203,7 @@ def write_hf(
 ) -> None:
     """Put config.json and the tensors into a directory, in files of about shard_bytes at most.
 
-    Tensors are asked for one at a time, by the official names that the layout has, too.
+    Tensors are read one at a time, by their official names, which the layout has too.
     ValueError when one has values too large for its type.
     """
     fields = config_fields(config, layout["emb.weight"][0])
@@ -248,7 +248,7 @@ def tokenizer_fields(end_of_text: str) -> dict[str, Any]:
 
 
 def _shards(layout: Schema, shard_bytes: float) -> list[list[str]]:
-    """The names in order, cut into lists of as many bytes; at least one tensor in each."""
+    """The names in order, in lists of at most shard_bytes, but at least one tensor each."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, planned in layout.items():

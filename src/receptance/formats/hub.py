@@ -1,4 +1,4 @@
-"""Models by the name they have on the Hugging Face hub."""
+"""Finding and downloading models by their name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from receptance.formats.files import reason
 from receptance.tokenizer.files import PATTERNS
 
 PREFIX = "hf:"
-"""What a name of the hub may begin with, and has to where it could mean something else."""
+"""The prefix of a hub name; it is required where the name could also be a path."""
 
 _SUFFIXES = ("pth", "pt", "bin", "safetensors", "st")
 # The forms are checked here because names become parts of addresses and of paths in the cache.
@@ -35,18 +35,19 @@ _RUNS = "runs"
 
 
 class DownloadWarning(UserWarning):
-    """Told before anything is downloaded, so that nobody runs a stranger's model unknowingly."""
+    """Issued before a download, so that nobody runs a stranger's model without knowing it."""
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """What "owner/name", "owner/name/file.pth" and either with "@revision" behind it mean.
+    """A model, or one file of a model, on the hub, perhaps at a revision.
 
-    Each of them may begin with "hf:".
+    As text it is "owner/name" or "owner/name/file.pth", with or without "@revision" behind it and
+    "hf:" before it.
     """
 
     name: str
-    """owner/name."""
+    """The name of the repository, owner/name."""
     file: str | None = None
     """One file of weights in the repository."""
     revision: str | None = None
@@ -54,7 +55,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> HubSource:
-        """ValueError unless the text has one of these forms; revision is that given beside it."""
+        """Read the text, and the revision given beside it; ValueError if it has another form."""
         found = _SOURCE.fullmatch(text.removeprefix(PREFIX))
         if found is None:
             raise ValueError(
@@ -101,7 +102,7 @@ def resolve(
 ) -> Path:
     """The path of a local copy of the files that this package reads of a hub model.
 
-    They are downloaded if they are not there, and a DownloadWarning names the model before that.
+    Missing files are downloaded, and a DownloadWarning names the model before that.
 
     owner/name gives a directory as transformers has it, or the file of weights if there is a single
     one; owner/name/file.pth gives that file, with the tokenizer's beside it. @revision behind
@@ -195,7 +196,7 @@ def _listed(source: HubSource, files: list[str]) -> str:
 
 
 def _advice(source: HubSource, error: Exception) -> str:
-    """What to tell someone who asked for this model and got this error."""
+    """The message for a user whose request for this model failed with this error."""
     from huggingface_hub import errors
 
     name = source.name

@@ -1,4 +1,4 @@
-"""The tensors of RWKV: their names in official files and in transformers, and whose they are.
+"""The names of RWKV's tensors in official files and in transformers, and the versions they show.
 
 Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py. Other versions' files are
 recognized by the names in its siblings RWKV-v2-RNN to RWKV-v7, in the transformers ports of RWKV-5
@@ -87,10 +87,10 @@ def infer_config(shapes: Mapping[str, Shape]) -> ModelConfig:
 def conform(
     tensors: Mapping[str, Tensor], source: Path, config: ModelConfig | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Checked tensors under official names in official shapes, as views, and their configuration.
+    """The tensors, checked, under official names in official shapes, and their configuration.
 
-    Takes official names or those of transformers. The configuration is inferred unless it is
-    given. ValueError starts with the source.
+    The names may be official ones or those of transformers. The configuration is inferred unless
+    it is given. ValueError starts with the source.
     """
     try:
         official = to_official(tensors)
@@ -109,7 +109,7 @@ def conform(
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
-    """A few of the names for an error message: quoted, shortened, and how many more there are."""
+    """Some of the names for an error message, quoted and shortened, and how many more there are."""
     # Names come from files: quoting keeps line breaks and terminal codes out of the message.
     every = list(names)
     shown = ", ".join(repr(name[:80]) for name in every[:limit])
@@ -149,7 +149,7 @@ def _check_whole(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
 
 def _check_shapes(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
     for name, shape in wanted.items():
-        # (C) for (1,1,C): converters squeeze time_mix_*, and mean the same.
+        # Some converters squeeze the vectors of shape (1,1,C) to (C); the values are the same.
         squeezed = shape[2:] if shape[:2] == (1, 1) and len(shape) == 3 else shape
         if shapes[name] not in (shape, squeezed):
             raise ValueError(
@@ -168,7 +168,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_others(shapes: Mapping[str, Shape]) -> None:
-    """ValueError that says what these tensors are, when they are recognizably not RWKV-4."""
+    """Raise a ValueError that says what these tensors are, if they are recognizably not RWKV-4."""
     _refuse_adapters(shapes)
     if version := other_version(shapes):
         raise ValueError(f"this is an {version} file; this release reads RWKV-4")
@@ -197,7 +197,7 @@ _MARKS: dict[str, Callable[[str, Shape], bool]] = {
     "RWKV-6": lambda name, shape: (
         ".att.time_maa_" in name or name.endswith((".att.time_decay_w1", ".attn.x_bias"))
     ),
-    # Heads, and in them a decay for each channel.
+    # Here the axes are heads and the channels in them; RWKV-5 has one decay for a whole head.
     "RWKV-5.2": lambda name, shape: (
         name.endswith(".att.time_decay") and len(shape) > 1 and shape[-1] > 1
     ),
@@ -210,7 +210,7 @@ _MARKS: dict[str, Callable[[str, Shape], bool]] = {
 
 
 def other_version(shapes: Mapping[str, Shape]) -> str | None:
-    """What tensors of these official names and shapes are, "RWKV-6" say, if not RWKV-4."""
+    """The version that tensors of these names and shapes are of, if it is not RWKV-4."""
     for version, marked in _MARKS.items():
         if any(marked(name, shape) for name, shape in shapes.items()):
             return version

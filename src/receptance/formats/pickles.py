@@ -52,20 +52,20 @@ class _Global(str):
 class Scan:
     """A walk over a pickle's instructions.
 
-    The stack holds strings, whole numbers, tuples of these and global names, as far as they can be
-    followed; None stands for all else. That is enough to name what is asked for, to know how much
-    data the tensors need, and to refuse tuples in tuples in tuples, whose hashing overflows the
-    C stack of the real loader.
+    The stack holds strings, whole numbers, global names and tuples of these; None stands for all
+    other values. That is enough to find every global name, to know how much data the tensors need,
+    and to refuse tuples in tuples in tuples, whose hashing overflows the C stack of the real
+    loader.
     """
 
     stack: list[Any] = field(default_factory=list)
     marked: list[list[Any]] = field(default_factory=list)
-    """What lay on the stack below each mark."""
+    """The part of the stack below each mark."""
     memo: dict[int, Any] = field(default_factory=dict)
     storages: dict[str, int] = field(default_factory=dict)
-    """Bytes of data by key."""
+    """The size in bytes of the data of each key."""
     listed: list[Any] = field(default_factory=list)
-    """What was added to lists."""
+    """All items that were added to lists."""
 
     @classmethod
     def of(cls, stream: BytesIO) -> Scan:
@@ -116,7 +116,7 @@ class Scan:
                 self.stack += [known] * len(opcode.stack_after)
 
     def take(self, opcode: pickletools.OpcodeInfo) -> list[Any]:
-        """Take off the stack what the instruction consumes, in order and without marks."""
+        """Take the operands of an instruction off the stack, in order and without marks."""
         above: list[Any] = []
         count = len(opcode.stack_before)
         if pickletools.markobject in opcode.stack_before:
@@ -130,7 +130,7 @@ class Scan:
         return below + above
 
     def add_storage(self, reference: Any) -> None:
-        """Note the data a tensor refers to: ("storage", type, key, device, count[, None])."""
+        """Note the data to which a tensor refers: ("storage", type, key, device, count[, None])."""
         match reference:
             case ("storage", _Global() as kind, str() as key, str(), int() as count, *_):
                 size = count * _STORAGE_BYTES[kind]

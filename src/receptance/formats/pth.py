@@ -56,9 +56,9 @@ _STORAGES = {
 def read_pth(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file that `torch.save` wrote, under the names the file gives.
 
-    Both of torch's formats. Tensors of the newer one (a zip archive) stay mapped to the file, which
-    must not change while they are used; nothing is copied. ValueError, starting with the path, when
-    the file asks for more than plain tensors, is damaged, or holds anything but a dict of tensors.
+    Both formats of torch are read. Tensors of the newer one (a zip archive) stay mapped to the
+    file, which must not change while they are used. ValueError, starting with the path, when the
+    file asks for more than plain tensors, is damaged, or holds anything but a dict of tensors.
     """
     path = Path(path)
     check_file(path)
@@ -75,7 +75,7 @@ def read_pth(path: str | Path) -> dict[str, Tensor]:
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether the tensors of a file that torch.save wrote stay on disk: those of a zip archive."""
+    """Whether the tensors of a file that torch.save wrote stay mapped: it is a zip archive."""
     with path.open("rb") as file:
         return file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
 
@@ -90,7 +90,7 @@ def _load(path: Path) -> object:
 
 
 def _plain(loaded: object) -> dict[str, Tensor]:
-    """The loaded object, once it is sure to be names and plain tensors."""
+    """The loaded object as a dict of names and plain tensors; Refused if it is anything else."""
     if not isinstance(loaded, dict):
         raise Refused(f"it holds a {type(loaded).__name__}, not a dict of tensors by name")
     if not loaded:
@@ -107,8 +107,8 @@ def _plain(loaded: object) -> dict[str, Tensor]:
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, each with memory of its own.
 
-    torch.save stores a tensor of two names once, as that of a tied head and embedding. Whoever
-    trains or writes the tensors takes the two for separate ones.
+    torch.save stores a tensor with two names once, such as a tied head and embedding. Code that
+    trains or writes the tensors expects two separate ones.
     """
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -158,7 +158,7 @@ def _inspect_zip(path: Path) -> None:
 
 
 def _root(records: dict[str, zipfile.ZipInfo]) -> str:
-    """The folder inside the archive that everything lies in."""
+    """The folder inside the archive that holds every entry."""
     roots = {name.split("/")[0] + "/" for name in records if name.count("/") == 1}
     indexed = [root for root in roots if f"{root}data.pkl" in records]
     if len(indexed) != 1:
@@ -201,7 +201,7 @@ def _inspect_legacy(path: Path) -> None:
 def write_pth(path: Path, layout: Schema, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, each as the layout has it, as the file that torch.save makes of their dict.
 
-    They are asked for one at a time, so memory holds one at most. ValueError when one has values
+    Tensors are read one at a time, so that memory holds at most one. ValueError when one has values
     too large for its type.
     """
     stored = {
@@ -253,7 +253,7 @@ class _Indexer(pickle.Pickler):
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, data: Iterable[bytes | memoryview]) -> None:
-    """Add an entry, uncompressed and aligned as torch does it."""
+    """Add an entry to the archive, uncompressed and aligned as torch does it."""
     entry = zipfile.ZipInfo(_ROOT + name)
     assert archive.fp is not None
     begin = archive.fp.tell() + _ZIP_HEADER + len(entry.filename) + _ZIP64_FIELD + 4

@@ -1,9 +1,10 @@
-"""Weights that transformers divided by powers of two, and saved like that.
+"""Weights that transformers divided by powers of two before it saved them.
 
-Its RwkvModel, when it is evaluated for the first time, divides the output matrices of block i by
-2**(i // rescale_every) in place (modeling_rwkv.py, _rescale_layers); saved after that, a model is
-another one. Nothing in the directory says so. What can be seen is that the matrices halve where
-they should not; a model could have been trained to that, so undoing it is for the user to decide.
+When a RwkvModel of transformers is evaluated for the first time, it divides the output matrices of
+block i by 2**(i // rescale_every) in place (modeling_rwkv.py, _rescale_layers). If it is saved
+after that, the directory holds another model, and nothing in it says so. The only sign is that the
+matrices halve from one group of blocks to the next. A model could have been trained to be like
+that, so the user decides whether to undo it.
 Multiplying by the same powers gives back every bit, except those that float16 had no room for.
 """
 
@@ -32,7 +33,7 @@ def exponent(name: str, every: int) -> int:
 
 
 class Unscaled(Mapping[str, Tensor]):
-    """The tensors as they were before transformers divided them; made when they are asked for."""
+    """The tensors as they were before transformers divided them, computed when they are used."""
 
     def __init__(self, tensors: Mapping[str, Tensor], every: int) -> None:
         self._tensors = tensors
@@ -56,7 +57,7 @@ def looks_rescaled(tensors: Mapping[str, Tensor], num_layers: int, every: int) -
     """Whether the output matrices halve at every block where transformers would have halved them.
 
     They must do so at each of these blocks, in both kinds of matrices, and on average nowhere else.
-    False for models of a single group of blocks: there is nothing to be seen, and nothing changed.
+    False for a model of a single group of blocks, which transformers does not change.
     """
     if not 0 < every < num_layers:
         return False

@@ -53,8 +53,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, layout: Schema, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors one at a time, in any order, each as the layout has it; none may be missing.
 
-    Those with a multiple of 64 bytes begin at one; the format has no room between tensors.
-    ValueError when one has values too large for its type.
+    Tensors whose size is a multiple of 64 bytes come first and begin at such a multiple; the format
+    allows no gaps between tensors. ValueError when one has values too large for its type.
     """
     header, places = _header(layout)
     missing = set(layout)
@@ -73,7 +73,7 @@ def write_safetensors(path: Path, layout: Schema, tensors: Iterable[tuple[str, T
 
 
 def _header(layout: Schema) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of the file, and where behind them each tensor begins."""
+    """The header of the file, and the place of each tensor behind it."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
     fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0

@@ -10,19 +10,19 @@ from torch import Tensor
 from receptance.model.architecture import Shape
 
 Schema = Mapping[str, tuple[torch.dtype, Shape]]
-"""The tensors of a file by name, in the order in which they are written: type and shape."""
+"""The type and shape of each tensor of a file by name, in the order in which they are written."""
 
 # The number of values that are converted and written at a time.
 _AT_ONCE = 1 << 22
 
 
 def chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """The values in order, some millions at a time, a multiple of 32: [...] -> [n] each."""
+    """The values in order, in pieces of some millions: [...] -> [n] each, n a multiple of 32."""
     return iter(tensor.detach().reshape(-1).split(_AT_ONCE))
 
 
 def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of the values as another type, some megabytes at a time.
+    """The bytes of the values converted to another type, in pieces of some megabytes.
 
     ValueError when a finite value becomes infinite.
     """

@@ -2,11 +2,12 @@
 
 The modules, in reading order:
 
-    codes        the formats int8 and int4, and what their codes stand for
-    rounding     a matrix to codes; the search for int4's scales and minimums
-    feedback     the same with the errors of one input made up for by the next ones
-    calibration  what a model's matrices are multiplied with on a text
-    weights      all tensors of a model
+    codes        the formats int8 and int4, and the weights that their codes stand for
+    rounding     rounding a matrix to codes, and the search for int4's scales and minimums
+    feedback     rounding that makes up for the error of an input with the inputs after it
+    calibration  the inputs that a model's matrices have on a text
+    weights      quantizing all tensors of a model
+    packing      the layouts of weights in memory that the kernels read
 """
 
 from receptance.quantize.codes import (

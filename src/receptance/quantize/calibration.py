@@ -18,6 +18,7 @@ _CHUNK = 256
 # again.
 _MEMORY = 2 << 30
 LEAST_TOKENS = 64
+"""The least number of tokens in a text for calibration."""
 
 
 class Calibration:
@@ -41,7 +42,7 @@ class Calibration:
         self._held: dict[str, Tensor] = {}
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """The names in the order in which their products are collected, others first."""
+        """The names in the order in which their products are collected; other names come first."""
         place = {name: index for index, name in enumerate(self._layers)}
         return sorted(names, key=lambda name: place.get(name, -1))
 

@@ -1,10 +1,10 @@
-"""What codes stand for: int8 with a scale, int4 with a scale and a minimum, by groups.
+"""The weights that codes stand for: int8 has a scale, int4 a scale and a minimum, by group.
 
-    int8   w ~ scale * code               codes -127..127, a scale for 128 inputs of an output
-    int4   w ~ scale * code + minimum     codes 0..15, both for 32, 64 or 128 inputs
+    int8   w ~ scale * code               codes -127..127; 128 inputs of an output share a scale
+    int4   w ~ scale * code + minimum     codes 0..15; 32, 64 or 128 inputs share both
 
-Scales and minimums are bfloat16, and rounded before the codes are chosen: what their rounding
-changes, the codes make up for.
+Scales and minimums are bfloat16. They are rounded before the codes are chosen, so that the codes
+make up for their rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ QuantizedKind = Literal["int8", "int4"]
 
 GROUPS: dict[QuantizedKind, tuple[int, ...]] = {"int8": (128,), "int4": (32, 64, 128)}
 USUAL_INT4_GROUP = 64
+# The number of rows whose errors are computed at a time.
 _ROWS = 1024
 
 
@@ -52,11 +53,11 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """N and K."""
+        """The shape of the matrix, N and K."""
         return self.codes.shape[0], self.codes.shape[1]
 
     def params(self) -> Tensor:
-        """Scale, and minimum if there is one: [N,K/G,1] or [N,K/G,2] bfloat16."""
+        """The scales, and the minimums if there are any: [N,K/G,1] or [N,K/G,2] bfloat16."""
         parts = [self.scale] if self.minimum is None else [self.scale, self.minimum]
         return torch.stack(parts, dim=-1)
 
@@ -66,7 +67,7 @@ class Quantized:
         return Quantized(self.kind, self.group, self.codes[piece], self.scale[piece], minimum)
 
     def dequantize(self) -> Tensor:
-        """The weights these codes stand for: [N,K] float32."""
+        """The weights that the codes stand for: [N,K] float32."""
         inputs = self.codes.shape[1]
         codes = F.pad(self.codes, (0, -inputs % self.group)).unflatten(1, (-1, self.group))
         weight = self.scale.float()[..., None] * codes
@@ -76,7 +77,7 @@ class Quantized:
 
 
 def relative_error(weight: Tensor, quantized: Quantized) -> float:
-    """Root of the squared errors of a matrix [N,K] over its squares, in small pieces."""
+    """The root of the sum of squared errors over the sum of squared weights, for a matrix [N,K]."""
     error = total = 0.0
     for start in range(0, len(weight), _ROWS):
         piece = slice(start, start + _ROWS)
@@ -87,12 +88,12 @@ def relative_error(weight: Tensor, quantized: Quantized) -> float:
 
 
 def ceil_div(number: int, divisor: int) -> int:
-    """Number / divisor, rounded up."""
+    """The quotient number / divisor, rounded up."""
     return -(-number // divisor)
 
 
 def check_group(kind: str, group: int | None) -> int:
-    """The group, None standing for the usual one; ValueError if there is no such format."""
+    """The group size, where None means the usual one; ValueError if there is no such format."""
     if kind not in GROUPS:
         found, known_kinds = reprlib.repr(kind), " or ".join(GROUPS)
         raise ValueError(f"weights cannot be quantized to {found}; choose {known_kinds}")

@@ -1,4 +1,4 @@
-"""int4 with feedback: the weights of later inputs undo the errors of those rounded before.
+"""Quantizing to int4 with feedback: weights rounded later undo the errors of those before them.
 
 Inputs are not independent. With H the mean of x x' over the inputs x of a text, the mean squared
 error of an output is d' H d, where d are the errors of its weights. Inputs are rounded one after
@@ -61,7 +61,7 @@ def _spread(moments: Tensor) -> Tensor:
 def _quantize(
     weight: Tensor, group: int, importance: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [K,N], scale and minimum [K/G,N] of some outputs."""
+    """The codes [K,N] of some outputs, and their scales and minimums [K/G,N]."""
     left = weight.float().T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(left, dtype=torch.uint8)
     params = []
@@ -79,7 +79,7 @@ def _quantize(
 
 
 def _round(left: Tensor, scale: Tensor, minimum: Tensor, spread: Tensor, codes: Tensor) -> Tensor:
-    """Round the inputs of a group [G,N] in turn and write their codes; returns errors / U[j,j]."""
+    """Round the inputs of a group [G,N] in turn, write their codes, return errors / U[j,j]."""
     errors = torch.empty_like(left)
     for j in range(len(left)):
         code = nearest(left[j], scale, minimum, "int4")

@@ -5,7 +5,7 @@ A matrix has N outputs and K inputs, as the weight [N,K] of `y = W x`. Three lay
     tiles      16 outputs side by side, whatever the input: every matrix that is read whole
     rows       all outputs of one input side by side: ffn.value, most of whose inputs are zero
                and skipped
-    embedding  the weight as it is: one row at a time is read
+    embedding  the weight as it is, because one row at a time is read
 
 Padding is zero. Kp is K rounded up to a multiple of 128, G the inputs of a group.
 
@@ -65,14 +65,14 @@ class Packed:
     kind: Kind
     layout: Layout
     outputs: int
-    """N, without padding."""
+    """N, the number of outputs without padding."""
     inputs: int
-    """K, without padding."""
+    """K, the number of inputs without padding."""
     group: int
-    """Inputs that share their parameters; 0 for floats."""
+    """The number of inputs that share their parameters; 0 for floats."""
     data: Tensor
     params: Tensor | None
-    """bfloat16 scales, for int4 with minimums; None for floats."""
+    """The bfloat16 scales, with minimums for int4; None for floats."""
 
     def __post_init__(self) -> None:
         data, params = shapes(self.kind, self.layout, self.outputs, self.inputs, self.group)
@@ -93,7 +93,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Memory of codes and parameters, padding included."""
+        """The size of weights and parameters in bytes, with padding."""
         return self.data.nbytes + (0 if self.params is None else self.params.nbytes)
 
 
@@ -131,7 +131,7 @@ def shapes(
 
 
 def pack(weight: Tensor | Quantized, layout: Layout) -> Packed:
-    """A matrix [N,K] in a layout: a float tensor of one of the three types, or codes."""
+    """Pack a matrix [N,K], a tensor of one of the three float types or codes, into a layout."""
     if isinstance(weight, Quantized):
         data = _pack_data(weight.codes, weight.kind, layout)
         params = _pack_params(weight.params(), weight.kind, layout, weight.group)
@@ -147,7 +147,7 @@ def pack(weight: Tensor | Quantized, layout: Layout) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor | Quantized:
-    """The inverse of `pack`, bit by bit."""
+    """Undo `pack`; every bit comes back."""
     kind, outputs, inputs = packed.kind, packed.outputs, packed.inputs
     data = _unpack_data(packed.data, kind, packed.layout)[:outputs, :inputs].contiguous()
     if packed.params is None:
@@ -160,7 +160,7 @@ def unpack(packed: Packed) -> Tensor | Quantized:
 
 
 def _pack_data(x: Tensor, kind: Kind, layout: Layout) -> Tensor:
-    """Weights or codes [N,K], without padding, to the layout."""
+    """Pack weights or codes [N,K], which have no padding, into the layout."""
     if layout == "tiles":
         return _tile(x, kind)
     if layout == "embedding":
@@ -170,7 +170,7 @@ def _pack_data(x: Tensor, kind: Kind, layout: Layout) -> Tensor:
 
 
 def _unpack_data(data: Tensor, kind: Kind, layout: Layout) -> Tensor:
-    """The inverse, with padding."""
+    """Undo `_pack_data`; the padding stays."""
     if layout == "tiles":
         return _untile(data, kind)
     if layout == "embedding":
@@ -179,7 +179,7 @@ def _unpack_data(data: Tensor, kind: Kind, layout: Layout) -> Tensor:
 
 
 def _pack_params(params: Tensor, kind: Kind, layout: Layout, group: int) -> Tensor:
-    """[N,K/G,P] to the layout; P is 1 for int8 and 2 for int4."""
+    """Pack parameters [N,K/G,P] into the layout; P is 1 for int8 and 2 for int4."""
     if layout == "tiles":
         params = _pad(params, _TILE, _DEPTH // group)
         params = params.unflatten(0, (-1, _TILE)).permute(0, 2, 3, 1)
@@ -190,7 +190,7 @@ def _pack_params(params: Tensor, kind: Kind, layout: Layout, group: int) -> Tens
 
 
 def _unpack_params(params: Tensor, kind: Kind, layout: Layout) -> Tensor:
-    """The inverse, with padding."""
+    """Undo `_pack_params`; the padding stays."""
     if kind == "int8":
         params = params.unsqueeze(-1 if layout == "embedding" else -2)
     if layout == "tiles":
@@ -199,7 +199,7 @@ def _unpack_params(params: Tensor, kind: Kind, layout: Layout) -> Tensor:
 
 
 def _tile(x: Tensor, kind: Kind) -> Tensor:
-    """[N,K] to tiles; 4 bytes of codes move as one word."""
+    """Pack [N,K] into tiles; 4 bytes of codes are moved as one word."""
     if kind in FLOATS:
         return _interleave(_pad(x, _TILE, 1))
     x = _pad(x, _TILE, _DEPTH)
@@ -216,12 +216,12 @@ def _untile(data: Tensor, kind: Kind) -> Tensor:
 
 
 def _interleave(x: Tensor) -> Tensor:
-    """[N,D] -> [N/16,D,16]."""
+    """Put 16 outputs side by side: [N,D] -> [N/16,D,16]."""
     return x.unflatten(0, (-1, _TILE)).transpose(1, 2).contiguous()
 
 
 def _pairs(codes: Tensor) -> Tensor:
-    """Neighbors into one byte, the even one low: [...,K] -> [...,K/2]."""
+    """Put two neighbors into a byte, the even one in the low bits: [...,K] -> [...,K/2]."""
     return (codes[..., ::2] | codes[..., 1::2] << 4).contiguous()
 
 
@@ -230,7 +230,7 @@ def _unpairs(data: Tensor) -> Tensor:
 
 
 def _words(codes: Tensor, kind: Kind) -> Tensor:
-    """The codes of 64 outputs into words that each begin with one of the first: [K,N] -> rows."""
+    """Pack codes [K,N] into rows: 64 outputs make words as the top of this file says."""
     words = 16 if kind == "int8" else 8
     codes = codes.unflatten(1, (-1, _ROW // words, words)).transpose(2, 3)
     return (_pairs(codes) if kind == "int4" else codes).contiguous()
@@ -242,7 +242,7 @@ def _unwords(data: Tensor, kind: Kind) -> Tensor:
 
 
 def _pad(x: Tensor, rows: int, columns: int) -> Tensor:
-    """[N,K,...] with zeros up to multiples of rows and columns."""
+    """Fill [N,K,...] with zeros up to multiples of rows and columns."""
     missing = (-x.shape[0] % rows, -x.shape[1] % columns)
     if not any(missing):
         return x.contiguous()

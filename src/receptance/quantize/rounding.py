@@ -1,9 +1,9 @@
 """Rounding a matrix to codes.
 
-int8 takes its scale from the largest weight of a group. For int4 the smallest and the largest
-weight would do too, but a narrower range that clips them serves the others better. So several are
-tried: each gives codes, these by least squares the best scale and minimum, and the pair with the
-smallest error, after both have been rounded to bfloat16, is kept.
+The scale of int8 comes from the largest weight of a group. For int4 the smallest and the largest
+weight would do too, but a narrower range that clips them serves the other weights better. So
+several ranges are tried. Each gives codes, least squares give the best scale and minimum for these
+codes, and the pair with the smallest error after rounding to bfloat16 is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from receptance.quantize.codes import Quantized, QuantizedKind, ceil_div, check_group
 
 HIGHEST = {"int8": 127, "int4": 15}
-"""The largest code."""
+"""The largest code of each format."""
 
 # The shares of a group's range that are tried as cuts at either end. Finer steps, or more of them,
 # lower the squared error of a trained model's weights by 0.3 % only.
@@ -25,7 +25,8 @@ _REFITS = 2
 # The number of weights that are rounded together; they fit into the cache of a core.
 _CHUNK = 1 << 18
 
-Params = tuple[Tensor, Tensor]  # scale and minimum of M groups, [M] each, exact in bfloat16
+# The scales and the minimums of M groups: [M] each, numbers that bfloat16 holds exactly.
+Params = tuple[Tensor, Tensor]
 
 
 def quantize(
@@ -52,7 +53,7 @@ def quantize(
 
 
 def check_finite(weight: Tensor) -> None:
-    """ValueError unless these are the finite numbers of a matrix."""
+    """ValueError unless the weights are a matrix of finite floats."""
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"{weight.dtype} {list(weight.shape)} is no matrix of float weights")
     if not weight.isfinite().all():
@@ -73,7 +74,7 @@ def _check_importance(importance: Tensor | None, weight: Tensor) -> None:
 def _quantize(
     weight: Tensor, kind: QuantizedKind, group: int, importance: Tensor | None, search: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [N,K], scale and minimum [N,K/G] of some rows."""
+    """The codes [N,K] of some rows, and their scales and minimums [N,K/G]."""
     rows, inputs = weight.shape
     missing = -inputs % group
     if missing and importance is None:
@@ -91,7 +92,7 @@ def _quantize(
 
 
 def nearest(w: Tensor, scale: Tensor, minimum: Tensor, kind: QuantizedKind) -> Tensor:
-    """The codes that come closest to weights, as floats; any shapes that broadcast."""
+    """The codes that are nearest to weights, as floats; the shapes need only broadcast."""
     lowest = -HIGHEST[kind] if kind == "int8" else 0
     return ((w - minimum) * _inverse(scale)).round_().clamp_(lowest, HIGHEST[kind])
 
@@ -99,7 +100,7 @@ def nearest(w: Tensor, scale: Tensor, minimum: Tensor, kind: QuantizedKind) -> T
 def parameters(
     w: Tensor, kind: QuantizedKind, importance: Tensor | None = None, *, search: bool = True
 ) -> Params:
-    """Scale and minimum (0 for int8) for groups of weights [M,G], float32.
+    """The scale and the minimum (0 for int8) of each group of weights [M,G], in float32.
 
     importance [M,G] weighs the squared errors.
     """
@@ -116,14 +117,14 @@ def parameters(
 
 
 def _spanned(w: Tensor) -> Params:
-    """The range from the smallest to the largest weight of each group."""
+    """The scale and the minimum that span each group from its smallest to its largest weight."""
     low, high = w.amin(1), w.amax(1)
     minimum = _rounded_down(low)
     return _rounded((high / HIGHEST["int4"]) - minimum / HIGHEST["int4"]), minimum
 
 
 def _error(w: Tensor, params: Params, importance: Tensor | None) -> Tensor:
-    """Weighted squared errors of groups [M,G]: [M]."""
+    """The weighted sums of squared errors of groups [M,G]: [M]."""
     scale, minimum = (x[:, None] for x in params)
     codes = nearest(w, scale, minimum, "int4")
     squares = torch.addcmul(minimum, codes, scale).sub_(w).square_()
@@ -131,9 +132,10 @@ def _error(w: Tensor, params: Params, importance: Tensor | None) -> Tensor:
 
 
 class _Search:
-    """Least squares over codes that candidates give, for groups of weights [M,G].
+    """A search for the scale and the minimum of each group of weights [M,G].
 
-    Sums over a group make both the best scale and minimum for given codes and their error.
+    Least squares give the best pair for the codes of a candidate. Both the pair and its error are
+    computed from sums over the group.
     """
 
     def __init__(self, w: Tensor, importance: Tensor | None) -> None:
@@ -144,7 +146,7 @@ class _Search:
         self.squares = (self.weighted * w).sum(1)
 
     def run(self, plain: Params) -> Params:
-        """The best pair that was found, or `plain`."""
+        """The best scale and minimum that were found, or those of plain."""
         best = *plain, _error(self.w, plain, self.importance)
         low, high = self.w.amin(1), self.w.amax(1)
         span = high - low
@@ -155,14 +157,14 @@ class _Search:
         return best[0], best[1]
 
     def fit(self, scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The best scale and minimum for the codes that these give, and their error: [M] each."""
+        """The best scale and minimum for the codes of a candidate, and their error: [M] each."""
         inverse = _inverse(scale)
         codes = torch.addcmul((-minimum * inverse)[:, None], self.w, inverse[:, None])
         codes = codes.round_().clamp_(0, HIGHEST["int4"])
         counted = codes if self.importance is None else codes * self.importance
         n, w, q = self.total, self.sum, counted.sum(1)
         qq, qw = (counted * codes).sum(1), (codes * self.weighted).sum(1)
-        # Not a number where all codes of a group are equal: then nothing is better than that.
+        # Where all codes of a group are equal this is NaN, and `_better` keeps the other pair.
         scale = _rounded((qw - q * w / n) / (qq - q * q / n))
         minimum = _rounded((w - scale * q) / n)
         error = self.squares + scale * (scale * qq + 2 * (minimum * q - qw))
@@ -178,19 +180,19 @@ def _better(
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 for a scale of 0."""
+    """The inverse of each scale, and 0 for a scale of 0."""
     return torch.where(scale != 0, 1 / scale, 0)
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """The nearest number that bfloat16 has; below its normal numbers 0, whose inverse is finite."""
+    """The nearest bfloat16 number, where subnormal ones, whose inverse may overflow, become 0."""
     limits = torch.finfo(torch.bfloat16)
     x = x.clamp(-limits.max, limits.max).bfloat16().float()
     return torch.where(x.abs() < limits.tiny, 0, x)
 
 
 def _rounded_down(x: Tensor) -> Tensor:
-    """The largest number of bfloat16 that is not above x: no weight lies below the range."""
+    """The largest bfloat16 number that is not above x, so that no weight lies below the range."""
     near = x.bfloat16()
     below = torch.nextafter(near, torch.tensor(-torch.inf, dtype=near.dtype))
     found = torch.where(near.float() > x, below, near).float()

@@ -20,12 +20,12 @@ def quantize_tensors(
     calibration: Calibration | None = None,
     matrices: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Quantized | Tensor]]:
-    """A model's tensors by official name: matrices as codes, all else as float32.
+    """A model's tensors by official name: matrices as codes, all others as float32.
 
-    One at a time, so that more than the largest is never in memory beside what the caller keeps.
-    group None means 128 for int8 and 64 for int4. ValueError names a tensor with numbers that are
-    not finite. matrices are the names of those to quantize (`Architecture.layouts`); None: all
-    tensors with two axes.
+    Tensors are quantized one at a time, so that memory holds only the largest of them beside those
+    that the caller keeps. group None means 128 for int8 and 64 for int4. matrices are the names of
+    the tensors to quantize (`Architecture.layouts`); None means all tensors with two axes.
+    ValueError names a tensor with values that are not finite.
     """
     if matrices is None:
         matrices = {name for name, x in tensors.items() if x.dim() == 2}
@@ -54,7 +54,7 @@ def _quantize(
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
-    """What is no matrix is small, and everything else depends on it: it stays a float."""
+    """The tensor as float32, for those that are too small and too important to be quantized."""
     if not tensor.isfinite().all():
         raise ValueError("it has numbers that are infinite or none")
     return tensor.to(torch.float32)
