@@ -3,7 +3,7 @@
 A matrix has N outputs and K inputs, as the weight [N,K] of `y = W x`. Three layouts:
 
     tiles      16 outputs side by side, whatever the input: every matrix that is read whole
-    rows       all outputs of one input side by side: ffn.value, most of whose inputs are zero
+    rows       all outputs of one input side by side: a matrix most of whose inputs are zero
                and skipped
     embedding  the weight as it is, because one row at a time is read
 
