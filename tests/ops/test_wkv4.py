@@ -580,7 +580,7 @@ def test_an_absent_state_is_the_empty_one(backend):
 def test_an_instruction_set_that_is_not_there_is_refused():
     x = draw(0, 1, 2, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="instruction set neon9 is not available"):
-        native.forward(*x, "neon9")
+        native.forward(x, "neon9")
 
 
 @pytest.mark.skipif(not native.is_available(), reason="kernels not built")
