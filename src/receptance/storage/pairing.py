@@ -26,12 +26,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def chosen_tokenizer(
-    directory: Path, own: Tokenizer | None, given: Tokenizer | None
+    directory: Path, config: ModelConfig, own: Tokenizer | None, given: Tokenizer | None
 ) -> Tokenizer | None:
     """The tokenizer that a directory holds, or the one given where it holds none.
 
-    ValueError if one with other ids was given.
+    ValueError if one with other ids was given, or one that does not fit the model.
     """
+    if own is None and given is not None:
+        check_tokenizer(given, config)
     if own is None or given is None or given.same_as(own):
         return own or given
     raise ValueError(
