@@ -108,11 +108,11 @@ def wkv4(
     if state is None:
         state = WKVState.empty(key.shape[0], key.shape[-1], device=key.device, dtype=dtype)
     state = WKVState(*state)
-    x = Inputs(log_decay, bonus, key, value, *state, resets, lengths)
-    _check(x)
+    _check(Inputs(log_decay, bonus, key, value, *state, resets, lengths))
     name = choose_backend(key.device, backend)
     # A decay of e^-1e30 is 0 like e^-inf, but 0 tokens of it are a factor of 1 and not NaN.
-    x = x._replace(log_decay=log_decay.to(dtype).clamp(min=-1e30), bonus=bonus.to(dtype))
+    log_decay, bonus = log_decay.to(dtype).clamp(min=-1e30), bonus.to(dtype)
+    x = Inputs(log_decay, bonus, key, value, *state, resets, lengths)
     if name == "reference":
         out, parts = reference.wkv4(x)
         return out, WKVState(*parts)
@@ -164,13 +164,11 @@ def _check(x: Inputs) -> None:
 
 
 def _wkv4(*flat: Any) -> Results:
-    *fields, backend = flat
-    return KERNELS[backend].forward(Inputs(*fields))
+    return KERNELS[flat[-1]].forward(Inputs(*flat[:-1]))
 
 
 def _fake(*flat: Any) -> Results:
-    *fields, backend = flat
-    x = Inputs(*fields)
+    x, backend = Inputs(*flat[:-1]), flat[-1]
     batch, time, width = x.key.shape
     out, numerator, denominator, exponent = map(
         _like, (x.value, x.numerator, x.denominator, x.exponent)
@@ -180,8 +178,7 @@ def _fake(*flat: Any) -> Results:
 
 
 def _wkv4_backward(*flat: Any) -> Gradients:
-    *fields, backend = flat
-    return KERNELS[backend].backward(BackwardInputs(*fields))
+    return KERNELS[flat[-1]].backward(BackwardInputs(*flat[:-1]))
 
 
 def _fake_backward(*flat: Any) -> tuple[Tensor, ...]:
@@ -195,8 +192,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    *fields, ctx.backend = inputs
-    x = Inputs(*fields)
+    x, ctx.backend = Inputs(*inputs[:-1]), inputs[-1]
     saved = (x.log_decay, x.bonus, x.key, x.value, output[-1], x.resets, x.lengths)
     ctx.save_for_backward(*saved)
 
