@@ -333,7 +333,7 @@ class TestTerminal:
         weights = Path("model/model.safetensors")
         before = weights.read_bytes()
         result = talk("hi", f"/save {weights}")
-        assert f"error: {weights} exists and is not a state" in result.out
+        assert f"error: cannot write the state to {weights}: what is there is not" in result.out
         assert weights.read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ class TestTerminal:
     def test_files_that_cannot_be_do_not_end_it_either(self, path, talk):
         result = talk("hi", f"/save {path}", f"/load {path}", "hi")
         assert (result.code, result.err) == (0, "")
-        assert f"error: cannot write {path}: " in result.out
+        assert f"error: cannot write the state to {path}: " in result.out
         assert "partial" not in result.out
         assert f"error: no state file at {path}" in result.out
         assert result.out.count("\nAssistant:") == 2

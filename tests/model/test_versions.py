@@ -46,7 +46,7 @@ class ToyTimeMix(nn.Module):
 
     def initialize(self, generator):
         for matrix in (self.value, self.output):
-            matrix.orthogonal_(1, generator)
+            matrix.orthogonal_(1, generator=generator)
         for low in (self.narrow, self.widen):
             nn.init.uniform_(low, -0.1, 0.1, generator=generator)
 
@@ -82,7 +82,7 @@ class ToyChannelMix(nn.Module):
 
     def initialize(self, generator):
         for matrix in (self.key, self.value):
-            matrix.orthogonal_(1, generator)
+            matrix.orthogonal_(1, generator=generator)
 
     def learning_rate_scales(self):
         return {}

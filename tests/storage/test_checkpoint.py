@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tiny import make_model, same_bits, small_bpe
 
 import receptance
-from receptance.engine import load_engine
+from receptance.engine import EngineOptions, load_engine
 from receptance.model import Model
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage import checkpoint
@@ -339,6 +339,11 @@ class TestForeignWeights:
         loaded, tokenizer = opener(pth)
         assert tokenizer is None
         assert loaded.fingerprint() == model.fingerprint()
+
+    def test_engine_options_want_a_tokenizer(self, pth):
+        message = refusal(lambda: EngineOptions().load(pth))
+        assert "vocabulary of 300" in message
+        assert "pass tokenizer=FILE" in message
 
     def test_256_ids_are_bytes(self, tmp_path):
         torch.save(make_model(256).state_dict(), tmp_path / "model.pth")

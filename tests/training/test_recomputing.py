@@ -10,6 +10,12 @@ from receptance.training.recomputing import Recomputing
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
+def draw(*shape, seed=0, grad=True):
+    """Numbers in [0, 1), which gradients are wanted of."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator).requires_grad_(grad)
+
+
 def gradients(model, tokens, *, watched, resets=None):
     """Features' gradients by parameter, with and without the context."""
     model.zero_grad(set_to_none=True)
@@ -47,8 +53,8 @@ def bytes_saved(function, *, watched):
 
 
 def test_mixtures_products_and_squares_are_not_saved():
-    x, y = (torch.rand(50, 64, requires_grad=True) for _ in range(2))
-    weight = torch.rand(8, 64, requires_grad=True)
+    x, y = (draw(50, 64, seed=seed) for seed in range(2))
+    weight = draw(8, 64, seed=2)
 
     def layer():
         mixed = torch.lerp(x, y, 0.3) @ weight.T
@@ -61,8 +67,8 @@ def test_mixtures_products_and_squares_are_not_saved():
 
 
 def test_what_was_concatenated_is_saved_once():
-    first, x = torch.rand(2, 1, 64), torch.rand(2, 50, 64, requires_grad=True)
-    share = torch.rand(64, requires_grad=True)
+    first, x = draw(2, 1, 64, grad=False), draw(2, 50, 64)
+    share = draw(64, seed=2)
 
     def shift():
         own = x * 2
@@ -75,8 +81,7 @@ def test_what_was_concatenated_is_saved_once():
 
 
 def test_an_address_that_is_used_again_is_not_mistaken():
-    weight = torch.rand(64, 64, requires_grad=True)
-    x = torch.rand(64, 64, requires_grad=True)
+    weight, x = draw(64, 64), draw(64, 64, seed=1)
     with Recomputing():
         torch.lerp(x, x, 0.5)  # freed at once; the next tensor may lie where it was
         other = (x.exp() @ weight).sum()
@@ -86,7 +91,7 @@ def test_an_address_that_is_used_again_is_not_mistaken():
 
 def test_nothing_is_noted_without_gradients():
     with torch.no_grad(), Recomputing() as context:
-        torch.lerp(torch.rand(4, requires_grad=True), torch.rand(4), 0.5)
+        torch.lerp(draw(4), draw(4, seed=1), 0.5)
         assert not context._known
 
 

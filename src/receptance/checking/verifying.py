@@ -187,7 +187,7 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
 
     file has recorded logits; None: that beside the model, if there is one.
     """
-    resolve_device(device)
+    device = str(resolve_device(device))
     if file is None and recorded.beside(subject.path).is_file():
         file = recorded.beside(subject.path)
     known = None if file is None else recorded.read(file)  # first: it may be damaged

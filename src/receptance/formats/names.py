@@ -98,6 +98,7 @@ def conform(
         if config is None:
             config = infer_config(shapes)
         else:
+            _check_num_layers(config, shapes)  # before names are made for all of them
             _check_whole(config, shapes)
             _check_shapes(shapes, tensor_shapes(config))
         _check_dtypes(official)
@@ -125,6 +126,11 @@ def _check_names(shapes: Mapping[str, Shape]) -> None:
     layers = max(1, _num_layers(shapes))
     anything = ModelConfig(version=_VERSION, vocab_size=1, width=1, num_layers=layers)
     _check_whole(anything, shapes)
+
+
+def _check_num_layers(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
+    if (found := _num_layers(shapes)) != config.num_layers:
+        raise ValueError(f"the tensors have {found} layers and their config {config.num_layers}")
 
 
 def _check_whole(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
