@@ -67,7 +67,7 @@ def test_rows(state, name):
 
 @pytest.mark.parametrize("index", [4, -5, [0, 9], [-5, 1], torch.tensor([4])])
 def test_rows_that_are_not_there(state, index):
-    with pytest.raises(ValueError, match=r"row -?\d of a state of 4 rows"):
+    with pytest.raises(ValueError, match=r"no row -?\d in a state of 4 rows"):
         state.rows(index)
 
 

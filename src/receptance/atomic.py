@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at path, complete and on disk, when the block ends without an error.
+    """Open a file that appears at path, complete and on disk, when the block ends.
 
-    Until then its content lies beside path under a name that nobody else uses; a block that ends
-    with an error removes that, and whatever was at path stays as it was.
+    Until then the content is in a hidden file of a random name beside path. If the block raises an
+    error, the hidden file is removed and path stays as it was.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
@@ -28,5 +28,5 @@ def written(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename == str(partial):
-            error.filename = str(path)  # The name that the caller knows.
+            error.filename = str(path)  # The caller knows this name only.
         raise

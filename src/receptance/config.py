@@ -1,4 +1,4 @@
-"""The sizes of models: `ModelConfig`, and those that were published."""
+"""`ModelConfig`, the sizes of a model, and the sizes of the published models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
 PILE_VOCAB_SIZE = 50277
 WORLD_VOCAB_SIZE = 65536
 
-# Table 2 of the paper (arXiv 2305.13048): the models trained on the Pile.
+# These are the models trained on the Pile (table 2 of the paper, arXiv 2305.13048).
 PUBLISHED_SIZES = {
     name: ModelConfig(vocab_size=PILE_VOCAB_SIZE, width=width, num_layers=layers)
     for name, layers, width in (
@@ -30,7 +30,7 @@ PUBLISHED_SIZES = {
 
 
 def published(name: str) -> ModelConfig:
-    """The published size of that name; ValueError lists the names there are."""
+    """The sizes of a published model, by name; ValueError lists the known names."""
     try:
         return PUBLISHED_SIZES[name.lower()]
     except KeyError:

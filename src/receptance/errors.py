@@ -1,4 +1,4 @@
-"""What goes wrong outside of this package, told in one line."""
+"""Errors from outside this package, such as those of disks, turned into one-line messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 def one_line(path: Path, what: str = "") -> Iterator[None]:
     """Re-raise disk errors inside the block as one ValueError: cannot write PATH: REASON.
 
-    what stands before the path, as "the state to " does.
+    `what` is put before the path, such as "the state to ".
     """
     from safetensors import SafetensorError
 
@@ -25,6 +25,6 @@ def one_line(path: Path, what: str = "") -> Iterator[None]:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """As Python and torch say it, on GPUs and on the CPU; torch need not be imported for this."""
+    """Whether Python or torch ran out of memory, on a GPU or the CPU, without importing torch."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,4 +1,4 @@
-"""What long work shows in a terminal."""
+"""Progress bars and messages of commands in a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with a note, the time so far and the time that is left."""
+    """Make a progress bar with a note, the elapsed time and the remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -20,5 +20,5 @@ def progress_bar(console: Console) -> Progress:
 
 
 def say(console: Console, line: str, style: str | None = None) -> None:
-    """Print a line with paths in it: not wrapped, not styled, brackets left alone."""
+    """Print a line as it is: paths in it are not wrapped, colored or read as markup."""
     console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)

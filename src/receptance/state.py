@@ -1,6 +1,6 @@
-"""What a model remembers of a sequence: a value, returned and never mutated.
+"""`State`, what a model remembers of a sequence: a value that is returned and never changed.
 
-Fork it by keeping it, batch it with `State.cat`, pick rows with `rows`, put it away with `save`.
+A state is forked by keeping it, batched with `State.cat`, split with `rows`, stored with `save`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class State:
-    """The recurrent tensors of B rows, whatever the length of the text behind them."""
+    """The recurrent tensors of B rows; their size does not depend on how much was read."""
 
     tensors: dict[str, Tensor]
-    """By name, each [L,B,...]; the names are the fields of the version's LayerState."""
+    """The tensors, each [L,B,...], by the names of the fields in the version's LayerState."""
     tokens: Tensor
-    """[B] int64: how many tokens each row has read."""
+    """[B] int64, the number of tokens that each row has read."""
 
     @property
     def batch(self) -> int:
@@ -37,15 +37,15 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all rows, in bytes."""
+        """The bytes of all tensors."""
         return sum(x.nbytes for x in self.tensors.values())
 
     def rows(self, index: int | slice | Sequence[int] | Tensor) -> State:
-        """The chosen rows, in that order; an integer keeps a batch of one."""
+        """The state of the chosen rows, in that order; an integer gives a batch of one row."""
         if not isinstance(index, slice):
             index = torch.as_tensor(index, device=self.tokens.device).reshape(-1)
             if not index.numel():
-                index = index.long()  # torch takes an empty list for one of floats
+                index = index.long()  # torch makes floats of an empty list.
             if index.is_floating_point() or (
                 index.dtype == torch.bool and len(index) != self.batch
             ):
@@ -57,12 +57,12 @@ class State:
                 low, high = (int(x) for x in index.aminmax())
                 if low < -self.batch or high >= self.batch:
                     missing = high if high >= self.batch else low
-                    raise ValueError(f"row {missing} of a state of {self.batch} rows")
+                    raise ValueError(f"no row {missing} in a state of {self.batch} rows")
         return self._map(lambda x: x[:, index], lambda x: x[index])
 
     @staticmethod
     def cat(states: Sequence[State]) -> State:
-        """The rows of several states of one model, one after another."""
+        """A state with the rows of several states, one after another, all of one model."""
         if not states:
             raise ValueError("State.cat needs at least one state")
         first = states[0]
@@ -77,19 +77,19 @@ class State:
         )
 
     def to(self, device: torch.device | str) -> State:
-        """The same state on another device."""
+        """The same state on a device."""
         return self._map(lambda x: x.to(device))
 
     def detach(self) -> State:
-        """The same numbers without their history, as truncated backpropagation needs them."""
+        """The same state without its autograd history, as truncated backpropagation needs it."""
         return self._map(lambda x: x.detach())
 
     def save(self, path: str | Path, fingerprint: str, *, unread: str = "") -> None:
-        """Write a safetensors file that knows its model (`Model.fingerprint()`), atomically.
+        """Write a safetensors file, atomically, that holds the model's fingerprint as well.
 
-        unread is text that was written but not read yet, because its tokens depend on what follows;
-        `unread_text` returns it. An earlier state is replaced. ValueError if anything else is at
-        path: it stays as it is.
+        unread is text that the model has not read yet, because its tokens depend on the text that
+        follows; `unread_text` returns it. A state at path is replaced. ValueError if anything else
+        is there, and then it stays.
         """
         from safetensors.torch import save
 
@@ -116,13 +116,14 @@ class State:
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
-        if not os.path.isfile(path):  # Path.is_file raises when it may not look
+        if not os.path.isfile(path):  # Path.is_file raises where it may not look.
             raise ValueError(f"no state file at {path}")
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        # Besides its own error it passes on those of torch, asked for an impossible view.
+        # Besides its own errors safetensors raises those of torch, such as one for an impossible
+        # view.
         except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
             found = str(error).partition("\n")[0][:200]
             raise ValueError(f"{path} is not a readable state file: {found}") from error
@@ -154,7 +155,7 @@ class State:
 
 
 def unread_text(path: str | Path) -> str:
-    """The text of a state file that the state has not read: it comes before whatever is next."""
+    """The text in a state file that the state has not read; the next text continues it."""
     return _about(Path(path)).get("unread", "")
 
 
@@ -167,7 +168,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def _about(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; of anything else nothing."""
+    """The metadata of a safetensors file; a dict without entries for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -178,7 +179,7 @@ def _about(path: Path) -> dict[str, str]:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256, in hexadecimal, of names, types, shapes and numbers."""
+    """The sha256 of the names, types, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())

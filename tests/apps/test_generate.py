@@ -233,7 +233,7 @@ class TestStates:
         before = weights.read_bytes()
         result = call("generate", "not a model", "hi", "--save-state", weights)
         assert result.code == 2
-        assert f"{weights} exists and is not a state" in result.err
+        assert f"cannot write the state to {weights}: what is there is not a state" in result.err
         assert weights.read_bytes() == before
 
     def test_what_a_chat_has_not_read_comes_before_the_prompt(self):
@@ -267,7 +267,10 @@ class TestStates:
             (("a", "--load-state", "text.txt"), "text.txt is not a readable state file"),
             (("a", "--save-state", "no/where/s"), "no state can be written to no/where/s"),
             (("a", "--save-state", "."), "name a file in a folder that exists"),
-            (("a", "--save-state", "text.txt"), "text.txt exists and is not a state"),
+            (
+                ("a", "--save-state", "text.txt"),
+                "cannot write the state to text.txt: what is there is not a state",
+            ),
         ],
     )
     def test_refusals(self, argv, message):

@@ -450,7 +450,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path):
     (tmp_path / "step-3").rename(tmp_path / "step-999")
     newest, skipped = newest_checkpoint(tmp_path)
     assert newest.name == "step-2"
-    assert skipped == [f"{tmp_path}/step-999 holds step 3; give it back the name of that"]
+    assert skipped == [f"{tmp_path}/step-999 holds step 3; give it back the name of that step"]
 
 
 def test_step_directories_are_ordered_by_number(tmp_path):

@@ -1,4 +1,4 @@
-"""Fine-tuning with few parameters: adapters beside a model that itself stays as it is."""
+"""Fine-tuning with few parameters: an adapter trains beside a model whose weights are frozen."""
 
 from receptance.adapters.base import Adapter
 from receptance.adapters.files import ADAPTER_FILE, load_adapter, make_adapter

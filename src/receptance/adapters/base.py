@@ -1,4 +1,4 @@
-"""What every adapter is: a few parameters that change what a frozen model does."""
+"""`Adapter`, the base of all adapters: a few parameters that change what a frozen model does."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ABOUT = "about"
 
 
 class Adapter(nn.Module, ABC):
-    """Its parameters are the only ones that train: plain, float32, on the model's device.
+    """A few float32 parameters, on the device of a frozen model, that are trained in its place.
 
-    The model's own parameters keep their names and values. Whatever the kind, use it so:
+    The model's own parameters keep their names and values. Every kind of adapter is used so:
 
         with adapter.attach(model):
             logits, state = model(tokens, adapter.initial_state(len(tokens)))
@@ -46,7 +46,8 @@ class Adapter(nn.Module, ABC):
     def attach(self, model: Model) -> Self:
         """Take effect on a model and freeze it, until `detach` or the end of a `with` block.
 
-        A compiled model has to be called after this for the first time: it would not notice.
+        A compiled model must not have been called before: its compiled code would ignore the
+        adapter.
         """
         if self._frozen is not None:
             raise ValueError("this adapter is attached to a model already; detach it first")
@@ -58,7 +59,7 @@ class Adapter(nn.Module, ABC):
         return self
 
     def detach(self) -> None:
-        """Leave the model as it was before `attach`."""
+        """Give the model back the hooks and the trainable parameters it had before `attach`."""
         for hook in self._hooks:
             hook.remove()
         for parameter in self._frozen or []:
@@ -73,29 +74,29 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def check_fits(self, model: Model) -> None:
-        """ValueError if the model has not the sizes that this adapter was made for."""
+        """ValueError if the model does not have the sizes that this adapter was made for."""
 
     @abstractmethod
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters under the names that files give them."""
+        """The parameters, under the names that they have in a file."""
 
     def hooks(self, model: Model) -> list[RemovableHandle]:
-        """Hooks on the model's modules, for an adapter that works inside of it."""
+        """Register hooks on the model's modules, for an adapter that changes what they compute."""
         return []
 
     def initial_state(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> State | None:
-        """The state in which rows begin, with gradients; None if they begin empty."""
+        """The state in which rows begin, with its gradients; None if rows begin empty."""
         return None
 
     def merge(self, model: Model, dtype: torch.dtype | None = None) -> Model:
-        """A new model that does alone what this one does with the adapter, in dtype if given."""
+        """Make a model, in dtype if given, that computes what model and adapter do together."""
         raise ValueError(
             f"an adapter of kind {self.kind!r} is no part of the weights and cannot be merged; "
-            "use it as it is, beside the model"
+            "load it beside the model"
         )
 
     def fingerprint(self, model_fingerprint: str) -> str:
-        """sha256 of a model together with this adapter: whose the states are that both make."""
+        """The sha256 of a model and this adapter, which identifies the states that both make."""
         digest = hashlib.sha256(model_fingerprint.encode())
         digest.update(json.dumps(asdict(self.options), sort_keys=True).encode())
         for name, tensor in sorted(self.tensors().items()):
@@ -104,9 +105,10 @@ class Adapter(nn.Module, ABC):
         return digest.hexdigest()
 
     def metadata(self, model_fingerprint: str) -> dict[str, str]:
-        """What a file with its tensors has to say about itself.
+        """The metadata of a file that holds this adapter's tensors.
 
-        One word: safetensors writes several in any order, and equal adapters are to be equal files.
+        All of it is one string, because safetensors writes several in random order, and equal
+        adapters should give equal files.
         """
         about = {
             "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Making adapters from options, and reading the files that `Adapter.save` writes."""
+"""Make adapters from options, and load the files that `Adapter.save` writes."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _OPTIONS: dict[str, type[Options]] = {
 
 
 def make_adapter(model: Model, options: Options, *, seed: int = 0) -> Adapter:
-    """A new adapter for a model, of the kind that the options are for; it changes nothing yet."""
+    """Make an adapter of the kind that the options belong to; it is not attached to the model."""
     if isinstance(options, LoRAOptions):
         return LoRA(model, options, seed=seed)
     return StateTuning(model, options, seed=seed)
 
 
 def load_adapter(path: str | Path, model: Model) -> Adapter:
-    """The adapter in a file, a directory or the newest checkpoint of a run, in evaluation mode.
+    """Load the adapter in a file, a directory or the newest checkpoint of a run.
 
-    It takes effect when it is attached. ValueError if it is missing, damaged, or was trained on
-    another model.
+    The adapter is in evaluation mode and takes effect when it is attached. ValueError if the file
+    is missing or damaged, or if the adapter was trained on another model.
     """
     path = expanded(path)
     if path.is_dir() and step_directories(path):
@@ -67,12 +67,12 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"no adapter at {path}")
+        raise ValueError(f"no adapter at {path}; name an adapter file or its directory")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # safetensors passes on torch's errors too, as for a view that is impossible.
+    # Besides its own errors safetensors raises those of torch, such as one for an impossible view.
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable adapter file: {reason(error)}") from None
     ours = isinstance(about, dict) and about.get("format") == FORMAT
@@ -93,7 +93,7 @@ def _check_model(path: Path, wanted: str, model: Model) -> None:
 
 
 def _whereabouts(path: Path) -> str:
-    """Where the model of an adapter was, as the checkpoint that the adapter is part of tells."""
+    """The path of an adapter's model, in parentheses, if the checkpoint beside it tells."""
     try:
         about = json.loads((path.parent / TRAINING).read_bytes())
         name = str(about["options"]["init"])
@@ -104,7 +104,7 @@ def _whereabouts(path: Path) -> str:
 
 
 def _options(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> Options:
-    """The options that the adapter was made with.
+    """Read the options that the adapter was made with.
 
     ValueError if they are damaged, or ask for larger matrices than the file holds.
     """
@@ -126,12 +126,12 @@ def _options(path: Path, about: dict[str, str], tensors: dict[str, Tensor]) -> O
 
 
 def _check_options(options: Options, largest: int) -> None:
-    """ValueError if a field is of another type, or a rank above every axis in the file."""
+    """ValueError if a field has a wrong type, or if the rank exceeds every axis in the file."""
     for field in dataclasses.fields(options):
         found, wanted = getattr(options, field.name), type(field.default)
         if not isinstance(found, wanted) and not (wanted is float and isinstance(found, int)):
             raise ValueError(f"{field.name} is a {type(found).__name__}, not a {wanted.__name__}")
         if isinstance(found, tuple) and not all(isinstance(x, str) for x in found):
-            raise ValueError(f"{field.name} are not all words")
+            raise ValueError(f"{field.name} must hold strings only")
     if isinstance(options, LoRAOptions) and options.rank > largest:
-        raise ValueError(f"rank is {reprlib.repr(options.rank)}, and no tensor is as wide")
+        raise ValueError(f"rank is {reprlib.repr(options.rank)}; no tensor in the file is as wide")

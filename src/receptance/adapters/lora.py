@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a low-rank matrix beside each of a model's matrices.
+"""LoRA (arXiv 2106.09685): low-rank matrices that are trained beside a model's matrices.
 
 y = W x + (alpha / r) B A x        A [r,in], B [out,r], W frozen
 """
@@ -23,14 +23,14 @@ from receptance.model.parts import Linear
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions:
-    """Low-rank matrices beside those of the blocks."""
+    """The options of LoRA: low-rank matrices beside those of the blocks."""
 
     rank: int = 8
-    """Rank r of each pair."""
+    """Rank r of each pair of matrices A and B."""
     alpha: float = 16.0
     """The product is scaled by alpha / rank, so that the learning rate need not follow the rank."""
     dropout: float = 0.0
-    """Share of each pair's inputs that is dropped while training."""
+    """Share of each pair's inputs that dropout zeroes in training."""
     targets: tuple[str, ...] = ("blocks.*.att.*", "blocks.*.ffn.*")
     """Patterns of the names of matrices, such as "blocks.*.att.*" or "blocks.0.*"."""
 
@@ -46,12 +46,12 @@ class LoRAOptions:
 
 
 class LowRank(nn.Module):
-    """x -> B A x, without ever making B A; it starts as zero."""
+    """x -> B A x, computed without the matrix B A; B starts as zero."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.down, self.up = Linear(inputs, rank), Linear(rank, outputs)
-        bound = inputs**-0.5  # of A's uniform start in the authors' code, microsoft/LoRA
+        bound = inputs**-0.5  # The authors' code, microsoft/LoRA, starts A so.
         nn.init.uniform_(self.down.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.up.weight)
 
@@ -60,12 +60,12 @@ class LowRank(nn.Module):
         return self.up(self.down(x))
 
     def product(self) -> Tensor:
-        """B A, [out,in]."""
+        """The matrix B A: [out,in]."""
         return self.up.weight @ self.down.weight
 
 
 class LoRA(Adapter):
-    """A pair (A, B) for each matrix of the blocks whose name fits; A is drawn from the seed."""
+    """A pair (A, B) for each matrix of the blocks that is a target; A is drawn from the seed."""
 
     kind: ClassVar[str] = "lora"
 
@@ -81,7 +81,7 @@ class LoRA(Adapter):
         self.to(model.emb.weight.device)
 
     def hooks(self, model: Model) -> list[RemovableHandle]:
-        """A hook behind each target, which adds the product to its output."""
+        """Register a hook on each target that adds (alpha / r) B A x to its output."""
         return [
             _matrix(model, name).register_forward_hook(self._add(pair))
             for name, pair in self._all()
@@ -106,10 +106,10 @@ class LoRA(Adapter):
 
     @torch.no_grad()
     def merge(self, model: Model, dtype: torch.dtype | None = None) -> Model:
-        """A model with W + (alpha / r) B A in place of each W; this one stays as it is.
+        """Make a model with W + (alpha / r) B A in place of each W; the one given is not changed.
 
-        dtype None keeps that of the model. The sum is taken in float32 or wider and then rounded:
-        in bfloat16 small changes get lost.
+        dtype None keeps that of the model. The sum is computed in float32 or wider and then
+        rounded, because a sum in bfloat16 would lose small changes.
         """
         self.check_fits(model)
         tensors = {name: x.detach().clone() for name, x in model.state_dict().items()}
@@ -135,8 +135,8 @@ class LoRA(Adapter):
 def _matrices(model: Model) -> dict[str, Linear]:
     """The matrices of the blocks by name.
 
-    The head is not among them: training reads its weight and never calls it, so that a hook on it
-    would have no effect.
+    The head is left out: training reads its weight and never calls the module, so that a hook on
+    it would have no effect.
     """
     blocks = model.blocks.named_modules(prefix="blocks")
     return {name: module for name, module in blocks if isinstance(module, Linear)}

@@ -1,7 +1,7 @@
-"""State tuning: the state in which every text begins is learned, and nothing else.
+"""State tuning: only the state in which every text begins is learned.
 
-What is learned stands for a state that the model itself could have arrived at; the version says
-what that is (`Architecture.learnable_state`).
+The learned values stand for a state that the model itself could have reached. Each version defines
+them (`Architecture.learnable_state`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from receptance.state import State
 
 @dataclass(frozen=True, kw_only=True)
 class StateTuningOptions:
-    """A learned initial state."""
+    """The options of state tuning."""
 
     start_key: float = -4.0
-    """Starting value of the learned key: the weight of what is learned against that of the text.
-    At -4 a new state changes logits by a few percent, and its value has a gradient; at -10 it has
-    none to speak of, and at 0 the model is disturbed before it has learned anything."""
+    """Starting value of the learned key, which weighs the learned value against those of the text.
+    At -4 a new state changes logits by a few percent, and its value has a gradient; at -10 the
+    gradient is close to zero, and at 0 the model is disturbed before it has learned anything."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.start_key):
@@ -33,12 +33,12 @@ class StateTuningOptions:
 
 
 class StateTuning(Adapter):
-    """What `Architecture.learnable_state` names, for all layers: each [L,...]."""
+    """An adapter that learns the tensors of `Architecture.learnable_state`: each [L,...]."""
 
     kind: ClassVar[str] = "state"
 
     def __init__(self, model: Model, options: StateTuningOptions, *, seed: int = 0) -> None:
-        """Nothing is drawn from the seed; it is here because every adapter takes one."""
+        """Ignore the seed, which every adapter takes: starting values are not random here."""
         super().__init__(options)
         self._config = model.config
         start = model.config.architecture.learnable_state(model.config, float(options.start_key))
@@ -60,13 +60,13 @@ class StateTuning(Adapter):
             )
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """All of them, each [L,...]."""
+        """The learned tensors, by name: each [L,...]."""
         return dict(self.named_parameters())
 
     def initial_state(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> State:
-        """The state of `batch` rows that have read nothing, with gradients, shifts in dtype.
+        """The learned state of `batch` rows, with its gradients; dtype is that of activations.
 
-        Rows that a model resets within a batch (`resets`) begin empty, not here.
+        A row that `resets` starts afresh begins with the empty state instead.
         """
         learned = self.tensors()
         device = next(iter(learned.values())).device
@@ -76,5 +76,5 @@ class StateTuning(Adapter):
         return State(tensors, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def fingerprint(self, model_fingerprint: str) -> str:
-        """The model's own: where a state came from makes no difference to reading it."""
+        """The fingerprint of the model alone, because it reads on from any initial state."""
         return model_fingerprint

@@ -1,4 +1,4 @@
-"""Running a model: the interface, and the kernels that own packed weights."""
+"""Engines run a model: their interface, and the kernels that own packed weights."""
 
 from receptance.engine.base import Engine
 from receptance.engine.load import EngineOptions, load_engine, native_engine

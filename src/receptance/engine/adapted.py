@@ -1,4 +1,4 @@
-"""A torch model with an adapter, as one engine."""
+"""A torch model and its adapter, run as one engine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from receptance.adapters import Adapter
 from receptance.config import ModelConfig
-from receptance.engine.base import OneCall
+from receptance.engine.base import EvaluationOnly
 from receptance.model import Model
 from receptance.model.modes import evaluating
 from receptance.state import State
 
 
-class AdaptedModel(OneCall):
-    """An `Engine`: the adapter stays attached, and rows without a state begin in its own."""
+class AdaptedModel(EvaluationOnly):
+    """An `Engine` whose adapter stays attached; rows without a state begin in the adapter's."""
 
     batch_invariant = False
 
@@ -31,12 +31,12 @@ class AdaptedModel(OneCall):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that holds the model."""
         return self._model.device
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Logits of features: [...,C] -> [...,V]."""
+        """The function from features to logits: [...,C] -> [...,V]."""
         return self._model.head
 
     def features(
@@ -47,23 +47,23 @@ class AdaptedModel(OneCall):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """What goes into the head, [B,T] -> [B,T,C], and the state (see Model.features)."""
+        """Features for the head, [B,T] -> [B,T,C], and the next state (see Model.features)."""
         if state is None:
             state = self._adapter.initial_state(len(tokens))
         return self._model.features(tokens, state, lengths=lengths, resets=resets)
 
     def fingerprint(self) -> str:
-        """Whose the states are that model and adapter make together."""
+        """Identify the states that the model makes together with the adapter."""
         return self._adapter.fingerprint(self._model.fingerprint())
 
     @property
     def weight_bytes(self) -> int:
-        """The memory of all weights, the adapter's included."""
+        """The bytes of all weights, the adapter's included."""
         return self._model.weight_bytes + self._adapter_bytes
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of weights that a step over one row reads: all but the embedding."""
+        """The bytes of weights that one token of one row reads: all but the embedding."""
         return self._model.bytes_per_token + self._adapter_bytes
 
     @property
@@ -71,5 +71,5 @@ class AdaptedModel(OneCall):
         return sum(x.nbytes for x in self._adapter.parameters())
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A block without dropout; model and adapter are in their own modes again after it."""
+        """Switch dropout off inside a `with` block, for the model and for the adapter."""
         return evaluating(self._model, self._adapter)

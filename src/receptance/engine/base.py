@@ -1,4 +1,4 @@
-"""What generation, chat and scoring ask of whatever runs a model."""
+"""The interface between what runs a model and what uses it: generation, chat, scoring."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from receptance.state import State
 
 
 class Engine(Protocol):
-    """`Model` itself, or kernels that own its weights: one call, the same states in and out.
+    """What runs a model: `Model` itself, or kernels that own its weights.
 
-    Cutting a sequence anywhere, batching it with anything or padding it changes nothing.
+    Every engine keeps one law: cutting a sequence anywhere, batching it with anything or padding
+    it changes no result.
     """
 
     @property
@@ -27,17 +28,17 @@ class Engine(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are wanted and logits come."""
+        """The device on which the engine takes tokens and returns logits."""
         ...
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether that holds to the bit, and not only to float rounding."""
+        """Whether a row's results are equal to the bit in every batch, not only up to rounding."""
         ...
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Logits of what `features` gave at any positions: [...,C] -> [...,V]."""
+        """The function from features, at any positions, to logits: [...,C] -> [...,V]."""
         ...
 
     def features(
@@ -48,7 +49,7 @@ class Engine(Protocol):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """What goes into the head, [B,T] -> [B,T,C], and the state (arguments as of Model)."""
+        """Features for the head, [B,T] -> [B,T,C], and the next state (see Model.features)."""
         ...
 
     def __call__(
@@ -59,25 +60,25 @@ class Engine(Protocol):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Logits for the token after each position, [B,T] -> [B,T,V], and the state."""
+        """Logits for the token after each position, [B,T] -> [B,T,V], and the next state."""
         ...
 
     def fingerprint(self) -> str:
-        """Whose states these are: the same for every dtype of one model."""
+        """Identify the model that states belong to; it is the same for all dtypes of a model."""
         ...
 
     @property
     def weight_bytes(self) -> int:
-        """The memory of all weights."""
+        """The bytes of all weights."""
         ...
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of weights that a step over one row reads: all but the embedding."""
+        """The bytes of weights that one token of one row reads: all but the embedding."""
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A block in which nothing is random: a model in training mode drops nothing out in it."""
+        """Switch dropout off inside a `with` block."""
         ...
 
     def save_state(self, state: State, path: str | Path) -> None:
@@ -89,11 +90,11 @@ class Engine(Protocol):
         ...
 
 
-class OneCall:
-    """What follows from the other methods of an `Engine`, for an engine that only evaluates."""
+class EvaluationOnly:
+    """The methods of an `Engine` that follow from its others, for an engine without training."""
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A block that changes nothing: this engine has no training mode."""
+        """Open a `with` block that changes nothing, because this engine has no training mode."""
         return nullcontext()
 
     def save_state(self: Engine, state: State, path: str | Path) -> None:
@@ -112,13 +113,13 @@ class OneCall:
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """Logits [B,T,V] for the token after each position, and the state."""
+        """Logits for the token after each position, [B,T] -> [B,T,V], and the next state."""
         features, state = self.features(tokens, state, lengths=lengths, resets=resets)
         return self.head(features), state
 
 
 class NotCopied:
-    """An engine of which there is no copy, because its kernels know addresses in its own memory."""
+    """An engine that refuses to be copied, because its kernels hold addresses of its memory."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -1,7 +1,7 @@
-"""A model on a GPU: decoding by CUDA graphs over Triton kernels, whole passes by large products.
+"""The engine for a GPU: CUDA graphs of Triton kernels decode, large matrix products prefill.
 
-Activations and state are float32; products are summed in it. Rows agree with their solo run to
-float rounding of the weights' type, not to the bit.
+Activations, state and the sums of products are float32. A row of a batch agrees with the same row
+run alone up to rounding in the weights' type, not to the bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.engine.base import NotCopied, OneCall
+from receptance.engine.base import EvaluationOnly, NotCopied
 from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.model.inputs import check_features, check_inputs
@@ -24,42 +24,47 @@ from receptance.quantize import quantize
 from receptance.quantize.packing import FLOATS, Kind, common_kind
 from receptance.state import State
 
-# Rows of the largest graph; more of them are read like a text.
+# The largest batch that has a CUDA graph; larger ones are run as a prefill of one position.
 LARGEST_BATCH = 1024
-# Positions in one pass over a text. Memory grows with it: some 100 KB each at a width of 2048.
+# A prefill reads this many positions per pass. At a width of 2048 each one takes about 100 KB.
 POSITIONS = 8192
 
 Run = Callable[[], None]
 
 
 def cuda_graph(run: Run) -> Run:
-    """What replays a recording of run; run is called twice, and the first call may compile."""
-    # Of the current device: what torch would capture on by itself belongs to the first one used.
+    """Record `run` and return a function that replays it.
+
+    `run` is called twice: the first call may compile kernels, the second one is recorded.
+    """
+    # Without a stream of its own torch would capture on one of the first device that was used,
+    # which need not be the current device.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on to allocate memory meanwhile.
+    # Other threads may allocate memory during the capture.
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
 
 def _unrecorded(run: Run) -> Run:
-    """Triton's interpreter has nothing to record."""
+    """Return run itself: Triton's interpreter has nothing to record."""
     return run
 
 
-class GpuEngine(NotCopied, OneCall):
+class GpuEngine(NotCopied, EvaluationOnly):
     """A model whose weights lie on a GPU (an `Engine`).
 
-    `initial`, of one row, is where rows begin if not empty. `capture` makes a recording of a step
-    (None: `cuda_graph`), one for each of 1, 2, 4, ... rows when a batch first needs it. `tiles`
-    cut the products. ValueError if Triton cannot launch anything here. Calls must not overlap: an
-    engine has one memory to work in. On another device Triton's interpreter is wanted
-    (TRITON_INTERPRET=1 when it is imported): for tests.
+    `initial` is the state, of one row, in which rows begin; None means the empty state. `capture`
+    records a step (None: `cuda_graph`); the engine records one step for each batch of 1, 2, 4, ...
+    rows when it first needs it. `tiles` are the tile sizes of the matrix products. Calls must not
+    overlap, because all of them use the same buffers. On a device other than a GPU, as in tests,
+    Triton must have been imported with TRITON_INTERPRET=1. ValueError if Triton cannot launch a
+    kernel.
     """
 
     batch_invariant = False
@@ -78,9 +83,9 @@ class GpuEngine(NotCopied, OneCall):
     ) -> None:
         if config.architecture.gpu_kernels is None:
             raise ValueError(
-                f"the GPU kernels do not run RWKV-{config.version}; choose the backend torch"
+                f'the GPU kernels do not run RWKV-{config.version}; pass backend="torch"'
             )
-        # With its number, whatever the current one is later.
+        # The device of a tensor has a number: "cuda" alone would follow the current device.
         self.config, self.device = config, torch.empty(0, device=device).device
         self._fingerprint, self._tiles = fingerprint, tiles or Tiles()
         self._capture = capture or (cuda_graph if self.device.type == "cuda" else _unrecorded)
@@ -94,22 +99,22 @@ class GpuEngine(NotCopied, OneCall):
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all weights."""
+        """The bytes of all weights."""
         vectors = sum(x.nbytes for x in self._model.parameters())
         return vectors + sum(x.nbytes for x in self._weights.matrices())
 
     @property
     def bytes_per_token(self) -> int:
-        """What a step reads of them, whatever the rows: all but the embedding."""
+        """The bytes of weights that a step reads for any number of rows: all but the embedding."""
         return self.weight_bytes - self._weights.embedding.nbytes
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Logits of features: [...,C] -> [...,V] float32."""
+        """The function from features to logits: [...,C] -> [...,V] float32."""
         return self._head
 
     def fingerprint(self) -> str:
-        """That of the model whose weights these are, before they were packed or quantized."""
+        """The fingerprint of the model before its weights were packed or quantized."""
         return self._fingerprint
 
     @torch.no_grad()
@@ -121,27 +126,28 @@ class GpuEngine(NotCopied, OneCall):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """What goes into the head, [B,T] -> [B,T,C] float32, and the state (see Model.features).
+        """Features for the head, [B,T] -> [B,T,C] float32, and the next state (see Model.features).
 
-        A token id that is out of range gives its row NaN: looking for one would stop the device.
+        A token id that is out of range makes its row NaN: checking the ids would synchronize with
+        the device.
         """
         check_inputs(self.config, tokens, state, lengths, resets)
         batch, time = tokens.shape
-        state = self._fresh(batch) if state is None else state
+        state = self._initial_rows(batch) if state is None else state
         with self._on_device():
             if lengths is None and resets is None and time == 1 and 0 < batch <= LARGEST_BATCH:
                 return self._step(tokens[:, 0], state)
             return self._read(tokens, state, lengths, resets)
 
     def _step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """One position of every row, by the recording for as many rows or a few more."""
+        """Read one token per row by a graph for the next power of two of rows: [B] -> [B,1,C]."""
         batch = len(tokens)
-        # Recorded before anything is copied in: recording runs the step.
+        # Recording a graph runs the step, so the buffers are filled only after it.
         buffers, replay = self._graph(1 << (batch - 1).bit_length())
         parts = [state.tensors[name] for name in self.config.architecture.state_fields]
         buffers.tokens[:batch].copy_(tokens)
-        if (joined := _joined(parts)) is not None:
-            buffers.state[:, :, :batch].copy_(joined)
+        if (whole := _as_one_tensor(parts)) is not None:
+            buffers.state[:, :, :batch].copy_(whole)
         else:
             for place, part in zip(buffers.state, parts, strict=True):
                 place[:, :batch].copy_(part)
@@ -184,8 +190,8 @@ class GpuEngine(NotCopied, OneCall):
                 multiply(self._weights.head, rows[None], logits, tiles=self._tiles)
         return logits.view(*features.shape[:-1], self.config.vocab_size)
 
-    def _fresh(self, batch: int) -> State:
-        """Rows that have read nothing, without asking the device for an index (State.rows)."""
+    def _initial_rows(self, batch: int) -> State:
+        """The initial state of `batch` rows, without an index on the device as State.rows needs."""
         tensors = {n: x.expand(-1, batch, *x.shape[2:]) for n, x in self._initial.tensors.items()}
         return State(tensors, self._initial.tokens.expand(batch))
 
@@ -195,13 +201,17 @@ class GpuEngine(NotCopied, OneCall):
         return State(tensors, torch.zeros(1, dtype=torch.int64, device=self.device))
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        """Where Triton launches: on the current device, whatever the tensors."""
+        """Make this device the current one: Triton launches there, wherever the tensors are."""
         on_gpu = self.device.type == "cuda"
         return torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
 
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    """Parts [L,B,C] as the one tensor that `_step` made them of, if it did: one copy, not five."""
+def _as_one_tensor(parts: list[Tensor]) -> Tensor | None:
+    """The single tensor that holds all parts one after another: [L,B,C] each -> [parts,L,B,C].
+
+    None if they lie apart in memory. `_step` returns parts that do not lie apart, so that the next
+    step needs one copy instead of five.
+    """
     first, size = parts[0], parts[0].numel()
     for i, part in enumerate(parts):
         apart = part.data_ptr() - first.data_ptr() != i * size * first.element_size()
@@ -224,14 +234,15 @@ def gpu_engine(
     tiles: Tiles | None = None,
     capture: Callable[[Run], Run] | None = None,
 ) -> GpuEngine:
-    """An engine of a model's tensors under official names, in any float type.
+    """Make an engine of a model's tensors under official names, in any float type.
 
-    kind None is the one that all matrices have, else float32. tensors is emptied on the way.
+    With kind None the matrices keep their type if all have the same one, otherwise they become
+    float32. The dict `tensors` is emptied on the way.
     """
-    whose = own_fingerprint or fingerprint(config, tensors)
+    states_of = own_fingerprint or fingerprint(config, tensors)
     kind = kind or common_kind(tensors[name] for name in config.architecture.layouts(config))
     if kind in FLOATS and group is not None:
-        raise ValueError(f"group is {group}; {kind} weights have none, so leave it out")
+        raise ValueError(f"group is {group}; {kind} weights have none, so leave out group=")
     matrices: dict[str, Matrix] = {}
     for name in config.architecture.layouts(config):
         weight = tensors.pop(name).detach()
@@ -243,7 +254,7 @@ def gpu_engine(
         config,
         matrices,
         tensors,
-        whose,
+        states_of,
         device=device,
         initial=initial,
         tiles=tiles,

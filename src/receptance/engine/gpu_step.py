@@ -1,4 +1,4 @@
-"""One token of every row of a batch: kernels over fixed buffers, which a CUDA graph can record."""
+"""A decoding step for every row of a batch, on fixed buffers so that a CUDA graph can record it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from receptance.ops.triton_weights import Weights
 
 
 class Buffers:
-    """What a step over B rows reads and writes, always at the same addresses."""
+    """The memory that a step over B rows reads and writes: its addresses never change."""
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device) -> None:
         width, parts = config.width, len(config.architecture.state_fields)
@@ -23,7 +23,7 @@ class Buffers:
 
         self.tokens = torch.zeros(batch, device=device, dtype=torch.int64)
         self.state = floats(parts, config.num_layers, batch, width)
-        """In the order of Architecture.state_fields."""
+        """[parts,L,B,C], with the parts in the order of Architecture.state_fields."""
         self.features = floats(batch, width)
         self.x, self.gated, self.mixed = (floats(n, batch, width) for n in (1, 1, 3))
         self.projected = floats(3, batch, width)
@@ -32,29 +32,31 @@ class Buffers:
         self.receptance = self.channel[batch * config.ffn_width :].view(batch, width)
 
 
-def step(weights: GpuWeights, to: Buffers, tiles: Tiles) -> None:
-    """Read `to.tokens`, move `to.state` on by them, write `to.features`."""
-    x = to.x[0]
-    kernels.embed(weights.embedding, to.tokens, weights.ln0, x)
+def step(weights: GpuWeights, buffers: Buffers, tiles: Tiles) -> None:
+    """Read one token per row from the buffers, advance their state and write their features."""
+    x = buffers.x[0]
+    kernels.embed(weights.embedding, buffers.tokens, weights.ln0, x)
     for i, layer in enumerate(weights.layers):
-        att_last, ffn_last, *wkv = to.state[:, i].unbind(0)
-        kernels.mix(x, layer.ln1, att_last, layer.att_shares, to.mixed)
-        time_mix(layer, tuple(wkv), to, tiles)
-        multiply(layer.output, to.gated, x, "add", tiles=tiles)
-        kernels.mix(x, layer.ln2, ffn_last, layer.ffn_shares, to.mixed)
-        multiply(layer.channel, to.mixed, to.channel, "activate", tiles=tiles)
-        multiply(layer.value, to.hidden, x, "gate", gate=to.receptance, tiles=tiles)
-    kernels.mix(x, weights.ln_out, x, to.mixed[:0], to.features)
+        att_last, ffn_last, *wkv = buffers.state[:, i].unbind(0)
+        kernels.mix(x, layer.ln1, att_last, layer.att_shares, buffers.mixed)
+        time_mix(layer, tuple(wkv), buffers, tiles)
+        multiply(layer.output, buffers.gated, x, "add", tiles=tiles)
+        kernels.mix(x, layer.ln2, ffn_last, layer.ffn_shares, buffers.mixed)
+        multiply(layer.channel, buffers.mixed, buffers.channel, "activate", tiles=tiles)
+        multiply(layer.value, buffers.hidden, x, "gate", gate=buffers.receptance, tiles=tiles)
+    kernels.mix(x, weights.ln_out, x, buffers.mixed[:0], buffers.features)
 
 
-def time_mix(layer: GpuLayer, wkv: tuple[Tensor, ...], to: Buffers, tiles: Tiles) -> None:
-    """Projections, WKV and gate: `to.mixed` and the state [B,C] to `to.gated` and the state."""
+def time_mix(layer: GpuLayer, wkv: tuple[Tensor, ...], buffers: Buffers, tiles: Tiles) -> None:
+    """Compute the projections, WKV and the gate: mixed [3,B,C], wkv [B,C] -> gated [1,B,C], wkv."""
     vectors = layer.log_decay, layer.bonus
-    if to.mixed.shape[1] <= tiles.most(layer.projections.kind):
-        kernels.time_mix(layer.projections, to.mixed, *vectors, wkv, to.gated, tiles=tiles)
+    if buffers.mixed.shape[1] <= tiles.most(layer.projections.kind):
+        kernels.time_mix(
+            layer.projections, buffers.mixed, *vectors, wkv, buffers.gated, tiles=tiles
+        )
         return
-    multiply(layer.projections, to.mixed, to.projected, tiles=tiles)
-    kernels.average(to.projected, *vectors, wkv, to.gated)
+    multiply(layer.projections, buffers.mixed, buffers.projected, tiles=tiles)
+    kernels.average(buffers.projected, *vectors, wkv, buffers.gated)
 
 
 def multiply(
@@ -66,7 +68,7 @@ def multiply(
     gate: Tensor | None = None,
     tiles: Tiles,
 ) -> None:
-    """`triton_products.product` for few rows, the same with torch's products for many."""
+    """Write what `triton_products.product` does: its kernel for few rows, torch for many."""
     if x.shape[-2] <= tiles.most(weights.kind):
         product(weights, x, out, epilogue, gate=gate, tiles=tiles)
         return

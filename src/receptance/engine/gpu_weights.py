@@ -1,4 +1,4 @@
-"""A model's weights as the Triton kernels read them, and the torch model that shares them."""
+"""A model's weights as the Triton kernels read them, and a torch model that shares them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ Matrix = Tensor | Quantized | Packed
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
-    """What a block reads; vectors are float32."""
+    """The weights of one block; its vectors are float32."""
 
     ln1: Norm
     att_shares: Tensor
-    """[3,C], of key, value and receptance."""
+    """[3,C], the token-shift shares of key, value and receptance."""
     projections: Weights
-    """Key, value and receptance of time mixing."""
+    """The matrices of key, value and receptance in time mixing."""
     log_decay: Tensor
     bonus: Tensor
     output: Weights
     ln2: Norm
     ffn_shares: Tensor
-    """[2,C], of key and receptance."""
+    """[2,C], the token-shift shares of key and receptance."""
     channel: Weights
-    """Key and receptance of channel mixing."""
+    """The matrices of key and receptance in channel mixing."""
     value: Weights
 
 
 @dataclass(frozen=True, eq=False)
 class GpuWeights:
-    """A whole model."""
+    """The weights of a whole model."""
 
     embedding: Weights
     ln0: Norm
@@ -51,7 +51,7 @@ class GpuWeights:
     head: Weights
 
     def matrices(self) -> Iterator[Weights]:
-        """All of them, the embedding first."""
+        """All matrices, the embedding first."""
         yield self.embedding
         for layer in self.layers:
             yield from (layer.projections, layer.output, layer.channel, layer.value)
@@ -64,7 +64,7 @@ def gpu_weights(
     vectors: Mapping[str, Tensor],
     device: torch.device,
 ) -> GpuWeights:
-    """Everything on the device, by official name; matrices are repacked one after another."""
+    """Copy a model, given by official names, to the device, repacking one matrix at a time."""
 
     def stack(*names: str) -> Weights:
         return stacked([matrices[f"{name}.weight"] for name in names], device)
@@ -109,7 +109,7 @@ def gpu_weights(
 
 
 def stacked(parts: list[Matrix], device: torch.device) -> Weights:
-    """Matrices of one kind and as many inputs under each other; all but the first of one size."""
+    """Stack matrices of one kind and input size; all but the first have the same output size."""
     plain = [unpack(x) if isinstance(x, Packed) else x for x in parts]
     first, rest = plain[0].shape[0], plain[1].shape[0] if len(plain) > 1 else 0
     sizes = first, rest, plain[0].shape[1]
@@ -127,7 +127,10 @@ def stacked(parts: list[Matrix], device: torch.device) -> Weights:
 
 
 def _in_groups(x: Quantized) -> Tensor:
-    """Codes in whole groups; the halves of int4 groups share bytes: [N,K] -> [N,K'] or [N,K'/2]."""
+    """Pad codes to whole groups: [N,K] -> [N,K'], or [N,K'/2] for int4.
+
+    A byte of int4 holds a code of the first and of the second half of its group.
+    """
     codes = F.pad(x.codes, (0, -x.codes.shape[1] % x.group))
     if x.kind == "int8":
         return codes
@@ -139,21 +142,21 @@ def _in_groups(x: Quantized) -> Tensor:
 
 
 def times(weights: Weights, rows: slice, x: Tensor) -> Tensor:
-    """Large products, of some outputs: [P,K] float32 -> [P,N'] float32.
+    """Multiply many rows by the chosen outputs of a matrix: [P,K] float32 -> [P,N'] float32.
 
-    The products' type is that of the weights; codes become bfloat16, a matrix at a time.
+    The factors are rounded to the type of the weights; integer weights are dequantized to bfloat16.
     """
     dtype = FLOATS.get(weights.kind, torch.bfloat16)  # type: ignore[call-overload]
     matrix = dequantize(weights, rows, dtype)
     if dtype != torch.float16:
         return F.linear(x.to(dtype), matrix).float()
-    # The square of a relu leaves float16's range, so the largest of a row becomes 1.
+    # The square of a relu can exceed the range of float16, so each row is scaled down to at most 1.
     largest = x.abs().amax(-1, keepdim=True).clamp_(min=1)
     return F.linear((x / largest).to(dtype), matrix).float().mul_(largest)
 
 
 class _Product(nn.Module):
-    """Some outputs of a matrix in the place of a `Linear`."""
+    """A module that stands in for a `Linear` and computes some outputs of a stacked matrix."""
 
     def __init__(self, weights: Weights, rows: slice) -> None:
         super().__init__()
@@ -165,20 +168,25 @@ class _Product(nn.Module):
 
 
 class _Rows(nn.Module):
-    """The embedding."""
+    """A module that stands in for the embedding and dequantizes the rows it looks up."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
         self._weights = weights
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[...] -> [...,C] float32; NaN for what is no token, where torch would end the process."""
-        known, all_of = (tokens >= 0) & (tokens < self._weights.outputs), self._weights
+        """[...] -> [...,C] float32.
+
+        An id out of range gives NaN; torch's own look-up would fail an assertion on the device,
+        which ends the process.
+        """
+        weights = self._weights
+        known = (tokens >= 0) & (tokens < weights.outputs)
         ids = tokens.where(known, 0).flatten()
-        data = all_of.data[ids]
-        coded = all_of.kind not in FLOATS
-        params = [x[ids] if coded else data for x in all_of.arguments()[1:]]
-        picked = Weights(all_of.kind, all_of.group, len(ids), 0, all_of.inputs, data, *params)
+        data = weights.data[ids]
+        coded = weights.kind not in FLOATS
+        params = [x[ids] if coded else data for x in weights.arguments()[1:]]
+        picked = Weights(weights.kind, weights.group, len(ids), 0, weights.inputs, data, *params)
         rows = dequantize(picked, slice(None), torch.float32).unflatten(0, tokens.shape)
         return rows.where(known[..., None], torch.nan)
 
@@ -186,7 +194,7 @@ class _Rows(nn.Module):
 def torch_model(
     config: ModelConfig, weights: GpuWeights, vectors: Mapping[str, Tensor], device: torch.device
 ) -> Model:
-    """A `Model` with these weights, in float32 but for its products; for whole passes only."""
+    """A `Model` with these weights for prefill: it computes in float32, except for its products."""
     with torch.device("meta"):
         model = Model(config).eval().requires_grad_(False)
     float32 = {name: x.detach().to(device, torch.float32) for name, x in vectors.items()}

@@ -1,4 +1,4 @@
-"""From a path or a hub id to what runs it fastest."""
+"""Load a model from a path or a hub id into the engine that runs it fastest."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from receptance.storage.quantized import QuantizedModel, open_quantized, quantiz
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 Backend = Literal["auto", "native", "triton", "torch"]
-# Passes in which the weights of a mapped file are read where they are. Only then are they copied
-# to huge pages: where fresh memory is slow, the copy costs as much as generating dozens of tokens.
+# The first passes read weights from their mapped file; then these are copied to huge pages. Where
+# fresh memory is slow, the copy costs as much as generating dozens of tokens.
 _MAPPED_PASSES = 8
 _TORCH_DTYPES = ("float32", "bfloat16")
 MOST_THREADS = 1024
@@ -40,21 +40,21 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What runs a model, and how: the arguments of load_engine, and options of every command."""
+    """The engine of a model: the arguments of load_engine, and options of every command."""
 
     tokenizer: str | None = None
     """A tokenizer file, or "bytes", instead of the one beside the weights."""
     device: str = "auto"
-    """Where to run: cpu, cuda, ...; auto takes a GPU where there is one."""
+    """The device to run on: cpu, cuda, ...; auto takes a GPU where there is one."""
     dtype: Kind | None = None
-    """Type of the weights; as in the file if not given. int8 and int4 are made on the fly."""
+    """Type of the weights, by default that of the file; int8 and int4 quantize while loading."""
     group: int | None = None
-    """Weights that share a scale in int4 made on the fly: 32, 64 or 128; 64 if not given."""
+    """Weights that share a scale when loading quantizes to int4: 32, 64 (the default) or 128."""
     backend: Backend = "auto"
-    """What computes: auto takes the native kernels on a CPU where they were built, and those in
-    Triton on an NVIDIA GPU."""
+    """The kernels: auto takes the native ones on a CPU where they were built, those in Triton on an
+    NVIDIA GPU, and otherwise torch."""
     threads: int | None = None
-    """Threads of the native kernels; as many as torch has if not given."""
+    """Threads of the native kernels; by default as many as torch uses."""
     adapter: Path | None = None
     """A fine-tuned adapter of this model: its file, or a directory with adapter.safetensors."""
 
@@ -63,12 +63,14 @@ class EngineOptions:
             raise ValueError(f"dtype is {self.dtype!r}; wanted one of {', '.join(KINDS)}")
         if self.group is not None:
             if self.dtype in FLOATS:
-                raise ValueError(f"group is {self.group}; {self.dtype} weights have none")
+                raise ValueError(
+                    f"group is {self.group}; {self.dtype} weights have none, so leave out group="
+                )
             check_group(self.dtype or "int4", self.group)
         check_threads(self.threads)
 
     def load(self, source: str | Path) -> tuple[Engine, Tokenizer]:
-        """The engine that they choose, and the model's tokenizer; ValueError if it has none."""
+        """Load the engine and the model's tokenizer; ValueError if the model has none."""
         engine, tokenizer = load_engine(source, **vars(self))
         if tokenizer is None:
             raise no_tokenizer(engine.config, source)
@@ -86,13 +88,14 @@ def load_engine(
     backend: Backend = "auto",
     threads: int | None = None,
 ) -> tuple[Engine, Tokenizer | None]:
-    """What runs a model, and its tokenizer; source is whatever `receptance.load` opens.
+    """Load an engine and its tokenizer from a source, which is whatever `receptance.load` opens.
 
-    On a CPU the native kernels, where they were built, on an NVIDIA GPU those in Triton; elsewhere,
-    for versions of RWKV that they do not know, or with backend "torch", a torch `Model`. dtype is
-    that of the weights, None that of the file; int8 and int4 are made here unless `receptance
-    quantize` has made them (int4 with one scale for `group` inputs). An adapter becomes part of the
-    engine. ValueError says in one line what is wrong, also of options that would have no effect.
+    backend "auto" takes the native kernels on a CPU where they were built, and the Triton kernels
+    on an NVIDIA GPU; elsewhere, and for versions of RWKV that these do not run, it takes a torch
+    `Model`. dtype is the type of the weights, by default that of the file; int8 and int4 quantize
+    here, unless `receptance quantize` did before (in int4 `group` inputs share a scale). An adapter
+    becomes part of the engine. ValueError says in one line what is wrong; options that would have
+    no effect are refused too.
     """
     options = EngineOptions(
         device=str(device),
@@ -125,7 +128,7 @@ def load_engine(
 
 
 def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads that makes no sense, or would bring a machine down."""
+    """ValueError for a number of threads below 1, or so high that it would exhaust a machine."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise ValueError(f"threads is {threads}; wanted 1 to {MOST_THREADS}")
 
@@ -140,17 +143,18 @@ def native_engine(
     initial: State | None = None,
     own_fingerprint: str | None = None,
 ) -> NativeEngine:
-    """An engine of a model's tensors under official names, in any float type.
+    """Make an engine of a model's tensors under official names, in any float type.
 
-    kind None is the one that all matrices have, else float32. tensors is emptied on the way, so
-    that a tensor that nobody else holds is freed once it is packed.
+    With kind None the matrices keep their type if all have the same one, otherwise they become
+    float32. The dict `tensors` is emptied on the way, so that a tensor that nobody else holds is
+    freed once it was packed.
     """
-    whose = own_fingerprint or fingerprint(config, tensors)
+    states_of = own_fingerprint or fingerprint(config, tensors)
     matrices: dict[str, Packed] = {}
     wanted = config.architecture.layouts(config)
     kind = kind or common_kind(tensors[name] for name in wanted)
     if kind in FLOATS and group is not None:
-        raise ValueError(f"group is {group}; {kind} weights have none, so leave it out")
+        raise ValueError(f"group is {group}; {kind} weights have none, so leave out group=")
     group = 0 if kind in FLOATS else check_group(kind, group)
     sizes = ((to, tensors[name].shape) for name, to in wanted.items())
     arena = Arena(sum(room(kind, to, size[0], size[1], group) for to, size in sizes))
@@ -162,7 +166,7 @@ def native_engine(
             codes = _quantize(name, weight, kind, group)
             matrices[name] = arena.hold_packed(pack(codes, layout))
     vectors = {name: x.detach() for name, x in tensors.items()}
-    return NativeEngine(config, matrices, vectors, whose, threads=threads, initial=initial)
+    return NativeEngine(config, matrices, vectors, states_of, threads=threads, initial=initial)
 
 
 def _quantize(name: str, weight: Tensor, kind: Kind, group: int) -> Quantized:
@@ -173,7 +177,7 @@ def _quantize(name: str, weight: Tensor, kind: Kind, group: int) -> Quantized:
 
 
 def check_backend(backend: Backend, device: torch.device) -> None:
-    """ValueError if a backend that was named cannot run on this machine's device."""
+    """ValueError if a backend that was named cannot run on the device."""
     if backend == "native" and not (device.type == "cpu" and native.is_available()):
         reason = "were not built" if device.type == "cpu" else f"run on the CPU, not on {device}"
         raise ValueError(f"the native kernels {reason}; `receptance doctor` says more")
@@ -185,15 +189,15 @@ def check_backend(backend: Backend, device: torch.device) -> None:
 
 
 def _choose(backend: Backend, device: torch.device, config: ModelConfig) -> Backend:
-    """What runs a model; a backend that was named refuses versions that it does not know."""
+    """Choose the backend for a model; a backend that was named refuses versions it does not run."""
     if backend == "native":
         check_supported(config)
     if backend != "auto":
         return backend
     if device.type == "cpu":
         return "native" if native.is_available() and supports(config) else "torch"
-    knows = config.architecture.gpu_kernels is not None
-    return "triton" if device.type == "cuda" and _has_triton() and knows else "torch"
+    supported = config.architecture.gpu_kernels is not None
+    return "triton" if device.type == "cuda" and _has_triton() and supported else "torch"
 
 
 def _has_triton() -> bool:
@@ -201,41 +205,43 @@ def _has_triton() -> bool:
 
 
 def _check_effect(options: EngineOptions, chosen: Backend) -> None:
-    """ValueError for options that this engine would not heed."""
+    """ValueError for options that the chosen backend would ignore."""
     if options.threads is not None and chosen != "native":
         raise ValueError(
-            f"threads is {options.threads}; only the native kernels count their own, and this "
-            f"model runs with {chosen}: leave it out"
+            f"threads is {options.threads}; only the native kernels take that, and this model runs "
+            f"with {chosen}, so leave out threads="
         )
     if chosen == "torch" and options.group is not None:
-        raise ValueError(f"group is {options.group}; torch runs no integer weights, leave it out")
+        raise ValueError(
+            f"group is {options.group}; torch runs no integer weights, so leave out group="
+        )
     if chosen == "torch" and options.dtype not in (None, *_TORCH_DTYPES):
         raise ValueError(
-            f"{options.dtype} weights want the native kernels on a CPU (`receptance doctor` says "
-            f"whether they are there); torch takes {' and '.join(_TORCH_DTYPES)}"
+            f"dtype is {options.dtype}; torch runs {' and '.join(_TORCH_DTYPES)} only, and the "
+            "native kernels run the others on a CPU (`receptance doctor` says if they were built)"
         )
 
 
 def _check_quantized(opened: Opened, options: EngineOptions) -> None:
-    """ValueError if other weights were asked for than a quantized directory holds."""
+    """ValueError if options ask for other weights than a quantized directory holds."""
     opened.check_version()
     about = quantization_of(opened)
     if options.adapter is not None:
         if options.dtype is None:
             raise ValueError(
                 f"{opened.path} holds {about.kind} weights, which become floats when an adapter "
-                "is added; say so with a dtype, or begin from the model that was quantized"
+                "is added; choose their type with dtype=, or load the model that was quantized"
             )
         return
     if options.backend != "torch" and options.dtype not in (None, about.kind):
         raise ValueError(
             f"{opened.path} holds {about.kind} weights and {options.dtype} was asked for; leave "
-            "the type out, or begin from the model that was quantized"
+            "out dtype=, or load the model that was quantized"
         )
     if options.group not in (None, about.group):
         raise ValueError(
             f"{opened.path} has groups of {about.group} and {options.group} was asked for; leave "
-            "that out"
+            "out group="
         )
 
 
@@ -244,8 +250,8 @@ def _packed_engine(
 ) -> Engine:
     parts = found.config, found.matrices, found.vectors, found.about.source
     if chosen == "native":
-        return NativeEngine(*parts, threads=options.threads, copy_before=_MAPPED_PASSES + 1)
-    from receptance.engine.gpu import GpuEngine  # It imports Triton.
+        return NativeEngine(*parts, threads=options.threads, copy_at_pass=_MAPPED_PASSES + 1)
+    from receptance.engine.gpu import GpuEngine  # This module imports Triton.
 
     return GpuEngine(*parts, device=device)
 
@@ -274,38 +280,42 @@ def _kernel_engine(
     device: torch.device,
     options: EngineOptions,
 ) -> Engine:
-    initial = whose = None
+    initial = states_of = None
+    kind = options.dtype or common_kind(tensors[n] for n in config.architecture.layouts(config))
     if options.adapter is not None:
-        model, whose, initial = _tuned(as_model(config, tensors), options.adapter)
+        model, states_of, initial = _with_adapter(as_model(config, tensors), options.adapter)
         tensors = dict(model.state_dict())
     if chosen == "native":
         return native_engine(
             config,
             tensors,
-            options.dtype,
+            kind,
             group=options.group,
             threads=options.threads,
             initial=initial,
-            own_fingerprint=whose,
+            own_fingerprint=states_of,
         )
-    from receptance.engine.gpu import gpu_engine  # It imports Triton.
+    from receptance.engine.gpu import gpu_engine  # This module imports Triton.
 
     return gpu_engine(
         config,
         tensors,
-        options.dtype,
+        kind,
         group=options.group,
         device=device,
         initial=initial,
-        own_fingerprint=whose,
+        own_fingerprint=states_of,
     )
 
 
-def _tuned(model: Model, adapter: Path) -> tuple[Model, str, State | None]:
-    """A model with an adapter in its weights, or with the state that rows begin from; and whose
-    the states are that both make."""
-    tuned = load_adapter(adapter, model)
-    whose, initial = tuned.fingerprint(model.fingerprint()), tuned.initial_state()
+def _with_adapter(model: Model, adapter: Path) -> tuple[Model, str, State | None]:
+    """Apply an adapter: the model, the fingerprint of its states, and the state rows begin in.
+
+    An adapter of the weights is merged into the model, and rows begin empty.
+    """
+    loaded = load_adapter(adapter, model)
+    states_of, initial = loaded.fingerprint(model.fingerprint()), loaded.initial_state()
     if initial is None:
-        return tuned.merge(model), whose, None
-    return model, whose, initial.detach()
+        # In a narrower type the sum would be rounded before it is packed, and small changes lost.
+        return loaded.merge(model, torch.float32), states_of, None
+    return model, states_of, initial.detach()

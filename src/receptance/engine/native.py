@@ -1,7 +1,7 @@
-"""A model on a CPU in C++ (sources in receptance/native): any weights, float32 activations, state.
+"""The engine for a CPU: C++ kernels (receptance/native) for packed weights of every type.
 
-Every row's result is the same to the bit whatever else is in the batch, wherever its sequence is
-cut, however it is padded and however many threads there are: each sum has one fixed order.
+Activations and state are float32. A row's result is the same to the bit in any batch, with any
+cut, any padding and any number of threads, because each sum has one fixed order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.engine.base import NotCopied, OneCall
+from receptance.engine.base import EvaluationOnly, NotCopied
 from receptance.engine.memory import Arena, room
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
@@ -25,23 +25,23 @@ from receptance.ops.threads import usable_threads
 from receptance.quantize.packing import KINDS, Packed
 from receptance.state import State
 
-# What the kernels want vectors padded to: kBlock in product.h.
+# The kernels want the length of vectors to be a multiple of this: kBlock in product.h.
 _BLOCK = 128
-# Positions in one pass. Memory grows with it, and speed no more.
+# The kernels read this many positions per pass; more would take memory and gain no speed.
 POSITIONS = 512
 
-# Some ten microseconds of work.
+# A thread is worth waking for this many multiplications, about ten microseconds of work.
 _PRODUCTS_PER_THREAD = 1 << 18
 
 
-class NativeEngine(NotCopied, OneCall):
-    """A model whose matrices are packed, of one type or several (an `Engine`).
+class NativeEngine(NotCopied, EvaluationOnly):
+    """A model whose matrices are packed, all in one type or in several (an `Engine`).
 
-    The tensors are read where they are; `copy_before`, for those of a mapped file, is the number of
-    the pass before which matrices get memory of their own. `initial`, of one row, is where rows
-    begin if not empty; `threads` None means torch's own number at every call, and at most the
-    CPUs that this process may use. An engine has one memory to work in, so calls from several
-    threads wait for each other.
+    The kernels read the tensors where they are. With `copy_at_pass`, meant for tensors of a mapped
+    file, the matrices are copied to huge pages just before the pass of that number, counted from 1.
+    `initial` is the state, of one row, in which rows begin; None means the empty state. `threads`
+    None asks torch for its number at every call, and takes at most the CPUs that this process may
+    use. Calls from several threads wait for each other, because all use the same buffers.
     """
 
     batch_invariant = True
@@ -56,7 +56,7 @@ class NativeEngine(NotCopied, OneCall):
         initial: State | None = None,
         threads: int | None = None,
         instruction_set: str = "",
-        copy_before: int | None = None,
+        copy_at_pass: int | None = None,
     ) -> None:
         check_supported(config)
         self.config, self.threads = config, threads
@@ -66,39 +66,42 @@ class NativeEngine(NotCopied, OneCall):
         self._matrices = [matrices[name] for name in config.architecture.layouts(config)]
         self._vectors = list(_padded_vectors(config, vectors))
         self._instruction_set = instruction_set
-        self._kernels = self._compiled()
-        self._passes, self._copy_before = 0, copy_before
+        self._kernels = self._make_kernels()
+        self._passes, self._copy_at_pass = 0, copy_at_pass
         self._block_numbers = sum(m.outputs * m.inputs for m in self._matrices[2:])
         self._inputs = self._nonzero = 0
         self._lock = threading.Lock()
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, always."""
         return torch.device("cpu")
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all weights."""
+        """The bytes of all weights."""
         return sum(m.nbytes for m in self._matrices) + sum(v.nbytes for v in self._vectors)
 
     @property
     def bytes_per_token(self) -> int:
-        """What a step over one row reads when no activation is zero: all but the embedding."""
+        """The bytes of weights that one token of one row reads: all but the embedding.
+
+        Fewer are read where the kernels skip the weights of activations that are zero.
+        """
         return self.weight_bytes - self._matrices[0].nbytes
 
     @property
     def skipped(self) -> float:
-        """The share of ffn.value's inputs that were zero up to now; few positions skip them."""
+        """The share of channel mixing's hidden values that were zero, whose weights are skipped."""
         return 1 - self._nonzero / self._inputs if self._inputs else 0.0
 
     @property
     def head(self) -> Callable[[Tensor], Tensor]:
-        """Logits of features: [...,C] -> [...,V] float32."""
+        """The function from features to logits: [...,C] -> [...,V] float32."""
         return self._head
 
     def fingerprint(self) -> str:
-        """That of the model whose weights these are, before they were packed or quantized."""
+        """The fingerprint of the model before its weights were packed or quantized."""
         return self._fingerprint
 
     def features(
@@ -109,10 +112,12 @@ class NativeEngine(NotCopied, OneCall):
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor, State]:
-        """What goes into the head, [B,T] -> [B,T,C] float32, and the state (see Model.features)."""
+        """Features for the head, [B,T] -> [B,T,C] float32, and the next state (see Model)."""
         check_inputs(self.config, tokens, state, lengths, resets)
         if elsewhere := [x for x in (tokens, lengths, resets) if x is not None and not x.is_cpu]:
-            raise ValueError(f"the native kernels read on the CPU, not on {elsewhere[0].device}")
+            raise ValueError(
+                f"arguments are on {elsewhere[0].device}; the native kernels want them on the CPU"
+            )
         batch, time = tokens.shape
         state = self._initial.rows([0] * batch) if state is None else state
         parts = [state.tensors[name].float().contiguous() for name in self._fields]
@@ -137,9 +142,9 @@ class NativeEngine(NotCopied, OneCall):
     def _pass(
         self, before: list[Tensor], starts: Tensor, ids: Tensor, resets: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """One call of the kernels over up to POSITIONS positions: features, the state's parts.
+        """Call the kernels for up to POSITIONS positions: features and the state's next parts.
 
-        Row b has the ids [starts[b], starts[b + 1]).
+        The tokens of row b are ids[starts[b]:starts[b + 1]].
         """
         count = ids.shape[0]
         features = torch.empty(count, self.config.width)
@@ -147,8 +152,8 @@ class NativeEngine(NotCopied, OneCall):
         used = [starts, ids, resets, *before, *after, features]
         with self._lock:
             self._passes += 1
-            if self._passes == self._copy_before:
-                self._copy()
+            if self._passes == self._copy_at_pass:
+                self._copy_to_huge_pages()
             self._nonzero += self._kernels.features(
                 starts.shape[0] - 1,
                 count,
@@ -172,31 +177,31 @@ class NativeEngine(NotCopied, OneCall):
     def _named(self, parts: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self._fields, parts, strict=True))
 
-    def _copy(self) -> None:
+    def _copy_to_huge_pages(self) -> None:
         sizes = ((m.kind, m.layout, m.outputs, m.inputs, m.group) for m in self._matrices)
         arena = Arena(sum(room(*size) for size in sizes))
         self._matrices = [arena.hold_packed(m) for m in self._matrices]
-        self._kernels = self._compiled()
+        self._kernels = self._make_kernels()
 
-    def _compiled(self) -> Any:
-        """The kernels, with the addresses of what this engine holds."""
+    def _make_kernels(self) -> Any:
+        """Make the C++ object that holds the addresses of this engine's tensors."""
         parts = self._vectors, self._matrices, self._instruction_set
         return _kernels(self.config, *parts)
 
     def _num_threads(self, products: int) -> int:
-        """As many as there are, but none for less work than it takes to wake it."""
+        """The number of threads for a pass, so that each has enough work to be worth waking."""
         most = self.threads or usable_threads()
         return max(1, min(most, products // _PRODUCTS_PER_THREAD))
 
 
 @functools.lru_cache(maxsize=64)
 def _equal_rows(batch: int, time: int) -> Tensor:
-    """Where rows of one length start, and the last one ends: [B + 1]."""
+    """The start of each of B rows of equal length, and the end of the last: [B + 1]."""
     return torch.arange(batch + 1) * time
 
 
 def supports(config: ModelConfig) -> bool:
-    """Whether there are kernels for this version of RWKV, built or not."""
+    """Whether this package has kernels for this version of RWKV, whether or not they were built."""
     return config.architecture.native_kernel is not None
 
 
@@ -204,7 +209,7 @@ def check_supported(config: ModelConfig) -> None:
     """ValueError if there are no kernels for this version of RWKV."""
     if not supports(config):
         raise ValueError(
-            f"the native kernels do not run RWKV-{config.version}; choose the backend torch"
+            f'the native kernels do not run RWKV-{config.version}; pass backend="torch"'
         )
 
 
@@ -214,7 +219,7 @@ def _empty_state(config: ModelConfig) -> State:
 
 
 def _padded_vectors(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """All vectors in the order of the kernels: float32, decays as logarithms, padded with zeros."""
+    """All vectors in the order of the kernels, padded with zeros; decays enter as logarithms."""
     version = config.architecture
     for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"):
         yield _padded(vectors[name])
@@ -232,7 +237,7 @@ def _padded(vector: Tensor) -> Tensor:
 def _kernels(
     config: ModelConfig, vectors: list[Tensor], matrices: list[Packed], instruction_set: str
 ) -> Any:
-    """The compiled object. It keeps addresses: whoever has it keeps the tensors."""
+    """Make the C++ object. It holds only addresses, so the caller must keep the tensors alive."""
     library = native.library()
     if library is None:
         raise ValueError(

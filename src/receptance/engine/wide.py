@@ -1,4 +1,4 @@
-"""Products of bfloat16 on CPUs that multiply float32 faster: the same layers, another kernel."""
+"""Faster products of bfloat16 for CPUs without instructions for them: computed in float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from receptance.model.parts import Linear
 
-# With fewer rows than this a product is bound by reading the weights, and narrow weights win.
+# With at most this many rows, reading the weights takes the time, and bfloat16 has fewer bytes.
 _FEW_ROWS = 8
-# Rows that are widened at a time: what is wide stays in the cache and is never much of the memory.
+# This many rows are widened to float32 at a time, so that they stay in the cache.
 _WIDE_ROWS = 512
 
 
@@ -21,13 +21,13 @@ _WIDE_ROWS = 512
 def cpu_multiplies_bfloat16() -> bool:
     """Whether torch's products of bfloat16 are faster than those of float32 on this CPU.
 
-    Without instructions for them they take 5 times as long. AVX512-BF16 alone is half as fast as
-    float32 on Intel's processors (measured on Emerald Rapids), and by the documentation twice as
-    fast on AMD's.
+    Without instructions for bfloat16 its products take 5 times as long. With AVX512-BF16 alone they
+    are half as fast as float32 on Intel's processors (measured on Emerald Rapids), and twice as
+    fast on AMD's according to AMD's documentation.
     """
     if torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"):
-        return True  # The processor is not an x86, and has more than the least.
-    # Releases of torch before this function have no public way to ask.
+        return True  # All other names belong to processors that are not x86.
+    # Older releases of torch have no public function that tells the capabilities.
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     on_amd = "AMD" in str(found.get("cpu_name"))
     return bool(found.get("amx_tile") or (found.get("avx512_bf16") and on_amd))
@@ -36,7 +36,8 @@ def cpu_multiplies_bfloat16() -> bool:
 def widen(model: nn.Module) -> None:
     """Let every `Linear` of a model multiply bfloat16 in the way that is fastest on this CPU.
 
-    Parameters, names and the results' type stay as they are; elsewhere nothing changes.
+    Parameters, their names and the type of results stay as they are, and so do products on other
+    devices.
     """
     if cpu_multiplies_bfloat16():
         return

@@ -1,7 +1,7 @@
 """Files of rwkv.cpp, versions 100 and 101: a header, then one tensor after another.
 
-The layout is that of docs/FILE_FORMAT.md of rwkv.cpp. Shapes are stored in reverse, `time_mix_*`
-as vectors, and in place of `time_decay` its -exp, which is what the recurrence uses.
+The layout is that of docs/FILE_FORMAT.md of rwkv.cpp. Shapes are stored in reverse, [1,1,C]
+as vectors, and in place of the parameter of a decay its -exp, which is what the recurrence uses.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _cut_short() -> NoReturn:
 
 
 def decay_parameter(stored: Tensor, what: str) -> Tensor:
-    """log(-stored), the parameter `time_decay` of a file's -exp of it: [C] -> [C] float32.
+    """log(-stored), the parameter of the decay of a file's -exp of it: [C] -> [C] float32.
 
     Near zero several parameters have the same exponential in float32. Most were narrow numbers
     once, so of those the narrowest is taken.

@@ -1,4 +1,4 @@
-"""The model, one module per RWKV version."""
+"""The model: what all versions of RWKV share, and one module for each version."""
 
 from receptance.model.rwkv import Model, starting_values
 

@@ -1,8 +1,9 @@
-"""What the rest of the package asks of a version of RWKV.
+"""`Architecture`, the interface between a version of RWKV and the rest of the package.
 
 A version is one module beside this one, v4.py for example. It holds the version's mathematics,
 `TimeMix` and `ChannelMix`, and an `Architecture` that answers every question about it: which
-parameters there are, what its state holds, how kernels want its weights. Nobody else knows these.
+parameters there are, what its state holds, how kernels want its weights. No other module knows
+these.
 """
 
 from __future__ import annotations
@@ -18,40 +19,40 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 Layout = Literal["tiles", "rows", "embedding"]
-"""How kernels want a matrix to lie in memory; see quantize.packing."""
+"""The order in which kernels want a matrix in memory (see quantize.packing)."""
 
 
 class Sizes(Protocol):
-    """What a version reads of a ModelConfig."""
+    """The fields of a ModelConfig that a version reads."""
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of token ids."""
         ...
 
     @property
     def width(self) -> int:
-        """C."""
+        """C, the number of channels."""
         ...
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """L, the number of blocks."""
         ...
 
     @property
     def ffn_width(self) -> int:
-        """F."""
+        """F, the hidden width of channel mixing."""
         ...
 
     @property
     def layer_norm_epsilon(self) -> float:
-        """Epsilon of the layer norms of the blocks."""
+        """The epsilon of the layer norms in the blocks."""
         ...
 
     @property
     def extras(self) -> Mapping[str, int]:
-        """Sizes that only this version has, by name."""
+        """The sizes that only this version has, by name."""
         ...
 
 
@@ -59,48 +60,49 @@ class Architecture(ABC):
     """A version of RWKV: an embedding, blocks of time mixing and channel mixing, a head.
 
     Names of parameters within a block are relative to it: "att.key.weight" is
-    "blocks.3.att.key.weight" in block 3. What a version does not have stays at the value here.
+    "blocks.3.att.key.weight" in block 3. A version overrides what it has; the defaults here mean
+    that it has none.
     """
 
     number: ClassVar[int]
-    """The version, as in `ModelConfig.version`."""
+    """The number of the version, as in `ModelConfig.version`."""
     time_mix: ClassVar[type[Any]]
-    """The module in attention's place: time_mix(sizes, layer).
+    """The class of time mixing, which replaces attention; it is made as time_mix(sizes, layer).
 
-    Called as (x [B,T,C], layer state, Reading, *handed) it returns (out [B,T,C], layer state,
-    *handed). What is handed on reaches the next block: nothing at all in most versions, the first
-    layer's value in RWKV-7.
+    The module takes (x [B,T,C], layer state, Reading, *handed) and returns (out [B,T,C], layer
+    state, *handed). The next block gets the tensors handed on: none in most versions, the value of
+    the first layer in RWKV-7.
     """
     channel_mix: ClassVar[type[Any]]
-    """The module in the feed-forward network's place: channel_mix(sizes, layer).
+    """The class of the feed-forward network; it is made as channel_mix(sizes, layer).
 
-    Called as (x [B,T,C], layer state, Reading) it returns (out [B,T,C], layer state).
+    The module takes (x [B,T,C], layer state, Reading) and returns (out [B,T,C], layer state).
     """
     layer_state: ClassVar[type[Any]]
-    """A NamedTuple with the parts of one layer's state, each [B,...]; see `empty_layer`."""
+    """The NamedTuple of the tensors in one layer's state, each [B,...]; see `empty_layer`."""
     matrices: ClassVar[Mapping[str, Layout]]
     """The matrices of a block that are packed and quantized, and the layout of each."""
     residual_outputs: ClassVar[tuple[str, ...]]
     """The matrices of a block whose products are added to the residual stream."""
     float32_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters of a block that are never narrower than float32."""
+    """The parameters of a block that are never narrower than float32."""
     static_decay: ClassVar[str | None] = None
-    """The parameter of a block that alone decides how fast its channels forget, if there is one."""
+    """The parameter of a block that alone sets the decay of its channels, if there is one."""
     native_kernel: ClassVar[str | None] = None
-    """The class in the native library that runs this version; None if there is none."""
+    """The name of the class in the native library that runs this version, if there is one."""
     native_vectors: ClassVar[tuple[str, ...]] = ()
-    """What that class reads of a block besides `matrices`, in its order."""
+    """The vectors of a block that the native class reads, in its order."""
     gpu_kernels: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
-    """What the Triton engine reads together, by the fields of engine.gpu_weights.GpuLayer."""
+    """The parameters in each field of engine.gpu_weights.GpuLayer; None without such kernels."""
 
     # ---- parameters ----------------------------------------------------------------------------
 
     @abstractmethod
     def block_shapes(self, sizes: Sizes, layer: int) -> dict[str, Shape]:
-        """Every parameter of a block's `att` and `ffn` by its name in the block."""
+        """The shape of every parameter of a block's `att` and `ffn`, by its name in the block."""
 
     def shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Every tensor of a model by official name, with its shape."""
+        """The shape of every tensor of a model, by official name."""
         vocab_size, width = sizes.vocab_size, sizes.width
         found: dict[str, Shape] = {"emb.weight": (vocab_size, width)}
         for norm in ("blocks.0.ln0", "ln_out"):
@@ -113,7 +115,7 @@ class Architecture(ABC):
         return found
 
     def layouts(self, sizes: Sizes) -> dict[str, Layout]:
-        """The matrices of a model that are packed and quantized, by official name."""
+        """The layout of every matrix that is packed and quantized, by official name."""
         found: dict[str, Layout] = {"emb.weight": "embedding", "head.weight": "tiles"}
         for layer in range(sizes.num_layers):
             for name, layout in self.matrices.items():
@@ -129,11 +131,11 @@ class Architecture(ABC):
         return self.static_decay is not None and name.endswith(f".{self.static_decay}")
 
     def log_decay(self, parameter: Tensor) -> Tensor:
-        """The (negative) logarithm of what a channel keeps per token, of `static_decay`."""
+        """The logarithm of the decay per token, never positive, of the parameter `static_decay`."""
         raise NotImplementedError(f"RWKV-{self.number} has no static decay")
 
     def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
-        """Whether weight decay acts on a parameter: on matrices."""
+        """Whether weight decay acts on a parameter, as it does on matrices."""
         return sum(size > 1 for size in shape) >= 2
 
     # ---- sizes ---------------------------------------------------------------------------------
@@ -143,17 +145,17 @@ class Architecture(ABC):
         return {}
 
     def default_ffn_width(self, width: int) -> int:
-        """F of a model whose configuration does not say."""
+        """F of a model whose configuration leaves it out."""
         return 4 * width
 
-    def check(self, sizes: Sizes) -> None:  # noqa: B027 most versions have nothing to add
+    def check(self, sizes: Sizes) -> None:  # noqa: B027 Most versions have nothing to check.
         """ValueError for sizes that this version cannot have."""
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """The fields of the ModelConfig whose tensors, by official name, have these shapes."""
         vocab_size, width = _matrix(shapes, "emb.weight", "(vocabulary, width)")
         ffn_width, _ = _matrix(shapes, "blocks.0.ffn.key.weight", "(feed-forward width, width)")
-        # Layers are counted, not read off the largest index: a file could name a block 10**12.
+        # The layers are counted: the largest index in a damaged file could be 10**12.
         layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
         return {
             "version": self.number,
@@ -168,7 +170,7 @@ class Architecture(ABC):
         return sum(map(math.prod, self.shapes(sizes).values()))
 
     def forward_flops_per_token(self, sizes: Sizes) -> int:
-        """Two for every weight of a matrix but the embedding, which is looked up."""
+        """Two operations per weight of a matrix, except for the embedding, which is looked up."""
         shapes = self.shapes(sizes)
         matrices = (
             math.prod(s) for name, s in shapes.items() if len(s) == 2 and name != _EMBEDDING
@@ -177,10 +179,10 @@ class Architecture(ABC):
 
     @abstractmethod
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
-        """Bytes that a block keeps of one position for its backward pass.
+        """The bytes that a block saves per position for its backward pass.
 
-        element_bytes is the size of an activation. inputs: whether the elementwise inputs of
-        matrices are kept as well, instead of being recomputed in the backward pass.
+        element_bytes is the size of one number of an activation. `inputs` tells whether the inputs
+        of matrices are saved as well, instead of being recomputed in the backward pass.
         """
 
     # ---- state ---------------------------------------------------------------------------------
@@ -193,17 +195,17 @@ class Architecture(ABC):
 
     @abstractmethod
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """The shape of each of a state's tensors behind [L,B]."""
+        """The sizes of the axes after [L,B], for each tensor of a state."""
 
     @abstractmethod
     def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> Any:
         """The `layer_state` of rows that have read nothing, on the device of `like`.
 
-        Parts that are activations have the dtype of `like`, the others float32 or wider.
+        Its activations have the dtype of `like`, its other tensors float32 or wider.
         """
 
     def empty_state(self, sizes: Sizes, batch: int, like: Tensor) -> dict[str, Tensor]:
-        """The same of all layers, by name: each [L,B,...]."""
+        """The tensors, by name, of a state that has read nothing: each [L,B,...]."""
         layer = self.empty_layer(sizes, batch, like)
         return {
             name: part.expand(sizes.num_layers, *part.shape)
@@ -211,22 +213,22 @@ class Architecture(ABC):
         }
 
     def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
-        """Starting values of what state tuning learns in place of the empty state: each [L,...].
+        """The starting values that state tuning learns from, by name: each [L,...].
 
-        strength is the logarithm of the weight that a learned key has against those of the text,
-        for versions whose state is normalized by the sum of these weights.
+        strength is the logarithm of a learned key's weight relative to the keys of the text. Only
+        versions that normalize their state by the sum of these weights use it.
         """
         like = torch.empty(0)
         return {n: x[:, 0].clone() for n, x in self.empty_state(sizes, 1, like).items()}
 
     def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The state [L,...] that learned values stand for, in the types of `empty_layer`."""
+        """Turn learned values into a state, in the dtypes of `empty_layer`: each tensor [L,...]."""
         return {name: x.to(like.dtype) for name, x in learned.items()}
 
     # ---- values for measurements ---------------------------------------------------------------
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-        """Values in the range of trained models for a parameter that is no matrix."""
+        """Random values in the range of trained models, for a parameter that is not a matrix."""
         center = 1.0 if name.endswith("weight") else 0.0
         return center + 0.1 * torch.randn(shape, generator=generator)
 

@@ -1,4 +1,4 @@
-"""What a model is: its version and sizes, and what they cost.
+"""`ModelConfig`: the version and the sizes of a model, and what they cost.
 
 Shapes everywhere in this package use one alphabet: B batch, T time, C channels (the model's width),
 L layers, V vocabulary, F feed-forward width.
@@ -18,7 +18,7 @@ from receptance.model.versions import architecture
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The sizes that decide a model's tensors. Checked here, once."""
+    """The version and sizes that determine a model's tensors; making one checks them."""
 
     vocab_size: int
     """V, the number of token ids; `emb` and `head` have this many rows."""
@@ -27,14 +27,14 @@ class ModelConfig:
     num_layers: int
     """L, the number of blocks."""
     version: int = 4
-    """The RWKV architecture."""
+    """The version of RWKV."""
     ffn_width: int = 0
     """F, the hidden width of channel mixing; 0 means the usual multiple of the width."""
     layer_norm_epsilon: float = 1e-5
-    """Epsilon of every layer norm but the last, which the official code leaves at 1e-5."""
+    """The epsilon of every layer norm but the last, which the official code leaves at 1e-5."""
     extras: dict[str, int] = field(default_factory=dict, hash=False)
-    """Sizes that only some versions have, such as ranks, by name; those left out are the usual
-    ones. Version 4 has none."""
+    """The sizes that only some versions have, such as ranks, by name; those left out get their
+    usual values. Version 4 has none."""
 
     def __post_init__(self) -> None:
         version = architecture(self.version)
@@ -51,9 +51,11 @@ class ModelConfig:
         version.check(self)
 
     def _all_extras(self) -> dict[str, int]:
-        """Those given, and the usual values of the others; ValueError if there is none so named."""
+        """The extras given, and the usual values of the others; ValueError for an unknown name."""
         if not isinstance(self.extras, dict):
-            raise ValueError(f"extras are a {type(self.extras).__name__}; wanted sizes by name")
+            raise ValueError(
+                f"extras is a {type(self.extras).__name__}; wanted a dict of sizes by name"
+            )
         usual = self.architecture.default_extras(self.width)
         for name, value in self.extras.items():
             if name not in usual:
@@ -64,30 +66,30 @@ class ModelConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """Everything that depends on the version."""
+        """The `Architecture` of the version, which answers all that depends on it."""
         return architecture(self.version)
 
     @cached_property
     def num_parameters(self) -> int:
-        """Exact count; of version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
+        """The exact count; for version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
         return self.architecture.num_parameters(self)
 
     @cached_property
     def forward_flops_per_token(self) -> int:
-        """Matrix multiplications only, the embedding look-up not counted.
+        """The operations of the matrix multiplications in a forward pass, per token.
 
-        Of version 4 with F = 4C it is 2(VD + 13D²L), the formula behind every entry of the
+        For version 4 with F = 4C that is 2(VD + 13D²L), the formula behind every entry of the
         paper's table 2.
         """
         return self.architecture.forward_flops_per_token(self)
 
     @property
     def training_flops_per_token(self) -> int:
-        """Forward and backward; the backward pass costs about twice the forward pass."""
+        """The operations of both passes; the backward pass costs about twice the forward pass."""
         return 3 * self.forward_flops_per_token
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON; without `extras` where the version has none."""
+        """The fields by name, ready for JSON; `extras` is left out if the version has none."""
         fields = dataclasses.asdict(self)
         return fields if self.extras else {n: x for n, x in fields.items() if n != "extras"}
 
@@ -95,7 +97,9 @@ class ModelConfig:
     def from_dict(cls, fields: Any) -> ModelConfig:
         """The inverse of to_dict; ValueError names fields that are missing or unknown."""
         if not isinstance(fields, dict):
-            raise ValueError(f"the sizes of the model are a {type(fields).__name__}, not named")
+            raise ValueError(
+                f"the model's sizes are a {type(fields).__name__}; wanted a dict of sizes by name"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise ValueError(

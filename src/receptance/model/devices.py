@@ -1,17 +1,17 @@
-"""Where to compute."""
+"""The names of devices."""
 
 from __future__ import annotations
 
 import torch
 
 AUTO = "auto"
-"""A GPU where torch can use one, otherwise the CPU."""
+"""The name that stands for a GPU where torch can use one, and otherwise for the CPU."""
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
     """The device of that name, or the one that "auto" stands for.
 
-    ValueError if nothing can be computed there.
+    ValueError if torch cannot compute on it.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == AUTO else device
     try:
@@ -23,7 +23,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 
 def described(device: torch.device) -> str:
-    """A device in words, as "cpu (2 threads)" or "cuda:0 (NVIDIA H200)"."""
+    """A device in words, such as "cpu (2 threads)" or "cuda:0 (NVIDIA H200)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":

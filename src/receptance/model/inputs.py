@@ -1,4 +1,4 @@
-"""What a model accepts: checked in one place for every engine."""
+"""The checks of a call's arguments, which all engines share."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def check_inputs(
     ):
         raise ValueError(
             f"lengths are {lengths.dtype} {list(lengths.shape)}; tokens {list(tokens.shape)} "
-            "want one integer a row"
+            "want one integer per row"
         )
     if resets is not None and (resets.shape != tokens.shape or resets.dtype != torch.bool):
         raise ValueError(
             f"resets are {resets.dtype} {list(resets.shape)}; tokens {list(tokens.shape)} "
             "want one bool each"
         )
-    # On other devices a look at the ids would wait, and a compiled graph has none to look at.
+    # Reading values would synchronize with another device, and a compiled graph has no values yet.
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_values(config, tokens, lengths)
 
@@ -67,7 +67,7 @@ def check_ids(tokens: Tensor, known: int) -> None:
 
 
 def _check_state(config: ModelConfig, tokens: Tensor, state: State) -> None:
-    """Every tensor of it: kernels believe whatever they are told."""
+    """ValueError if a tensor does not fit: kernels would read past the end of its memory."""
     for name, shape in config.architecture.state_shapes(config).items():
         part = state.tensors.get(name)
         wanted = (config.num_layers, tokens.shape[0], *shape)
@@ -76,10 +76,10 @@ def _check_state(config: ModelConfig, tokens: Tensor, state: State) -> None:
 
 
 def _misfit(tokens: Tensor, name: str, part: Tensor | None, wanted: tuple[int, ...]) -> str:
-    """What is wrong with a tensor of a state."""
+    """The message about a tensor of a state that does not fit."""
     if part is None or part.dim() != len(wanted):
         found = "none" if part is None else list(part.shape)
-        return f"{name} of the state is {found}; wanted {list(wanted)}, so it is damaged"
+        return f"{name} of the state is {found}; wanted {list(wanted)}, so the state is damaged"
     layers, batch, *shape = part.shape
     if (layers, *shape) != (wanted[0], *wanted[2:]):
         return (

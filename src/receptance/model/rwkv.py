@@ -1,8 +1,8 @@
 """The model: embed -> blocks -> head, with one call for both forms.
 
-`model(tokens)` over a whole text is the parallel form; `model(token, state)` one token at a time
-is the recurrent form. They are the same function: cutting a sequence anywhere, batching it with
-anything, padding or packing it changes nothing.
+`model(tokens)` over a whole text is the parallel form; `model(token, state)` for one token at a
+time is the recurrent form. They are the same function: cutting a sequence anywhere, batching it
+with anything, padding or packing it changes no result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from receptance.model.modes import evaluating
 from receptance.model.parts import LayerNorm, Linear, Reading
 from receptance.state import State
 
-# The official code leaves the last layer norm at torch's default.
+# The official code leaves the last layer norm at the default epsilon of torch.
 FINAL_EPSILON = 1e-5
 _HEAD_SCALE = 0.5
 _FINGERPRINT_SAMPLES = 4096
@@ -34,13 +34,13 @@ _FINGERPRINT_SAMPLES = 4096
 class Block(nn.Module):
     """x + time mixing, then x + channel mixing, each after its own layer norm.
 
-    The first block has one more, on the embedding.
+    The first block also has a layer norm on the embedding.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        # A bool and not the layer's number: an int that differs from block to block makes
-        # torch.compile specialize on it and compile every block again.
+        # This is a bool and not the layer's number: an int attribute that differs from block to
+        # block makes torch.compile specialize on it and compile every block again.
         self.first = layer == 0
         if self.first:
             self.ln0 = LayerNorm(config.width, config.layer_norm_epsilon)
@@ -53,7 +53,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: Any, reading: Reading, dropout: float, *handed: Tensor
     ) -> tuple[Any, ...]:
-        """[B,T,C] -> [B,T,C], the layer's state after it, and what goes on to the next block."""
+        """[B,T,C] -> [B,T,C], the layer's next state, and the tensors handed to the next block."""
         if self.first:
             x = self.ln0(x)
         mixed, state, *handed_on = self.att(self.ln1(x), state, reading, *handed)
@@ -62,8 +62,8 @@ class Block(nn.Module):
         return F.dropout(x + mixed, dropout, self.training), state, *handed_on
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
-        # bfloat16 rounds a decay of 0.999 to 1, and the state would never forget: whatever the
-        # model is cast to, some parameters move to its device but are never narrower than float32.
+        # torch calls this to cast or move a module. bfloat16 would round a decay of 0.999 to 1, and
+        # the state would never forget; so some parameters move but are never cast below float32.
         kept = {name: self.get_parameter(name).detach() for name in self._float32}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -76,10 +76,10 @@ class Block(nn.Module):
 def starting_values(
     config: ModelConfig, *, seed: int = 0, embedding_bound: float = 1e-4
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name and starting value (RWKV-v4neo), on the CPU, one block at a time.
+    """Yield every parameter's name and starting value (RWKV-v4neo), on the CPU, block by block.
 
-    embedding_bound is the first learning rate of the official code. A tiny embedding changes its
-    direction in few steps, and ln0 amplifies it.
+    The embedding is uniform within embedding_bound, which is the first learning rate in the
+    official code: a tiny embedding changes its direction in few steps, and ln0 amplifies it.
     """
     generator = torch.Generator().manual_seed(seed)
     embedding = torch.empty(config.vocab_size, config.width)
@@ -98,18 +98,17 @@ def starting_values(
 
 
 class Model(nn.Module):
-    """An RWKV language model; parameters carry the names of the official files.
+    """An RWKV language model; its parameters have the names of the official files.
 
-    A new model has the official starting values, drawn from `seed`; `embedding_bound` is the
-    official first learning rate (see starting_values). `dropout` acts in training mode only: after
-    the embedding and on both sums of every block, as in RWKV-LM. The attribute `backend` names a
-    kernel of the recurrence (see ops.available_backends), None takes the fastest; with `recompute`
-    the backward pass computes each block a second time instead of keeping what is inside it.
-    `origin` is the fingerprint of the model that the weights were quantized from, if its states are
-    to go on here.
+    A new model has the official starting values, drawn from `seed` and `embedding_bound` (see
+    starting_values). `dropout` acts in training mode only: after the embedding and on both sums of
+    every block, as in RWKV-LM. The attribute `backend` names a kernel of the recurrence (see
+    ops.available_backends); None takes the fastest. With the attribute `recompute` the backward
+    pass recomputes the activations inside each block instead of saving them. The attribute `origin`
+    is the fingerprint of the model that the weights were quantized from: its states fit this one.
     """
 
-    batch_invariant = False  # torch sums in another order when a batch has another shape
+    batch_invariant = False  # torch sums in another order when a batch has another shape.
 
     def __init__(
         self,
@@ -146,7 +145,7 @@ class Model(nn.Module):
 
     @property
     def backend(self) -> str | None:
-        """The kernel of the recurrence that all blocks use; None for the fastest."""
+        """The kernel of the recurrence that all blocks use; None takes the fastest."""
         return cast(str | None, self._blocks[0].att.backend)
 
     @backend.setter
@@ -156,7 +155,7 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.emb.weight.device
 
     @classmethod
@@ -168,9 +167,9 @@ class Model(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Model:
-        """A model around existing tensors under their official names, in evaluation mode.
+        """Make a model, in evaluation mode, of existing tensors under their official names.
 
-        dtype None keeps the dtype of the embedding for all; decays are never narrower than
+        With dtype None all tensors get the dtype of the embedding; decays are never narrower than
         float32. ValueError names tensors that are missing, unexpected or of the wrong shape.
         """
         with torch.device("meta"):
@@ -196,7 +195,7 @@ class Model(nn.Module):
         return model.eval()
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Multipliers of the learning rate that differ from 1, by parameter name."""
+        """The factors of the learning rate that differ from 1, by parameter name."""
         return {
             f"blocks.{i}.{part}.{name}": scale
             for i, block in enumerate(self._blocks)
@@ -219,13 +218,13 @@ class Model(nn.Module):
         resets: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, State]:
-        """Logits for the token after each position: [B,T] -> [B,T,V], and the state.
+        """Logits for the token after each position, [B,T] -> [B,T,V], and the next state.
 
-        state is what an earlier call returned, None for rows that have read nothing.
-        lengths [B], each in 0..T, says how many tokens of a row are real: the state is the one
-        after those, and logits beyond them mean nothing. resets [B,T] bool starts a row afresh
+        state is the one that an earlier call returned; None means rows that have read nothing.
+        lengths [B], each in 0..T, is the number of real tokens in each row: the state returned has
+        read only those, and logits beyond them mean nothing. resets [B,T] bool starts a row afresh
         at every true position, so that packed documents do not see each other.
-        dtype is that of activations (None: that of the parameters).
+        dtype is the type of activations (None: that of the parameters).
         """
         x, state = self.features(tokens, state, lengths=lengths, resets=resets, dtype=dtype)
         return self.head(x), state
@@ -239,9 +238,9 @@ class Model(nn.Module):
         resets: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, State]:
-        """The same without the head: [B,T] -> [B,T,C], and the state.
+        """Features for the head, [B,T] -> [B,T,C], and the next state; arguments as in `forward`.
 
-        Prefill scores one position of it, training computes the loss piece by piece.
+        Prefill needs logits of one position only, and training computes the loss in pieces.
         """
         dtype = dtype or self.emb.weight.dtype
         check_inputs(self.config, tokens, state, lengths, resets)
@@ -265,21 +264,21 @@ class Model(nn.Module):
         return self.ln_out(x), State(tensors, state.tokens + read)
 
     def fingerprint(self) -> str:
-        """Whose states these are: see the function `fingerprint`."""
+        """Identify the model that states belong to (see the function `fingerprint`)."""
         return self.origin or fingerprint(self.config, self.state_dict())
 
     @property
     def weight_bytes(self) -> int:
-        """The memory of all weights."""
+        """The bytes of all weights."""
         return sum(x.nbytes for x in self.parameters())
 
     @property
     def bytes_per_token(self) -> int:
-        """The bytes of weights that a step over one row reads: all but the embedding."""
+        """The bytes of weights that one token of one row reads: all but the embedding."""
         return self.weight_bytes - self.emb.weight.nbytes
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A block without dropout; every module is in its own mode again after it."""
+        """Switch dropout off inside a `with` block; then every module gets its own mode back."""
         return evaluating(self)
 
     def save_state(self, state: State, path: str | Path) -> None:
@@ -292,7 +291,7 @@ class Model(nn.Module):
 
 
 def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of the sizes and a sample of every tensor, the same in float32 and bfloat16."""
+    """The sha256 of the sizes and of a sample of every tensor, equal in float32 and bfloat16."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         stride = max(1, tensor.numel() // _FINGERPRINT_SAMPLES)
@@ -303,5 +302,5 @@ def fingerprint(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _squeezed_alike(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes differ by axes of size 1 at most."""
+    """Whether two shapes are equal without their axes of size 1."""
     return [n for n in one if n != 1] == [n for n in other if n != 1]

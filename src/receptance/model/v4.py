@@ -1,11 +1,11 @@
-"""RWKV-4 (arXiv 2305.13048): time mixing, channel mixing, their starting values.
+"""RWKV-4 (arXiv 2305.13048): time mixing, channel mixing and their starting values.
 
     r, k, v = W_r mix_r(x), W_k mix_k(x), W_v mix_v(x)          equations 11 to 13
     o = W_o (sigmoid(r) * wkv(w, u, k, v))                      equations 16, 17
     o' = sigmoid(W'_r mix'_r(x)) * (W'_v relu(W'_k mix'_k(x))^2)  equations 14, 15, 18
 
-Starting values are those of BlinkDL/RWKV-LM (RWKV-v4neo), which the appendix of the paper prints
-differently: its zero key matrix would leave channel mixing without a gradient for ever.
+Starting values are those of BlinkDL/RWKV-LM (RWKV-v4neo). The appendix of the paper prints others,
+whose zero key matrix would leave channel mixing without a gradient for ever.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from receptance.ops import WKVState, wkv4
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers of each row: five vectors of C numbers."""
+    """The state of one layer: five vectors of C numbers for each row."""
 
-    time_shift: Tensor  # [B,C] last input of time mixing
-    channel_shift: Tensor  # [B,C] last input of channel mixing
-    numerator: Tensor  # [B,C] these three float32 whatever the model's dtype: ops.WKVState
+    time_shift: Tensor  # [B,C], the last input of time mixing
+    channel_shift: Tensor  # [B,C], the last input of channel mixing
+    # The WKVState (see ops) is float32 in every dtype of the model: three tensors [B,C].
+    numerator: Tensor
     denominator: Tensor
     exponent: Tensor
 
     @property
     def wkv(self) -> WKVState:
-        """The part that the recurrence reads and writes."""
+        """The three tensors that the recurrence reads and writes."""
         return WKVState(self.numerator, self.denominator, self.exponent)
 
 
 class TimeMix(nn.Module):
-    """Attention's place: a decaying average of values, weighted by keys, gated by receptance."""
+    """Time mixing: a decaying average of values, weighted by keys and gated by receptance."""
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class TimeMix(nn.Module):
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
+        """[B,T,C] -> [B,T,C], and the layer's next state."""
         previous, last = token_shift(x, state.time_shift, reading)
         r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 11
         k = self.key(mix(x, previous, self.time_mix_k))  # equation 12
@@ -76,7 +77,7 @@ class TimeMix(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Starting values, orthogonal draws from the generator."""
+        """Set the starting values, drawing the orthogonal matrix from the generator."""
         early, late = _depth_fractions(*self.depth)
         width = self.time_decay.numel()
         channel = torch.arange(width, dtype=torch.float64)
@@ -92,12 +93,12 @@ class TimeMix(nn.Module):
             nn.init.zeros_(matrix.weight)
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Multipliers that differ from 1 (RWKV-v4neo, layerwise_lr)."""
+        """The learning-rate factors that differ from 1 (RWKV-v4neo, layerwise_lr)."""
         return {"time_decay": 2.0, "time_first": 3.0}
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward network: squared relu, gated by receptance."""
+    """Channel mixing: a feed-forward network with squared relu, gated by receptance."""
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(hidden, width)
 
     def forward(self, x: Tensor, state: LayerState, reading: Reading) -> tuple[Tensor, LayerState]:
-        """[B,T,C] -> [B,T,C], and the state after it."""
+        """[B,T,C] -> [B,T,C], and the layer's next state."""
         previous, last = token_shift(x, state.channel_shift, reading)
         r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 14
         k = self.key(mix(x, previous, self.time_mix_k))  # equation 15
@@ -119,7 +120,7 @@ class ChannelMix(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Starting values, orthogonal draws from the generator."""
+        """Set the starting values, drawing the orthogonal matrix from the generator."""
         early, _ = _depth_fractions(*self.depth)
         width = self.time_mix_k.shape[-1]
         share = torch.arange(width, dtype=torch.float64) / width
@@ -130,32 +131,32 @@ class ChannelMix(nn.Module):
             nn.init.zeros_(matrix.weight)
 
     def learning_rate_scales(self) -> dict[str, float]:
-        """Multipliers that differ from 1: none."""
+        """The learning-rate factors that differ from 1, of which there are none."""
         return {}
 
 
 def log_decay(time_decay: Tensor) -> Tensor:
-    """The logarithm w of what a channel keeps per token, from its parameter; never positive."""
+    """The w of equation 16: the logarithm of the decay per token, never positive."""
     return -time_decay.exp()
 
 
 def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
-    """1 at the first layer and near 0 at the last; 0 at the first layer and 1 at the last."""
+    """Two measures of a layer's depth: one falls from 1 to about 0, one rises from 0 to 1."""
     return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
 
 
-# ---- what others ask ----------------------------------------------------------------------------
+# ---- the architecture ---------------------------------------------------------------------------
 
 
 class RWKV4(Architecture):
-    """The answers of version 4."""
+    """Version 4 as the rest of the package sees it."""
 
     number = 4
     time_mix, channel_mix, layer_state = TimeMix, ChannelMix, LayerState
-    matrices = {  # noqa: RUF012 nobody changes it
+    matrices = {  # noqa: RUF012 The dict is never changed.
         **dict.fromkeys(("att.key", "att.value", "att.receptance", "att.output"), "tiles"),
         **dict.fromkeys(("ffn.key", "ffn.receptance"), "tiles"),
-        "ffn.value": "rows",  # Most of its inputs are zero, and rows let kernels skip them.
+        "ffn.value": "rows",  # Most of its inputs are zero; with rows kernels skip their weights.
     }
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_first")
@@ -165,7 +166,7 @@ class RWKV4(Architecture):
         *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
         *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
     )
-    gpu_kernels = {  # noqa: RUF012
+    gpu_kernels = {  # noqa: RUF012 The dict is never changed.
         "att_shares": ("att.time_mix_k", "att.time_mix_v", "att.time_mix_r"),
         "projections": ("att.key", "att.value", "att.receptance"),
         "log_decay": ("att.time_decay",),
@@ -177,7 +178,7 @@ class RWKV4(Architecture):
     }
 
     def block_shapes(self, sizes: Sizes, layer: int) -> dict[str, Shape]:
-        """Shapes as in RWKV-LM, RWKV-v4neo/src/model.py."""
+        """The shapes of RWKV-v4neo/src/model.py in RWKV-LM."""
         width, hidden = sizes.width, sizes.ffn_width
         return {
             **dict.fromkeys(("att.time_decay", "att.time_first"), (width,)),
@@ -190,14 +191,16 @@ class RWKV4(Architecture):
         }
 
     def log_decay(self, parameter: Tensor) -> Tensor:
-        """w of equation 16."""
+        """The w of equation 16."""
         return log_decay(parameter)
 
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
-        """Time mixing keeps 6 vectors of C: the inputs of its layer norm and of the token shift,
-        gate, key, value, average; channel mixing 4 and one of its hidden width F. With inputs,
-        what the matrices multiply and the shifted inputs are kept as well. WKV adds three vectors
-        of C in float32 for every 16 positions.
+        """The bytes that a block saves per position, counted by vectors.
+
+        Time mixing saves 6 vectors of C: the inputs of its layer norm and of the token shift, gate,
+        key, value and average. Channel mixing saves 4, and one of its hidden width F. With `inputs`
+        the shifted inputs and the inputs of matrices are saved as well. WKV adds three vectors of C
+        in float32 for every 16 positions.
         """
         vectors = 10 * sizes.width + sizes.ffn_width
         if inputs:
@@ -205,32 +208,31 @@ class RWKV4(Architecture):
         return element_bytes * vectors + 3 * 4 * sizes.width / 16
 
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Five vectors of C."""
+        """The state is five vectors of C."""
         return dict.fromkeys(LayerState._fields, (sizes.width,))
 
     def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
-        """Zero shifts in the dtype of `like`, and the empty WKVState."""
+        """The shifts are zero, in the dtype of `like`, and the WKVState is empty."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
         wkv = WKVState.empty(batch, sizes.width, device=like.device, dtype=dtype)
         return LayerState(shift, shift, *wkv)
 
     def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
-        """Both shifts, and the value and key of one token that seems to have been read: [L,C].
+        """Both shifts, and value and key of an imagined token that was read: [L,C] each.
 
-        The weighted average of that token alone is its value, and every state with a positive
-        denominator is that of some value and key.
+        Every state with a positive denominator is the one after some such token.
         """
         zeros = torch.zeros(sizes.num_layers, sizes.width)
         learned = {name: zeros.clone() for name in ("time_shift", "channel_shift", "value")}
         return learned | {"key": torch.full_like(zeros, strength)}
 
     def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """numerator e^key value, denominator e^key."""
+        """The state after the imagined token: numerator e^key value, denominator e^key."""
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = learned["key"]
-        # The exponent has no gradient anywhere, it cancels (ops.reference); so the key acts
-        # through a factor that is always 1.
+        # The exponent has no gradient, because it cancels (see ops.reference). The key gets its
+        # gradient through a factor that is always 1.
         weight = (key - key.detach()).exp()
         return {
             "time_shift": learned["time_shift"].to(like.dtype),
@@ -241,7 +243,7 @@ class RWKV4(Architecture):
         }
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-        """The ranges of TimeMix.initialize."""
+        """Random values in the ranges of TimeMix.initialize."""
         line = torch.linspace(0, 1, shape[-1]).expand(shape)
         noise = torch.randn(shape, generator=generator)
         if name.endswith("time_decay"):

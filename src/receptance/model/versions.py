@@ -1,4 +1,4 @@
-"""The versions of RWKV that there are."""
+"""The table of the versions of RWKV that this release can build."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ VERSIONS: dict[int, Architecture] = {4: RWKV4()}
 
 
 def architecture(version: int) -> Architecture:
-    """The version of that number; ValueError lists those there are."""
-    if version not in tuple(VERSIONS):  # a tuple, because what is asked for may be unhashable
+    """The architecture of a version, by number; ValueError lists the known versions."""
+    if version not in tuple(VERSIONS):  # This is a tuple, because `version` may be unhashable.
         known = ", ".join(map(str, VERSIONS))
         raise ValueError(
             f"RWKV version {reprlib.repr(version)} is not supported; "

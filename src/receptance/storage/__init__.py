@@ -1,12 +1,12 @@
-"""Directories that lose nothing: written whole, sealed with digests, opened with proof.
+"""Directories that lose nothing: they are written whole, sealed with digests and verified.
 
 The modules, in reading order:
 
     manifest     name, length and digest of every file in a directory
     directories  directories that are whole or absent, and the checkpoints of a run
-    lock         who may write into the folder of a run
-    opening      what lies at a path, looked at once
-    pairing      which tokenizer belongs to which weights
-    quantized    what lies on disk of a quantized model
+    lock         the lock that lets one process write into the folder of a run
+    opening      the kind of a file or directory, told before it is read
+    pairing      the check that a tokenizer belongs to its weights
+    quantized    a quantized model on disk
     checkpoint   a model and its tokenizer on disk, and `load`
 """

@@ -1,6 +1,6 @@
-"""Models and their tokenizers on disk, and `load`, which opens every format there is a reader for.
+"""Models and their tokenizers on disk, and `load`, which opens every format that has a reader.
 
-How a directory becomes one that loses nothing is told in directories.py and manifest.py.
+directories.py and manifest.py tell how a directory is written so that it loses nothing.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def write_description(config: ModelConfig, directory: Path, tokenizer: Tokenizer
 
 
 def read_description(opened: Opened) -> tuple[ModelConfig, Tokenizer | None]:
-    """What `write_description` wrote."""
+    """Read what `write_description` wrote; ValueError if the directory holds no model."""
     if opened.kind != "checkpoint":
-        raise ValueError(f"{opened.path} holds no model of ours")
+        raise ValueError(f"{opened.path} is no checkpoint that receptance wrote; name one that is")
     opened.check_version()
     config = ModelConfig.from_dict(opened.fields.get("model"))
     return config, tokenizer_in(opened.path, opened.fields.get("tokenizer"))
@@ -71,10 +71,10 @@ def write_tensors(
     shards: int = 1,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
-    """Write tensors as STEM.safetensors, or as one of several shards of it; the file's name.
+    """Write tensors as STEM.safetensors, or as one of its shards, and return the file's name.
 
-    Shards are counted from 0; after all of them somebody calls `write_index`. Metadata goes into
-    the file's header.
+    Shards are counted from 0; the caller calls `write_index` after the last of them. The metadata
+    goes into the file's header.
     """
     from safetensors.torch import save_file
 
@@ -86,7 +86,7 @@ def write_tensors(
 
 
 def write_index(directory: Path, stem: str, shards: Iterable[str]) -> str:
-    """Write which shard holds which tensor, as transformers does; the file's name."""
+    """Write an index of which shard holds which tensor, as transformers does; return its name."""
     held = {shard: formats.read_safetensors(directory / shard) for shard in sorted(shards)}
     size = sum(x.nbytes for part in held.values() for x in part.values())
     files = {name: shard for shard, tensors in held.items() for name in tensors}
@@ -94,9 +94,9 @@ def write_index(directory: Path, stem: str, shards: Iterable[str]) -> str:
 
 
 def read_tensors(directory: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of STEM.safetensors or of its shards; they stay mapped, nothing is copied.
+    """Map the tensors of STEM.safetensors, or of its shards, without copying them.
 
-    Whoever calls this has verified the directory. ValueError if they are not there.
+    The caller must have verified the directory. ValueError if there is no such file.
     """
     index = directory / f"{stem}.safetensors.index.json"
     if not index.is_file():
@@ -112,15 +112,15 @@ def load(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> tuple[Model, Tokenizer | None]:
-    """A model, ready to run, and its tokenizer, from a path or a hub id.
+    """Load a model, ready to run, and its tokenizer from a path or a hub id.
 
-    Reads a directory of ours or the run folder of a training (its newest whole checkpoint; a
-    warning says why newer ones were passed over), an official .pth, a Hugging Face directory, or
-    an id such as "hf:RWKV/rwkv-4-169m-pile".
+    The path is a directory that this package wrote, the folder of a training run (its newest whole
+    checkpoint is read; a warning says why newer ones were passed over), an official .pth or a
+    Hugging Face directory; a hub id looks like "hf:RWKV/rwkv-4-169m-pile".
     tokenizer (a file, a directory, "bytes" or an object) overrides the one found beside the
-    weights; a directory of ours accepts no other than its own. None comes back where there is
-    none. dtype None keeps that of the file, but widens float16, in which RWKV-4 overflows, to
-    float32. device "auto" is a GPU where there is one.
+    weights, but a directory that this package wrote accepts only its own. The tokenizer returned
+    is None if there is none. dtype None keeps the type in the file, except that float16, in which
+    RWKV-4 overflows, becomes float32. device "auto" is a GPU where there is one.
     ValueError says in one line what is wrong.
     """
     device = resolve_device(device)
@@ -134,7 +134,7 @@ def as_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """A model of tensors as they were stored; dtype None as for `load`."""
+    """Make a model of tensors as they were stored; dtype means what it means for `load`."""
     if dtype is None and tensors["emb.weight"].dtype == torch.float16:
         dtype = torch.float32
     return Model.from_tensors(config, tensors, device=device, dtype=dtype)
@@ -146,9 +146,9 @@ def read_model(
     tokenizer: str | Path | Tokenizer | None = None,
     revision: str | None = None,
 ) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
-    """Sizes, tensors as they are stored (mapped where that can be) and tokenizer, as for `load`.
+    """Read a model's sizes, its tensors as they are stored and its tokenizer (see `load`).
 
-    What `receptance quantize` wrote comes as float32.
+    Tensors stay mapped where the format permits. Quantized weights are dequantized to float32.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
@@ -158,14 +158,14 @@ def read_model(
 def read_opened(
     opened: Opened, source: str | Path, tokenizer: Tokenizer | None, revision: str | None = None
 ) -> tuple[ModelConfig, dict[str, Tensor], Tokenizer | None]:
-    """The same of what `open_path` found at the source."""
+    """Do what `read_model` does, for what `open_path` found at the source."""
     path = opened.path
     if opened.sealed:
         formats.check_local(path, revision)
     if opened.kind == "adapter":
         raise ValueError(
-            f"{path} holds an adapter; name the model that it was trained on, and this one as its "
-            "adapter"
+            f"{path} holds an adapter and no model; name the model that it was trained on, and "
+            "this directory as its adapter"
         )
     if opened.kind == "quantized":
         quantized = open_quantized(opened)
@@ -185,7 +185,7 @@ def read_opened(
 
 
 def _belonging(path: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors; ValueError unless they have these sizes, before a model is made that has."""
+    """Return the tensors; ValueError, before a model is made, unless they have these sizes."""
     try:
         return conform(tensors, path, config)[1]
     except ValueError as error:

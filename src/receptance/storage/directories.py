@@ -1,7 +1,7 @@
-"""Directories that are whole or absent: written beside their name, sealed, and renamed.
+"""Directories that are whole or absent: they are written under a hidden name and then renamed.
 
-Every file is forced to disk and read back from there; the manifest comes last; only then does the
-directory get its name, and only then may an older one go.
+Every file is forced to disk and read back from there, and the manifest is written last. Only then
+does the directory get its name, and only then is the one that it replaces removed.
 """
 
 from __future__ import annotations
@@ -37,16 +37,15 @@ LEAST_KEPT = 2
 # The file in a run's checkpoint that holds the step, the options and the corpus.
 ABOUT = "training.json"
 _STEP = re.compile(r"step-(\d+)")
-# Ending of the mark beside a checkpoint that somebody outside its run needs.
+# The suffix of the mark beside a checkpoint that is needed outside its run.
 _PIN = ".pinned"
 
 
 def write_directory(path: str | Path, write: Callable[[Path], object]) -> None:
     """Make a directory appear at path, whole, with the files that `write` puts into it.
 
-    A checkpoint that was there is replaced after the new one has been read back from disk;
-    anything else is never replaced. ValueError when it cannot be written; then what was there is
-    untouched.
+    A checkpoint at path is replaced after the new one has been read back from disk; anything else
+    is never replaced. ValueError if the directory cannot be written; then path is untouched.
     """
     draft = Draft.begin(path)
     try:
@@ -61,15 +60,15 @@ def write_directory(path: str | Path, write: Callable[[Path], object]) -> None:
 class Draft:
     """A directory that is being written, by one process or by several together.
 
-    One process calls `begin` and tells the others what it got. Each writes files of its own into
-    the folder and seals them; the first one collects what `seal` returned everywhere and calls
-    `finish`, or `discard` if any of them failed.
+    One process calls `begin` and sends the draft to the others. Each process writes files of its
+    own into the folder and seals them. The first process collects what `seal` returned in all of
+    them and calls `finish`, or `discard` if any process failed.
     """
 
     path: Path
-    """The name that the finished directory gets."""
+    """The path that the finished directory gets."""
     folder: Path
-    """The hidden folder beside it in which the files are written."""
+    """The hidden folder beside `path` in which the files are written."""
 
     @staticmethod
     def begin(path: str | Path) -> Draft:
@@ -92,7 +91,7 @@ class Draft:
         return Draft(path, folder)
 
     def seal(self, names: Iterable[str] | None = None) -> Entries:
-        """Force files (None: all of them) to disk and read them back; their manifest entries."""
+        """Force files (None: all) to disk, read them back and return their manifest entries."""
         with one_line(self.path):
             names = plain_files(self.folder) if names is None else names
             return {name: seal_file(self.folder / name) for name in names}
@@ -100,7 +99,7 @@ class Draft:
     def finish(self, entries: Entries) -> None:
         """Write the manifest of all sealed files and give the directory its name.
 
-        ValueError if one of them is missing or nobody sealed it; then path is untouched.
+        ValueError if a file is missing or was not sealed; then path is untouched.
         """
         with one_line(self.path):
             check_listing(self.folder, entries)
@@ -109,7 +108,7 @@ class Draft:
             _replace(self.folder, self.path)
 
     def discard(self) -> None:
-        """Remove the hidden folder; after `finish` there is none, and nothing happens."""
+        """Remove the hidden folder, if `finish` has not renamed it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -123,14 +122,14 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """ValueError if something is at path that may be anything but a checkpoint of ours."""
+    """ValueError if anything but a checkpoint of this package or an empty folder is at path."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     try:
         known = {MANIFEST, *read_manifest(path)}
     except (OSError, ValueError):
         if path.is_dir() and _STEP.fullmatch(path.name):
-            return  # It is a damaged checkpoint of a run, which has reached that step again.
+            return  # A run that reaches a step again replaces a damaged checkpoint of that step.
         raise ValueError(
             f"cannot write {path}: what is there is not a checkpoint; choose another name"
         ) from None
@@ -149,13 +148,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A new hidden name for a directory in work, which tells which process made it."""
+    """A new hidden name beside path, which holds the host and the process that made it."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     return path.with_name(f".{path.name}.{owner}.partial")
 
 
 def _is_abandoned(partial: Path) -> bool:
-    """Whether the process that this folder is named after is known to be gone."""
+    """Whether the process in the name of a hidden folder has certainly ended."""
     host, _, process = partial.name.rpartition("-")[0].rpartition("-")
     if not host.endswith(f".{socket.gethostname()}") or not process.isdecimal():
         return False
@@ -163,13 +162,13 @@ def _is_abandoned(partial: Path) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # The process is alive and belongs to another user.
+    except OSError:  # The process runs as another user.
         return False
     return False
 
 
 def _replace(folder: Path, path: Path) -> None:
-    """Rename the folder to path. A directory that was there is set aside first, then removed."""
+    """Rename the folder to path; a directory there is first set aside and then removed."""
     old = _old(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -188,25 +187,25 @@ def _old(path: Path) -> Path:
 
 
 def _restore(path: Path) -> None:
-    """Give a checkpoint its name back if the one that was to replace it never came."""
+    """Give a checkpoint its name back if a killed process set it aside and did not replace it."""
     if not path.exists() and _old(path).is_dir():
         os.rename(_old(path), path)
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ~ replaced by the user's home; ~name of an unknown user stays as it is."""
+    """The path with ~ replaced by the user's home; ~NAME of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))
 
 
 def existing(path: str | Path) -> Path:
-    """The path, or that of the old directory if a process was killed while replacing it."""
+    """The path, or the directory set aside for it if a process was killed while replacing it."""
     path = expanded(path)
     with _reading(path):
         return _old(path) if not path.exists() and _old(path).is_dir() else path
 
 
 def remove(directory: Path) -> None:
-    """Rename a directory, then remove it, so that nobody finds half of it under its own name."""
+    """Rename a directory, then remove it, so that its name never holds half of it."""
     rubbish = _beside(directory)
     with suppress(OSError):
         os.rename(directory, rubbish)
@@ -217,7 +216,7 @@ def remove(directory: Path) -> None:
 
 
 def is_step(path: Path) -> bool:
-    """Whether a checkpoint of a run can have this name."""
+    """Whether the name of a path is one that a run gives to a checkpoint."""
     return _STEP.fullmatch(path.name) is not None
 
 
@@ -235,7 +234,7 @@ def step_directories(run: Path) -> list[Path]:
 def newest_checkpoint(run: str | Path, *, optimizer: bool = True) -> tuple[Path, list[str]]:
     """The newest whole checkpoint of a run, and why newer ones were passed over.
 
-    optimizer: as for `manifest.verify`.
+    `optimizer` means what it means for `manifest.verify`.
     """
     run, skipped = Path(run), []
     found = {*step_directories(run), *filter(is_step, _replaced(run))}
@@ -251,20 +250,20 @@ def newest_checkpoint(run: str | Path, *, optimizer: bool = True) -> tuple[Path,
 
 
 def _check_step(directory: Path) -> None:
-    """ValueError if a checkpoint was given the name of another step."""
+    """ValueError if a checkpoint was renamed to another step than it holds."""
     file = directory / ABOUT
     if not file.exists() or not is_step(directory):
         return
     about = json.loads(file.read_bytes())
     step = about.get("step") if isinstance(about, dict) else None
     if step != step_number(directory):
-        raise ValueError(f"{directory} holds step {step}; give it back the name of that")
+        raise ValueError(f"{directory} holds step {step}; give it back the name of that step")
 
 
 def put_aside(newest: Path) -> list[Path]:
-    """Rename the checkpoints after the newest whole one, so that they do not count as kept.
+    """Rename the damaged checkpoints after the newest whole one, and return their new paths.
 
-    The caller must hold the lock of the run. Returns the new names.
+    Under their old names `prune` would count them. The caller must hold the lock of the run.
     """
     later = [p for p in step_directories(newest.parent) if step_number(p) > step_number(newest)]
     moved = []
@@ -275,19 +274,19 @@ def put_aside(newest: Path) -> list[Path]:
 
 
 def pin(directory: Path, reason: str) -> None:
-    """Keep `prune` from removing a checkpoint of a run, by a mark beside it that says why.
+    """Keep `prune` from removing a checkpoint, by a file beside it that holds the reason.
 
-    Whoever does not need the checkpoint any more deletes the mark. OSError if it cannot be written.
+    Deleting that file unpins the checkpoint. OSError if it cannot be written.
     """
     with directory.with_name(directory.name + _PIN).open("a", encoding="utf-8") as mark:
         mark.write(reason + "\n")
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Remove all but the last `keep` of the checkpoints up to the one just written.
+    """Keep the last `keep` checkpoints, counted back from the one just written; remove older ones.
 
-    Pinned checkpoints stay. Later ones are not touched: a run that went back to an older step will
-    write them again.
+    Pinned checkpoints stay. So do checkpoints of later steps: a run that went back to an older
+    step will write them again.
     """
     if keep < LEAST_KEPT:
         raise ValueError(f"keep is {keep}; a run keeps at least {LEAST_KEPT} checkpoints")
@@ -298,7 +297,7 @@ def prune(newest: Path, keep: int) -> None:
 
 
 def clean(run: Path) -> None:
-    """Tidy up after a process that was killed. The caller must hold the lock of the run."""
+    """Remove what a killed process left behind. The caller must hold the lock of the run."""
     for path in _replaced(run):
         _restore(path)
         with suppress(ValueError):

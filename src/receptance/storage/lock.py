@@ -1,4 +1,4 @@
-"""Who may write into the folder of a run."""
+"""The lock that lets one process at a time write into the folder of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _LOCK, _HOLDER = ".lock", ".lock-holder"
 
 
 class RunLock:
-    """A lock that keeps a second process from writing into a run's folder while the block lasts.
+    """A lock that keeps other processes from writing into a run's folder inside a `with` block.
 
-    The kernel holds the lock and releases it when the process ends, however it ends. On entry the
-    folder is cleared of what an earlier process left half done. ValueError, naming the holder, if
-    the folder is in use, or if it cannot be made.
+    The operating system releases the lock when the process ends, however it ends. On entry, files
+    that a killed process left unfinished are removed. ValueError names the holder if the folder is
+    in use, or says why the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,8 +40,8 @@ class RunLock:
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{self.folder} cannot be locked: {reason}") from None
-        # The holder's name stands in a file of its own, because some releases of filelock empty
-        # the file that they lock. A full disk is no reason not to begin.
+        # The holder's name is kept in a second file, because some releases of filelock empty the
+        # file that they lock. A full disk, where it cannot be written, need not stop the run.
         with suppress(OSError):
             name = f"process {os.getpid()} on {socket.gethostname()}"
             (self.folder / _HOLDER).write_text(name)

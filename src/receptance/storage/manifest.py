@@ -1,7 +1,7 @@
 """The manifest of a directory: name, length and sha256 of every file in it, and of itself.
 
 Neither safetensors nor a file system notices a flipped bit, a file of another checkpoint or one
-that was cut short by a copy. Whoever reads a directory compares all of it with its manifest first.
+that a copy cut short. So all of a directory is compared with its manifest before it is read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer"
-"""What the names of files with the state of an optimizer begin with."""
+"""The prefix of the names of files that hold the state of an optimizer."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says about one file."""
+    """The length and the digest of one file."""
 
     bytes: int
     sha256: str
@@ -30,9 +30,10 @@ Entries = dict[str, Entry]
 
 
 def verify(directory: str | Path, *, optimizer: bool = True) -> None:
-    """ValueError names the first file that is missing, surplus or not as the manifest has it.
+    """ValueError names the first file that is missing, surplus or different from the manifest.
 
-    optimizer: whether the content of the optimizer's files is read too; their lengths always are.
+    `optimizer` tells whether the digests of the optimizer's files are compared; their lengths are
+    always compared.
     """
     directory = Path(directory)
     try:
@@ -51,7 +52,8 @@ def verify(directory: str | Path, *, optimizer: bool = True) -> None:
 
 def seal_file(file: Path) -> Entry:
     """Force a file to disk and read it back from there; OSError if it comes back different."""
-    # safetensors makes files that only their owner can read; they get the directory's permissions.
+    # safetensors makes files that only their owner can read, so they get the directory's
+    # permissions.
     os.chmod(file, file.parent.stat().st_mode & 0o666)
     entry = _entry(file)
     sync(file)
@@ -61,7 +63,7 @@ def seal_file(file: Path) -> Entry:
 
 
 def write_manifest(directory: Path, entries: Entries) -> None:
-    """Write and read back the manifest, the last file of a directory; OSError if that fails."""
+    """Write the manifest, the last file of a directory; OSError if it is not read back equal."""
     manifest = directory / MANIFEST
     manifest.write_bytes(_render(entries))
     sync(manifest)
@@ -71,7 +73,7 @@ def write_manifest(directory: Path, entries: Entries) -> None:
 
 
 def read_manifest(directory: Path) -> Entries:
-    """What the manifest says; ValueError if it is missing, damaged or names files elsewhere."""
+    """Read the manifest; ValueError if it is missing, damaged or names files elsewhere."""
     manifest = directory / MANIFEST
     if not os.path.lexists(manifest):
         raise ValueError(f"{manifest} is missing: {directory} is not a whole checkpoint")
@@ -93,7 +95,7 @@ def read_manifest(directory: Path) -> Entries:
 
 
 def check_listing(directory: Path, entries: Entries) -> None:
-    """ValueError unless there are exactly these files, of these lengths."""
+    """ValueError unless a directory holds exactly these files, with these lengths."""
     found = plain_files(directory)
     for name, entry in entries.items():
         file = directory / name
@@ -107,7 +109,7 @@ def check_listing(directory: Path, entries: Entries) -> None:
 
 
 def plain_files(directory: Path) -> set[str]:
-    """The names of all files but the manifest; ValueError if there is anything else."""
+    """The names of all files but the manifest; ValueError for a folder or a link."""
     with os.scandir(directory) as items:
         found = list(items)
     for item in found:
@@ -120,11 +122,11 @@ def plain_files(directory: Path) -> set[str]:
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder to disk; what is read next comes from there."""
+    """Force a file or a folder to disk and drop it from the cache, so that it is read from disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):  # not on macOS
+        if hasattr(os, "posix_fadvise"):  # macOS has no such function.
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
@@ -137,7 +139,7 @@ def _entry(file: Path) -> Entry:
 
 
 def _render(entries: Entries) -> bytes:
-    """The bytes of a manifest; there is one form only, so that no change of it goes unnoticed."""
+    """The bytes of a manifest, which has a single form, so that every change is noticed."""
     files = {name: asdict(entries[name]) for name in sorted(entries)}
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return (json.dumps({"files": files, "sha256": digest}, indent=1) + "\n").encode()

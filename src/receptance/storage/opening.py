@@ -1,4 +1,4 @@
-"""What lies at a path: looked at once, proved once."""
+"""`open_path`: what lies at a path, verified once before anybody reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHECKPOINT_FORMAT = "receptance"
 QUANTIZED_FORMAT = "receptance-quantised"
 FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter.safetensors"
-"""A directory with this file holds an adapter and no model."""
+"""The file that a directory with an adapter, and without a model, holds."""
 
 Kind = Literal["checkpoint", "quantized", "adapter", "other"]
 
@@ -27,18 +27,18 @@ class Opened:
     """A file or directory of weights."""
 
     path: Path
-    """Where it is; of the folder of a training run its newest whole checkpoint."""
+    """The path; for the folder of a training run it is that of the newest whole checkpoint."""
     kind: Kind
-    """other: anything that this package did not write, or nothing at all."""
+    """What the path holds; "other" is anything that this package did not write, or nothing."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """The config.json of a directory that this package wrote."""
+    """The content of config.json, in a directory that has one."""
     sealed: bool = False
-    """Whether a manifest vouches for the directory, or should."""
+    """Whether the directory has a manifest, or should have one."""
     verified: bool = False
-    """Whether the directory was compared with its manifest."""
+    """Whether the directory was compared with its manifest and is equal."""
 
     def check_version(self) -> None:
-        """ValueError if another release wrote it in a way that this one does not read."""
+        """ValueError if another release wrote a format that this one cannot read."""
         if (version := self.fields.get("format_version")) != FORMAT_VERSION:
             raise ValueError(
                 f"{self.path / 'config.json'} has format version {reprlib.repr(version)}; this "
@@ -47,11 +47,11 @@ class Opened:
 
 
 def open_path(source: str | Path, *, optimizer: bool = False) -> Opened:
-    """What is at a path, after a sealed directory was compared with its manifest.
+    """Tell what is at a path, and compare a sealed directory with its manifest.
 
-    Of a training run's folder it is the newest whole checkpoint; a warning says why newer ones
-    were passed over. optimizer: whether its state is compared as well, which has twice the size of
-    the model. ValueError names the file that is not as it was written.
+    For the folder of a training run that is its newest whole checkpoint; a warning says why newer
+    ones were passed over. `optimizer` tells whether the optimizer's state, twice as large as the
+    model, is compared as well. ValueError names the file that is not as it was written.
     """
     path = existing(source)
     if is_run(path):
@@ -67,15 +67,15 @@ def open_path(source: str | Path, *, optimizer: bool = False) -> Opened:
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the folder of a training run: checkpoints and no model of its own."""
+    """Whether this is the folder of a training run, with checkpoints and without a config.json."""
     return path.is_dir() and not (path / "config.json").exists() and bool(step_directories(path))
 
 
 def look(path: Path, *, verified: bool = False) -> Opened:
-    """What a path holds by its names and its config.json, in whatever condition the rest is."""
+    """Tell what a path holds by its file names and its config.json, without reading the rest."""
     if not path.is_dir():
         return Opened(path, "other")
-    # A manifest comes first: a damaged config.json must not make it look like another format.
+    # A damaged config.json must not make a sealed directory look like one of another format.
     sealed = (path / MANIFEST).is_file() or is_step(path)
     fields = _fields(path / "config.json", quiet=sealed and not verified)
     written = fields.get("format")
@@ -90,7 +90,7 @@ def look(path: Path, *, verified: bool = False) -> Opened:
 
 
 def _fields(file: Path, *, quiet: bool) -> dict[str, Any]:
-    """What config.json says; quiet: nothing if it is damaged, for a manifest will say that."""
+    """Read config.json; quiet returns nothing for a damaged one, which the manifest will tell."""
     if not file.is_file():
         return {}
     try:

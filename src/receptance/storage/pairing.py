@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to which weights."""
+"""The tokenizer that belongs to a model's weights: found, checked and stored."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, store
 from receptance.tokenizer.files import PUBLISHED
 
 # An embedding may have rows that its tokenizer leaves unused: World pads 65,530 ids to 65,536 rows,
-# and others round up to a multiple of 64 or 128. With more such rows it is another vocabulary.
+# and other models round up to a multiple of 64 or 128. With more unused rows the tokenizer is taken
+# for that of another vocabulary.
 _MAX_UNUSED_ROWS = 128
-# What config.json says of a model that was saved without a tokenizer.
+# The entry in config.json of a model that was saved without a tokenizer.
 _NO_TOKENIZER = {"kind": "none"}
 
 
@@ -30,7 +31,11 @@ def chosen_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer that a directory holds, or the one given where it holds none.
 
+<<<<<<< HEAD
     ValueError if one with other ids was given, or one that does not fit the model.
+=======
+    ValueError if the one given has other ids.
+>>>>>>> main
     """
     if own is None and given is not None:
         check_tokenizer(given, config)
@@ -45,7 +50,7 @@ def chosen_tokenizer(
 def stored_with(
     config: ModelConfig, directory: Path, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """Put a model's tokenizer into its directory: what `tokenizer_in` has to know of it."""
+    """Save a model's tokenizer in its directory and return what `tokenizer_in` needs."""
     if tokenizer is None:
         return dict(_NO_TOKENIZER)
     check_tokenizer(tokenizer, config)
@@ -56,15 +61,15 @@ def stored_with(
 def tokenizer_in(directory: Path, about: Any) -> Tokenizer | None:
     """The tokenizer that `stored_with` put there; None if the model was saved without one.
 
-    ValueError if it is another one by now.
+    ValueError if it has changed since.
     """
     return None if about == _NO_TOKENIZER else stored_tokenizer(directory, about)
 
 
 def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer of the file found beside weights, if there is such a file.
+    """Load the tokenizer from the file found beside weights, if there is such a file.
 
-    Weights of 256 ids are taken for bytes when no file was found, or one that does not fit them.
+    Weights with 256 ids get the byte tokenizer if no file was found, or one that does not fit.
     """
     found = None if file is None else load_tokenizer(file)
     own = ByteTokenizer()

@@ -1,9 +1,9 @@
-"""Directories of quantized models, packed as the kernels read them: nothing is converted.
+"""Directories of quantized models, packed as the kernels read them, so that loading is mapping.
 
-config.json                              sizes, tokenizer, format of the codes, their origin
-weights.safetensors                      NAME and NAME:params for matrices, NAME for the rest
-tokenizer.json or rwkv_vocab.txt         nothing for bytes
-manifest.json                            see receptance.storage.manifest
+config.json                         the sizes, the tokenizer, the format and origin of the codes
+weights.safetensors                 NAME and NAME:params for matrices, NAME for other tensors
+tokenizer.json or rwkv_vocab.txt    the tokenizer; the byte tokenizer has no file
+manifest.json                       the digests (see receptance.storage.manifest)
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _PARAMS = ":params"
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What the codes of a model are and whose they are."""
+    """The format of a model's integer codes, and the model that they came from."""
 
     kind: QuantizedKind
     group: int
-    """Inputs that share a scale."""
+    """The number of inputs that share a scale."""
     calibration_tokens: int = 0
-    """Of the text that the codes were fitted to; 0 without one."""
+    """The tokens of the text that the codes were fitted to; 0 if there was none."""
     source: str
-    """The fingerprint of the model that was quantized; its states go on here."""
+    """The fingerprint of the model that was quantized; states of that model fit this one."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, int):
@@ -55,14 +55,14 @@ class About:
 
 
 class QuantizedModel(NamedTuple):
-    """A directory's content; tensors stay mapped to its file."""
+    """The content of a directory; its tensors stay mapped to the file."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
     matrices: dict[str, Packed]
-    """By official name."""
+    """The packed matrices, by official name."""
     vectors: dict[str, Tensor]
-    """All other tensors, float32 in official shapes."""
+    """All other tensors, float32 in their official shapes, by official name."""
     about: About
 
 
@@ -73,9 +73,10 @@ def write_quantized(
     about: About,
     weights: Iterable[tuple[str, Quantized | Tensor]],
 ) -> None:
-    """Write a model's tensors as they come (see quantize_tensors), packed, and its tokenizer.
+    """Pack and write a model's tensors, one after another, and its tokenizer.
 
-    The directory appears whole or not at all (see write_directory).
+    `weights` is what quantize_tensors yields. The directory appears whole or not at all (see
+    write_directory).
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, config)
@@ -96,12 +97,12 @@ def write_quantized(
 
 
 def read_quantized(directory: str | Path) -> QuantizedModel:
-    """What `write_quantized` wrote; ValueError if a bit of it differs or it is something else."""
+    """Read what `write_quantized` wrote; ValueError if that is damaged or something else."""
     return open_quantized(open_path(directory))
 
 
 def open_quantized(opened: Opened) -> QuantizedModel:
-    """The same of what `open_path` found."""
+    """Read what `write_quantized` wrote, from what `open_path` found."""
     directory, fields = opened.path, opened.fields
     _check_kind(opened)
     try:
@@ -111,7 +112,7 @@ def open_quantized(opened: Opened) -> QuantizedModel:
         file = directory / "config.json"
         raise ValueError(f"{file}: a field is wrong: {reason(error)}") from None
     tensors = read_safetensors(directory / WEIGHTS)
-    if config.num_layers > len(tensors):  # before a plan is made for all of them
+    if config.num_layers > len(tensors):  # A damaged number would make the plan endless.
         raise ValueError(f"{directory / WEIGHTS} has fewer tensors than config.json has layers")
     _check(directory / WEIGHTS, tensors, _plan(config, about))
     wanted = tensor_shapes(config)
@@ -125,12 +126,12 @@ def open_quantized(opened: Opened) -> QuantizedModel:
 
 
 def quantization_of(opened: Opened) -> About:
-    """What the codes in a directory are, and whose; TypeError or KeyError if it does not say."""
-    return About(**opened.fields["quantisation"])  # The files are older than this spelling.
+    """Read the format and origin of the codes; TypeError or KeyError if fields are missing."""
+    return About(**opened.fields["quantisation"])  # The format keeps the older, British spelling.
 
 
 def is_quantized(directory: str | Path) -> bool:
-    """Whether there is a directory that `write_quantized` wrote, in whatever condition."""
+    """Whether `write_quantized` wrote the directory, even if it is damaged by now."""
     try:
         return look(Path(directory)).kind == "quantized"
     except ValueError:
@@ -140,7 +141,7 @@ def is_quantized(directory: str | Path) -> bool:
 def dequantized_tensors(
     model: QuantizedModel, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """All tensors by official name, matrices as floats again: what Model.from_tensors wants."""
+    """All tensors by official name, with matrices dequantized, as Model.from_tensors wants them."""
     found = dict(model.vectors)
     for name, packed in model.matrices.items():
         matrix = unpack(packed)
@@ -186,7 +187,7 @@ def _check_kind(opened: Opened) -> None:
 
 
 def _check(file: Path, tensors: dict[str, Tensor], plan: Schema) -> None:
-    """ValueError unless these are the tensors of the plan: kernels believe their addresses."""
+    """ValueError unless the tensors fit the plan: kernels would read past the end of others."""
     found = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     if wrong := [name for name in {**plan, **found} if plan.get(name) != found.get(name)]:
         raise ValueError(
