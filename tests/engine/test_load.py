@@ -151,8 +151,8 @@ def test_states_are_those_of_the_model(saved, tmp_path):
         ({"threads": 0}, "threads is 0; wanted 1 to 1024"),
         ({"threads": 10**20}, "wanted 1 to 1024"),
         ({"dtype": "float32", "group": 32}, "float32 weights have none"),
-        ({"backend": "torch", "group": 64}, "group is 64; torch runs no integer weights, leave it"),
-        ({"backend": "torch", "threads": 2}, "threads is 2; only the native kernels count their"),
+        ({"backend": "torch", "group": 64}, "group is 64; torch runs no integer weights, so leave"),
+        ({"backend": "torch", "threads": 2}, "threads is 2; only the native kernels take that"),
     ],
 )
 def test_what_cannot_be_had_is_refused(saved, options, message):

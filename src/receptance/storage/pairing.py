@@ -31,11 +31,7 @@ def chosen_tokenizer(
 ) -> Tokenizer | None:
     """The tokenizer that a directory holds, or the one given where it holds none.
 
-<<<<<<< HEAD
-    ValueError if one with other ids was given, or one that does not fit the model.
-=======
-    ValueError if the one given has other ids.
->>>>>>> main
+    ValueError if the one given has other ids, or does not fit the model.
     """
     if own is None and given is not None:
         check_tokenizer(given, config)
