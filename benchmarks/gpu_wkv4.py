@@ -26,6 +26,7 @@ from _common import report_as_found
 from torch import Tensor
 
 from receptance.ops import WKVState, triton_wkv4, wkv4
+from receptance.ops.arguments import BackwardInputs, Inputs
 
 Shape = tuple[int, int, int]
 SHAPES: list[Shape] = [
@@ -87,11 +88,11 @@ class Ours:
     """The kernels of the package, ready to be called again and again."""
 
     @staticmethod
-    def start(inputs: dict[str, Tensor], state: WKVState | None) -> tuple[Tensor, ...]:
-        """The arguments of the forward pass; None: on rows that have seen nothing."""
+    def start(inputs: dict[str, Tensor], state: WKVState | None) -> Inputs:
+        """What the forward pass takes; None: on rows that have seen nothing."""
         batch, _, width = inputs["key"].shape
         state = state or WKVState.empty(batch, width, device=inputs["key"].device)
-        return (*(inputs[name] for name in NAMES), *state)
+        return Inputs(**inputs, **state._asdict())
 
     @classmethod
     def forward(
@@ -102,9 +103,7 @@ class Ours:
         variant: str = "",
     ) -> Callable[[], Any]:
         """The forward pass."""
-        return functools.partial(
-            triton_wkv4.forward, *cls.start(inputs, state), None, None, variant
-        )
+        return functools.partial(triton_wkv4.forward, cls.start(inputs, state), variant)
 
     @classmethod
     def backward(
@@ -116,12 +115,11 @@ class Ours:
         after: tuple[Tensor, Tensor] | None = None,
     ) -> Callable[[], Any]:
         """The backward pass, the state included; after: gradients of the final one, or zeros."""
-        arguments = cls.start(inputs, state)
-        starts = triton_wkv4.forward(*arguments, None, None, variant)[-1]
-        after = after or (torch.zeros_like(arguments[4]),) * 2
-        return functools.partial(
-            triton_wkv4.backward, grad, *after, *arguments[:4], starts, None, None, variant
-        )
+        x = cls.start(inputs, state)
+        starts = triton_wkv4.forward(x, variant)[-1]
+        after = after or (torch.zeros_like(x.numerator),) * 2
+        taken = BackwardInputs(grad, *after, **inputs, starts=starts)
+        return functools.partial(triton_wkv4.backward, taken, variant)
 
 
 class Walk:
@@ -172,7 +170,10 @@ def gate(device: str, shape: Shape) -> dict[str, float]:
     inputs, grad = make_inputs(*shape, device)
     state, after = make_state(shape[0], shape[2], device)
     walked = Walk.forward(inputs, grad)(), *Walk.backward(inputs, grad)()
-    fresh, unused = WKVState(*Ours.start(inputs, None)[4:]), (torch.zeros_like(after[0]),) * 2
+    fresh, unused = (
+        WKVState.empty(shape[0], shape[2], device=device),
+        (torch.zeros_like(after[0]),) * 2,
+    )
     wanted, _ = exact(inputs, fresh, grad, unused)
     errors = {"Walk": worst("Walk", dict(zip(("out", *NAMES), walked, strict=True)), wanted)}
     wanted, exponent = exact(inputs, state, grad, after)

@@ -99,6 +99,23 @@ class TestPublicNames:
             receptance.Slot  # noqa: B018
 
 
+@pytest.mark.parametrize(("cpus", "wanted"), [(1, 1), (2, 2), (64, 3)])
+def test_a_command_takes_no_more_threads_than_there_are_cpus(monkeypatch, cpus, wanted):
+    """torch counts those of the machine, not those that a container may use."""
+    monkeypatch.setattr("receptance.ops.threads.available_cpus", lambda: cpus)
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "receptance.apps.doctor.main", lambda argv: seen.append(torch.get_num_threads())
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert call("doctor").code == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [wanted]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
 class TestInterrupts:
     """Ctrl-C while torch is being imported, which takes seconds."""
@@ -138,6 +155,7 @@ def place(tmp_path, monkeypatch) -> Path:
     Path("bare").mkdir()
     save(make_model(), "model", ByteTokenizer())
     save(make_model(300), "other", small_bpe())
+    save(make_model(300), "untold", None)
     torch.save({"weights": "none"}, "bogus.pth")
     torch.save(make_model(1000).state_dict(), "vocabulary.pth")
     return tmp_path
@@ -161,6 +179,11 @@ def nothing() -> None:
 
 
 TRAIN = f"{SMALL} --steps 3 --out run"
+INIT = "--batch 2 --context 32 --steps 3 --out run --init"
+WITH_300, WITH_1000 = (
+    f"which has a vocabulary of {size}; put its tokenizer file there or pass --tokenizer FILE\n"
+    for size in (300, 1000)
+)
 
 
 @pytest.mark.usefixtures("place")
@@ -187,6 +210,8 @@ TRAIN = f"{SMALL} --steps 3 --out run"
         (nothing, f"train text.txt {TRAIN} --out text.txt", "text.txt"),
         (nothing, "train --resume --out missing", "no run in missing"),
         (nothing, "train --resume --out bare", "no whole checkpoint in bare: it has none"),
+        (nothing, f"train text.txt {INIT} untold", f"untold, {WITH_300}"),
+        (nothing, f"train text.txt {INIT} vocabulary.pth", f"vocabulary.pth, {WITH_1000}"),
         # generate
         (nothing, "generate missing", "no such file or directory: missing"),
         (nothing, "generate bare", "bare: wanted a config.json"),
@@ -199,7 +224,8 @@ TRAIN = f"{SMALL} --steps 3 --out run"
         (flip("model/config.json"), "generate model", "model/config.json"),
         (cut("other/tokenizer.json"), "generate other", "other/tokenizer.json"),
         (nothing, "generate other --tokenizer bytes", "wrong tokenizer"),
-        (nothing, "generate vocabulary.pth", "no tokenizer beside vocabulary.pth"),
+        (nothing, "generate vocabulary.pth", f"no tokenizer beside vocabulary.pth, {WITH_1000}"),
+        (nothing, "generate untold", f"no tokenizer beside untold, {WITH_300}"),
         (nothing, "generate vocabulary.pth --tokenizer other", "wrong tokenizer: bpe has 300 ids"),
         (nothing, "generate model --tokenizer missing", "missing: no such file"),
         (nothing, "generate model --device warp", "device 'warp' cannot be used"),
@@ -210,6 +236,8 @@ TRAIN = f"{SMALL} --steps 3 --out run"
         # chat
         (nothing, "chat missing", "no such file or directory: missing"),
         (flip("model/model.safetensors"), "chat model", "model.safetensors does not match"),
+        (nothing, "chat untold", f"no tokenizer beside untold, {WITH_300}"),
+        (nothing, "chat vocabulary.pth", f"no tokenizer beside vocabulary.pth, {WITH_1000}"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " in value else "",
 )

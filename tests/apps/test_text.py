@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from receptance.apps.text import has_escapes, unescaped, visible
+from receptance.apps.text import as_flags, has_escapes, unescaped, visible
 
 
 class TestVisible:
@@ -23,6 +23,39 @@ class TestVisible:
     def test_pieces_make_the_whole(self):
         text = "naïve \x1b[31mred\x1b[0m\n狐"
         assert "".join(map(visible, text)) == visible(text)
+
+
+class TestFlags:
+    """Arguments that the library's messages name, as a command calls them."""
+
+    @pytest.mark.parametrize(
+        ("said", "meant"),
+        [
+            ("there; pass tokenizer=FILE", "there; pass --tokenizer FILE"),
+            ("leave out tokenizer=", "leave out --tokenizer"),
+            ("leave out tokenizer=; or", "leave out --tokenizer; or"),
+            ("set recompute=True, or x=False.", "set --recompute, or --no-x."),
+            ("(max_tokens=N)", "(--max-tokens N)"),
+            ('say dtype="float32"', "say --dtype float32"),
+        ],
+    )
+    def test_are_named(self, said, meant):
+        assert as_flags(said) == meant
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "no such file or directory: runs/a=b",
+            "no such file or directory: a=b",
+            "runs/a=: no such file",
+            "./x=FILE: no such file",
+            "wanted a JSON object, found key=value in line 3",
+            "context is 32; wanted 64",
+            "a == b and c >= 3",
+        ],
+    )
+    def test_other_words_stay_as_they_are(self, text):
+        assert as_flags(text) == text
 
 
 class TestEscapes:

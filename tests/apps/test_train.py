@@ -236,6 +236,24 @@ class TestResuming:
         assert same_ending("run", finished / "run")
         verify("run/step-00000012")
 
+    def test_an_optimizer_s_damage_is_that_of_a_run_and_not_of_its_model(self, folder):
+        """Whoever only reads the model does not read twice as much besides."""
+        newest = newest_checkpoint("run")[0]
+        weights = load("run")[0].state_dict()
+        file = newest / "optimizer.safetensors"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        assert same_bits(load("run")[0].state_dict(), weights)  # a warning would be an error
+        assert call("generate", "run", "--max-tokens", 1).err == ""
+        told = f"{file.relative_to(newest.parent.parent)} does not match its sha256 digest"
+        result = call("inspect", "run")
+        assert f"warning: passed over a damaged checkpoint: {told}" in result.err
+        result = call("train", "--resume", "--out", "run", "--reports", 3)
+        assert result.code == 0
+        assert "skipped a damaged checkpoint" in result.out and told in result.out
+        assert "resumed run/step-00000008 at step 8" in result.out
+
     def test_all_checkpoints_damaged(self, folder):
         for directory in checkpoints("run"):
             Path("run", directory, "manifest.json").unlink()

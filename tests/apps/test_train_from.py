@@ -200,6 +200,14 @@ class TestInit:
             begun("train", "--resume", "--out", tune, "--steps", 2)
         assert call(*start, "--dry-run").code == 0
 
+    @pytest.mark.parametrize("tune", ["all", "lora"])
+    def test_weights_without_a_tokenizer_take_that_of_a_corpus(self, folder, tune):
+        save(make_model(), "untold", None)
+        call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
+        start = ["train", "corpus", "--init", "untold", "--batch", 2, "--context", 32]
+        begun(*start, "--tune", tune, "--out", "new", "--steps", 1)
+        begun("train", "--resume", "--out", "new", "--steps", 2)
+
     def test_it_is_read_tensor_by_tensor(self, folder, monkeypatch):
         """A process of several that share a model never has all of it."""
         monkeypatch.setattr(Model, "from_tensors", None)

@@ -70,6 +70,19 @@ def test_recording_and_comparing():
     assert "of other weights" in result.out
 
 
+def test_the_logits_of_a_run_lie_beside_its_folder():
+    save(make_model(300), "runs/x/step-5", small_bpe())
+    result = call("verify", "runs/x", "--record")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[-1] == "recorded runs/x.logits"
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["x", "x.logits"]
+    assert "logits as recorded" in call("verify", "runs/x").out
+    save(make_model(300, seed=2), "runs/x/step-6", small_bpe())
+    result = call("verify", "runs/x")
+    assert result.code == 1
+    assert result.out.splitlines()[-1].split()[-3:] == ["of", "other", "weights"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -248,6 +248,21 @@ def test_a_directory_that_one_is_in_has_a_name_too(tmp_path, monkeypatch):
     assert recorded.beside(Path("mine")) == Path("mine.logits")
 
 
+def test_the_logits_of_a_run_lie_beside_its_folder(tmp_path):
+    """Whatever checkpoint is its newest: after more training they are those of other weights."""
+    run = tmp_path / "runs" / "x"
+    save(MODEL, run / "step-5", small_bpe())
+    subject = Subject.open(run)
+    file = recorded.beside(subject.path)
+    assert file == tmp_path / "runs" / "x.logits"
+    record(subject, file)
+    *_, last = verify(Subject.open(run))
+    assert (last.what, last.passed) == ("logits as recorded", True)
+    save(make_model(300, width=32, seed=2), run / "step-6", small_bpe())
+    *_, last = verify(Subject.open(run))
+    assert (last.what, last.passed, last.note) == ("logits as recorded", False, "of other weights")
+
+
 def test_recording_never_overwrites(subject, file):
     before = file.read_bytes()
     with pytest.raises(ValueError, match="exists; verify against it, or remove it"):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from receptance.engine.gpu_weights import stacked, times
 from receptance.ops import WKVState, reference
+from receptance.ops.arguments import Inputs
 from receptance.ops.triton_products import Tiles, product
 from receptance.ops.triton_steps import average, embed, mix, time_mix
 from receptance.ops.triton_weights import dequantize
@@ -137,7 +138,8 @@ def test_average_is_the_reference(batch, keys):
     state = WKVState(
         randn(batch, width, seed=5), randn(batch, width, seed=6).abs(), randn(batch, width, seed=7)
     )
-    wanted, after = reference.wkv4(decay, bonus, key[:, None], value[:, None], state, None, None)
+    x = Inputs(decay, bonus, key[:, None], value[:, None], *state)
+    wanted, after = reference.wkv4(x)
     wanted = wanted[:, 0] * receptance.sigmoid()
 
     parts = tuple(x.clone() for x in state)

@@ -151,6 +151,8 @@ def test_states_are_those_of_the_model(saved, tmp_path):
         ({"threads": 0}, "threads is 0; wanted 1 to 1024"),
         ({"threads": 10**20}, "wanted 1 to 1024"),
         ({"dtype": "float32", "group": 32}, "float32 weights have none"),
+        ({"backend": "torch", "group": 64}, "group is 64; torch runs no integer weights, so leave"),
+        ({"backend": "torch", "threads": 2}, "threads is 2; only the native kernels take that"),
     ],
 )
 def test_what_cannot_be_had_is_refused(saved, options, message):
@@ -181,6 +183,30 @@ def test_a_quantized_directory_is_of_one_type_and_one_tokenizer(saved, tmp_path)
     with pytest.raises(ValueError, match="wrong tokenizer"):
         load(there, tokenizer="bytes")
     assert load_engine(there, tokenizer=small_bpe())
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_adapter_of_a_quantized_directory_wants_a_float_type(saved, tmp_path, backend):
+    """Its weights are floats from then on, of four times the size or more."""
+    there = quantized(saved[1], tmp_path / "small", "int4")
+    wide, _ = load(there)  # what adapters of the directory are trained on
+    tuned = StateTuning(wide, StateTuningOptions())
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1)
+    tuned.save(tmp_path / "tuned.safetensors", wide.fingerprint())
+    options = {"adapter": tmp_path / "tuned.safetensors", "backend": backend}
+    with pytest.raises(ValueError, match=r"small holds int4 weights, which become floats.*dtype"):
+        load_engine(there, **options)
+    engine, _ = load_engine(there, dtype="float32", **options)
+    with torch.no_grad():
+        wanted, _ = wide(IDS, tuned.initial_state(1))
+        torch.testing.assert_close(engine(IDS)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_auto_is_a_device_of_an_engine(saved):
+    engine, _ = load_engine(saved[0], device="auto")
+    assert engine.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @needs_kernels

@@ -226,6 +226,24 @@ def test_from_tensors_takes_flat_mixes(model):
     assert torch.equal(Model.from_tensors(CONFIG, tensors)(ids(1, 4))[0], model(ids(1, 4))[0])
 
 
+@pytest.mark.parametrize("change", [lambda x: x[None], lambda x: x[..., None], torch.squeeze])
+def test_from_tensors_takes_axes_of_size_1_or_their_absence(model, change):
+    tensors = {name: change(tensor) for name, tensor in model.state_dict().items()}
+    built = Model.from_tensors(CONFIG, tensors)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(built.get_parameter(name), tensor), name
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn.key.weight", "emb.weight"])
+def test_from_tensors_refuses_a_transposed_matrix(model, name):
+    """It has the right number of values, all in wrong places."""
+    right = model.state_dict()[name]
+    tensors = model.state_dict() | {name: right.t().contiguous()}
+    wrong, wanted = (rf"\[{x.shape[0]}, {x.shape[1]}\]" for x in (right.t(), right))
+    with pytest.raises(ValueError, match=rf"^{name} is {wrong}; .* want {wanted}$"):
+        Model.from_tensors(CONFIG, tensors)
+
+
 def test_from_tensors_names_what_does_not_fit(model):
     tensors = dict(model.state_dict())
     with pytest.raises(ValueError, match=r"1 unexpected tensors, first \['extra'\]"):

@@ -143,6 +143,20 @@ def test_one_argument_alone_can_want_a_gradient(backend, wanted):
 # ---- as a torch operator ------------------------------------------------------------------------
 
 
+def test_the_signatures_of_the_flat_ops():
+    """Exported programs hold them, so they stay as they are."""
+    ops = torch.ops.receptance.wkv4.default, torch.ops.receptance.wkv4_backward.default
+    shared = "Tensor log_decay, Tensor bonus, Tensor key, Tensor value, "
+    state = "Tensor numerator, Tensor denominator, Tensor exponent, "
+    grads = "Tensor grad_out, Tensor grad_numerator, Tensor grad_denominator, "
+    rest = "Tensor? resets, Tensor? lengths, str backend"
+    assert [str(op._schema) for op in ops] == [
+        f"receptance::wkv4({shared}{state}{rest}) -> ({', '.join(['Tensor'] * 5)})",
+        f"receptance::wkv4_backward({grads}{shared}Tensor starts, {rest}) -> "
+        f"({', '.join(['Tensor'] * 6)})",
+    ]
+
+
 @every_backend
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -580,7 +594,7 @@ def test_an_absent_state_is_the_empty_one(backend):
 def test_an_instruction_set_that_is_not_there_is_refused():
     x = draw(0, 1, 2, 3, dtype=torch.float32)
     with pytest.raises(ValueError, match="instruction set neon9 is not available"):
-        native.forward(*x, "neon9")
+        native.forward(x, "neon9")
 
 
 @pytest.mark.skipif(not native.is_available(), reason="kernels not built")

@@ -14,7 +14,8 @@ import torch
 from interpreting import interpret_triton
 from torch import Tensor
 
-from receptance.ops import WKVState, native, reference, triton_wkv4, wkv4
+from receptance.ops import WKVState, arguments, native, reference, triton_wkv4, wkv4
+from receptance.ops.arguments import BackwardInputs
 
 CHUNK = native.CHUNK  # the kernels keep the state at the start of every so many tokens
 NO_NATIVE = "the C++ kernels were not built"
@@ -45,18 +46,8 @@ every_kernel = pytest.mark.parametrize("kernel", _kernels())
 every_backend = pytest.mark.parametrize("backend", _backends())
 
 
-class Inputs(NamedTuple):
+class Inputs(arguments.Inputs):
     """The tensors that get gradients, then the rest."""
-
-    log_decay: Tensor
-    bonus: Tensor
-    key: Tensor
-    value: Tensor
-    numerator: Tensor
-    denominator: Tensor
-    exponent: Tensor
-    resets: Tensor | None = None
-    lengths: Tensor | None = None
 
     @property
     def state(self) -> WKVState:
@@ -120,18 +111,16 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module, name, *inputs):
-        *outputs, starts = module.forward(*inputs, name)
-        log_decay, bonus, key, value, _, _, _, resets, lengths = inputs
-        ctx.save_for_backward(log_decay, bonus, key, value, starts, resets, lengths)
+        x = Inputs(*inputs)
+        *outputs, starts = module.forward(x, name)
+        ctx.save_for_backward(*x[:4], starts, x.resets, x.lengths)
         ctx.module, ctx.name = module, name
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx, grad_out, grad_numerator, grad_denominator, _):
-        grads = ctx.module.backward(
-            grad_out, grad_numerator, grad_denominator, *ctx.saved_tensors, ctx.name
-        )
-        return None, None, *grads, None, None, None
+        x = BackwardInputs(grad_out, grad_numerator, grad_denominator, *ctx.saved_tensors)
+        return None, None, *ctx.module.backward(x, ctx.name), None, None, None
 
 
 def run(kernel: str, x: Inputs) -> tuple[Tensor, WKVState]:
@@ -192,7 +181,7 @@ def rounding_like_a_gpu() -> Iterator[None]:
 def serial(x: Inputs) -> tuple[Tensor, WKVState]:
     """The first oracle: the definition, one token after another, in float64."""
     x = x.to(torch.float64)
-    out, state = reference.wkv4(*x[:4], x.state, x.resets, x.lengths)
+    out, state = reference.wkv4(x)
     return out, WKVState(*state)
 
 

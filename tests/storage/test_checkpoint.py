@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from tiny import make_model, same_bits, small_bpe
 
-from receptance.engine import EngineOptions
+import receptance
+from receptance.engine import EngineOptions, load_engine
 from receptance.model import Model
+from receptance.quantize.weights import quantize_tensors
 from receptance.storage import checkpoint
 from receptance.storage.checkpoint import load, save
 from receptance.storage.directories import newest_checkpoint, write_directory
 from receptance.storage.manifest import verify
+from receptance.storage.quantized import About, read_quantized, write_quantized
 from receptance.tokenizer import BPETokenizer, ByteTokenizer
 
 NAMES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -331,9 +334,13 @@ class TestForeignWeights:
         small_bpe().save(pth.parent)
         assert load(str(pth))[1].fingerprint == small_bpe().fingerprint
 
-    def test_a_pth_without_a_tokenizer_comes_without_one(self, pth):
-        _, tokenizer = load(pth)
+    @pytest.mark.parametrize("opener", [load, load_engine])
+    def test_a_pth_of_an_unusual_vocabulary_has_no_tokenizer(self, pth, opener, model):
+        loaded, tokenizer = opener(pth)
         assert tokenizer is None
+        assert loaded.fingerprint() == model.fingerprint()
+
+    def test_engine_options_want_a_tokenizer(self, pth):
         message = refusal(lambda: EngineOptions().load(pth))
         assert "vocabulary of 300" in message
         assert "pass tokenizer=FILE" in message
@@ -396,6 +403,64 @@ def test_a_checkpoint_accepts_its_own_tokenizer_only(saved):
     other = BPETokenizer.train(["entirely different words"], 300)
     assert "wrong tokenizer" in refusal(lambda: load(saved, tokenizer=other))
     assert "wrong tokenizer" in refusal(lambda: load(saved, tokenizer="bytes"))
+
+
+class TestWithoutATokenizer:
+    """What is not text has none."""
+
+    @pytest.fixture
+    def untold(self, model, tmp_path) -> Path:
+        receptance.save(model, tmp_path / "untold", None)
+        return tmp_path / "untold"
+
+    @pytest.fixture
+    def codes(self, model, tmp_path) -> Path:
+        """The same, quantized."""
+        about = About(kind="int8", group=128, source=model.fingerprint())
+        weights = quantize_tensors(model.state_dict(), "int8")
+        write_quantized(tmp_path / "codes", model.config, None, about, weights)
+        return tmp_path / "codes"
+
+    def test_it_is_saved_and_loaded(self, untold, model):
+        found, tokenizer = receptance.load(untold)
+        assert tokenizer is None
+        assert same_bits(found.state_dict(), model.state_dict())
+        assert sorted(x.name for x in untold.iterdir()) == [
+            "config.json",
+            "manifest.json",
+            "model.safetensors",
+        ]
+
+    def test_bytes_are_not_guessed(self, tmp_path):
+        """As they are for a bare file of 256 ids: here it is known that there is none."""
+        receptance.save(make_model(256), tmp_path / "model", None)
+        assert receptance.load(tmp_path / "model")[1] is None
+
+    def test_an_engine_has_none(self, untold, model):
+        engine, tokenizer = load_engine(untold)
+        assert tokenizer is None
+        assert engine.fingerprint() == model.fingerprint()
+
+    @pytest.mark.parametrize("opener", [load, load_engine])
+    def test_a_quantized_model_has_none(self, codes, model, opener):
+        found, tokenizer = opener(codes)
+        assert tokenizer is None
+        assert found.config == model.config
+        assert read_quantized(codes).tokenizer is None
+
+    @pytest.mark.parametrize("place", ["untold", "codes"])
+    @pytest.mark.parametrize("opener", [load, load_engine])
+    def test_one_that_fits_may_be_given(self, place, opener, request):
+        tokenizer = small_bpe()
+        directory = request.getfixturevalue(place)
+        assert opener(directory, tokenizer=tokenizer)[1] is tokenizer
+
+    @pytest.mark.parametrize("place", ["untold", "codes"])
+    @pytest.mark.parametrize("opener", [load, load_engine])
+    def test_one_that_does_not_fit_is_refused(self, place, opener, request):
+        directory = request.getfixturevalue(place)
+        message = refusal(lambda: opener(directory, tokenizer=small_bpe(301)))
+        assert "wrong tokenizer: bpe has 301 ids and these weights 300" in message
 
 
 def test_what_is_here_has_no_revision(saved):

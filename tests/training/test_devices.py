@@ -9,11 +9,14 @@ from receptance.training.options import StartOptions
 
 @pytest.mark.parametrize(("available", "found"), [(True, "cuda"), (False, "cpu")])
 def test_auto_is_a_gpu_if_there_is_one(available, found, monkeypatch):
+    tried, one = [], torch.ones(())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch, "zeros", lambda shape, device: tried.append(device) or one)
     assert StartOptions().device == "auto"
     assert resolve_device("auto") == torch.device(found)
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
+    assert tried == [found, "cpu", "cuda:1"]  # whether something can be computed there
 
 
 def test_a_name_there_is_not():

@@ -116,7 +116,8 @@ def load_engine(
             packed = open_quantized(opened)
             if (chosen := _choose(backend, place, packed.config)) != "torch":
                 _check_effect(options, chosen)
-                found = chosen_tokenizer(opened.path, packed.tokenizer, tokenizer)
+                own = packed.tokenizer
+                found = chosen_tokenizer(opened.path, packed.config, own, tokenizer)
                 return _packed_engine(packed, chosen, place, options), found
     config, tensors, found = read_opened(opened, source, tokenizer)
     chosen = _choose(backend, place, config)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
+
 CHUNK = 16
 # The exponent of a segment without tokens. It stays below that of an empty state, whatever decays
 # are added to it.
@@ -69,21 +71,11 @@ def kept_states(time: int) -> int:
     return -(-time // CHUNK)
 
 
-def forward(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    exponent: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Inputs) -> Results:
     """Output [B,T,C], the final state's three parts [B,C], chunk starts [B,N,3,C]."""
-    chunks = _cut(log_decay, bonus, key, value, resets, lengths, exponent.dtype)
-    starts, final = _chunk_starts(chunks, [numerator, denominator, exponent])
-    state = [x.clone() for x in starts]
+    time, chunks = x.key.shape[1], _cut(x, x.exponent.dtype)
+    starts, final = _chunk_starts(chunks, [x.numerator, x.denominator, x.exponent])
+    state = [part.clone() for part in starts]
     out = torch.empty_like(chunks.value)
     work = torch.empty(4, *state[0].shape, dtype=out.dtype, device=out.device).unbind(0)
     for j in chunks.positions:
@@ -91,33 +83,23 @@ def forward(
         torch.div(*_output(chunks, j, state, *work), out=out[:, :, j])
         k, v = chunks.key[:, :, j], chunks.value[:, :, j]
         _absorb(state, chunks.decay(j), k, v, None, *work[:2])
-    out = _uncut(out, key.shape[1])
-    if lengths is not None:
-        out = out.masked_fill(~_within(lengths, key.shape[1])[..., None], 0)
+    out = _uncut(out, time)
+    if x.lengths is not None:
+        out = out.masked_fill(~_within(x.lengths, time)[..., None], 0)
     if chunks.key.shape[1] == 1:
-        final = [x[:, 0] for x in state]
+        final = [part[:, 0] for part in state]
     # Without tokens the final state is the initial one, and an op returns none of its inputs.
-    a, b, o = (x.clone() for x in final)
-    return out.to(value.dtype), a, b, o, torch.stack(starts, dim=2)
+    a, b, o = (part.clone() for part in final)
+    return out.to(x.value.dtype), a, b, o, torch.stack(starts, dim=2)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_numerator: Tensor,
-    grad_denominator: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(x: BackwardInputs) -> Gradients:
     """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
-    chunks = _cut(log_decay, bonus, key, value, resets, lengths, starts.dtype)
-    replay, exponent = _replay(chunks, _cut_gradient(grad_out, lengths, starts.dtype), starts)
+    time, chunks = x.key.shape[1], _cut(x, x.starts.dtype)
+    grad_y = _cut_gradient(x.grad_out, x.lengths, x.starts.dtype)
+    replay, exponent = _replay(chunks, grad_y, x.starts)
     ga, gb, first_a, first_b = _gradients_at_chunk_ends(
-        chunks, replay, starts[:, :, 2], exponent, grad_numerator, grad_denominator
+        chunks, replay, x.starts[:, :, 2], exponent, x.grad_numerator, x.grad_denominator
     )
     grad_key, grad_value = torch.empty_like(chunks.key), torch.empty_like(chunks.value)
     grad_decay, grad_bonus = torch.zeros_like(ga), torch.zeros_like(ga)
@@ -135,34 +117,26 @@ def backward(
     return (
         grad_decay.sum((0, 1)),
         grad_bonus.sum((0, 1)),
-        _uncut(grad_key, key.shape[1]).to(key.dtype),
-        _uncut(grad_value, key.shape[1]).to(value.dtype),
+        _uncut(grad_key, time).to(x.key.dtype),
+        _uncut(grad_value, time).to(x.value.dtype),
         first_a,
         first_b,
     )
 
 
-def _cut(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    dtype: torch.dtype,
-) -> Chunks:
+def _cut(x: Inputs | BackwardInputs, dtype: torch.dtype) -> Chunks:
     """[B,T,C] -> [B,N,n,C], with padding that neither fades the state nor adds to it."""
-    time = key.shape[1]
-    key, value = key.to(dtype).clamp(min=ABSENT), value.to(dtype)  # -inf - (-inf) is NaN
+    time, resets = x.key.shape[1], x.resets
+    key, value = x.key.to(dtype).clamp(min=ABSENT), x.value.to(dtype)  # -inf - (-inf) is NaN
     real = None
-    if lengths is not None or time % min(CHUNK, time or 1):
-        limit = lengths if lengths is not None else torch.tensor([time], device=key.device)
+    if x.lengths is not None or time % min(CHUNK, time or 1):
+        limit = x.lengths if x.lengths is not None else torch.tensor([time], device=key.device)
         inside = _within(limit, time)[..., None]
         key, value = key.masked_fill(~inside, ABSENT), value.masked_fill(~inside, 0)
         real = _chunks(inside.to(dtype))
         resets = None if resets is None else resets & inside[..., 0]
     resets = None if resets is None else _chunks(resets[..., None])
-    return Chunks(log_decay, bonus, _chunks(key, ABSENT), _chunks(value), real, resets)
+    return Chunks(x.log_decay, x.bonus, _chunks(key, ABSENT), _chunks(value), real, resets)
 
 
 def _within(lengths: Tensor, time: int) -> Tensor:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
 from receptance.ops.threads import usable_threads
 
 CHUNK = 32  # It equals kChunk in wkv4.h.
@@ -56,68 +57,49 @@ def kept_states(time: int) -> int:
     return -(-time // CHUNK)
 
 
-def forward(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    exponent: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    instruction_set: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Inputs, instruction_set: str = "") -> Results:
     """Output [B,T,C], the final state's three parts [B,C], chunk starts [B,N,3,C]."""
-    batch, time, width = key.shape
-    dtype, inner, wide = value.dtype, _inner(value.dtype), exponent.dtype
+    batch, time, width = x.key.shape
+    dtype, inner, wide = x.value.dtype, _inner(x.value.dtype), x.exponent.dtype
     out = torch.empty(batch, time, width, dtype=inner)
     a = torch.empty(batch, width, dtype=wide)
     b, o = torch.empty_like(a), torch.empty_like(a)
     starts = torch.empty(batch, kept_states(time), 3, width, dtype=wide)
     inputs = [
-        log_decay.contiguous(),
-        bonus.contiguous(),
-        key.to(inner).contiguous(),
-        value.to(inner).contiguous(),
-        numerator.contiguous(),
-        denominator.contiguous(),
-        exponent.contiguous(),
-        *_masks(resets, lengths, time),
+        x.log_decay.contiguous(),
+        x.bonus.contiguous(),
+        x.key.to(inner).contiguous(),
+        x.value.to(inner).contiguous(),
+        x.numerator.contiguous(),
+        x.denominator.contiguous(),
+        x.exponent.contiguous(),
+        *_masks(x.resets, x.lengths, time),
     ]
-    _call("wkv4_forward", key.shape, inner, instruction_set, [*inputs, out, a, b, o, starts])
+    _call("wkv4_forward", x.key.shape, inner, instruction_set, [*inputs, out, a, b, o, starts])
     return out.to(dtype), a, b, o, starts
 
 
-def backward(
-    grad_out: Tensor,
-    grad_numerator: Tensor,
-    grad_denominator: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    instruction_set: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(x: BackwardInputs, instruction_set: str = "") -> Gradients:
     """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
-    batch, time, width = key.shape
-    dtype, inner = key.dtype, _inner(key.dtype)
+    batch, time, width = x.key.shape
+    dtype, inner, wide = x.key.dtype, _inner(x.key.dtype), x.starts.dtype
     grad_vectors = [torch.empty(batch, width, dtype=torch.float64) for _ in range(2)]
     grad_key, grad_value = (torch.empty(batch, time, width, dtype=inner) for _ in range(2))
-    grad_a, grad_b = (torch.empty(batch, width, dtype=starts.dtype) for _ in range(2))
+    grad_a, grad_b = (torch.empty(batch, width, dtype=wide) for _ in range(2))
     inputs = [
-        grad_out.to(inner).contiguous(),
-        *(x.contiguous() for x in (grad_numerator, grad_denominator, log_decay, bonus)),
-        *(x.to(inner).contiguous() for x in (key, value)),
-        starts.contiguous(),
-        *_masks(resets, lengths, time),
+        x.grad_out.to(inner).contiguous(),
+        x.grad_numerator.contiguous(),
+        x.grad_denominator.contiguous(),
+        x.log_decay.contiguous(),
+        x.bonus.contiguous(),
+        x.key.to(inner).contiguous(),
+        x.value.to(inner).contiguous(),
+        x.starts.contiguous(),
+        *_masks(x.resets, x.lengths, time),
     ]
     outputs = [*grad_vectors, grad_key, grad_value, grad_a, grad_b]
-    _call("wkv4_backward", key.shape, inner, instruction_set, [*inputs, *outputs])
-    grad_decay, grad_bonus = (x.sum(0).to(starts.dtype) for x in grad_vectors)
+    _call("wkv4_backward", x.key.shape, inner, instruction_set, [*inputs, *outputs])
+    grad_decay, grad_bonus = (vector.sum(0).to(wide) for vector in grad_vectors)
     return grad_decay, grad_bonus, grad_key.to(dtype), grad_value.to(dtype), grad_a, grad_b
 
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from receptance.ops.arguments import Inputs
+
 EMPTY_EXPONENT = -1e30
 """Exponent of a state that has seen nothing. Finite, because -inf - (-inf) is NaN."""
 
 
-def wkv4(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
-    resets: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def wkv4(x: Inputs) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """One token after another, in the stable form of equations 23 to 28 of arXiv 2305.13048.
 
         y_t = (a_{t-1} + e^{u + k_t} v_t) / (b_{t-1} + e^{u + k_t})
@@ -31,33 +25,33 @@ def wkv4(
     Returns y [B,T,C] in value's dtype and the state. Differentiable by autograd; exponents are
     constants to it, which is exact because they cancel wherever a state is used.
     """
-    numerator, denominator, exponent = state
-    exponent = exponent.detach()
+    key, value, lengths = x.key, x.value, x.lengths
+    numerator, denominator, exponent = x.numerator, x.denominator, x.exponent.detach()
     outputs = []
     if lengths is not None:  # A NaN beyond a row's end would reach the gradients.
         beyond = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]
-        key, value = (x.masked_fill(beyond[..., None], 0) for x in (key, value))
-    keys, values = (x.to(numerator.dtype).unbind(1) for x in (key, value))
+        key, value = (part.masked_fill(beyond[..., None], 0) for part in (key, value))
+    keys, values = (part.to(numerator.dtype).unbind(1) for part in (key, value))
     for t, (k, v) in enumerate(zip(keys, values, strict=True)):
         before = (numerator, denominator, exponent)
-        if resets is not None:
-            forget = resets[:, t, None]
+        if x.resets is not None:
+            forget = x.resets[:, t, None]
             numerator = numerator.masked_fill(forget, 0)
             denominator = denominator.masked_fill(forget, 0)
             exponent = exponent.masked_fill(forget, EMPTY_EXPONENT)
 
-        top = torch.maximum(exponent, bonus + k).detach()
-        past, now = (exponent - top).exp(), (bonus + k - top).exp()
+        top = torch.maximum(exponent, x.bonus + k).detach()
+        past, now = (exponent - top).exp(), (x.bonus + k - top).exp()
         out = (numerator * past + now * v) / (denominator * past + now)
 
-        top = torch.maximum(exponent + log_decay, k).detach()
-        past, now = (exponent + log_decay - top).exp(), (k - top).exp()
+        top = torch.maximum(exponent + x.log_decay, k).detach()
+        past, now = (exponent + x.log_decay - top).exp(), (k - top).exp()
         after = [numerator * past + now * v, denominator * past + now, top]
 
         if lengths is not None:
             real = (t < lengths)[:, None]
             out = torch.where(real, out, 0)
-            after = [torch.where(real, x, y) for x, y in zip(after, before, strict=True)]
+            after = [torch.where(real, *parts) for parts in zip(after, before, strict=True)]
         numerator, denominator, exponent = after
         outputs.append(out)
     out = torch.stack(outputs, dim=1) if outputs else value

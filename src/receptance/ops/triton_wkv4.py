@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
+
 # The number of tokens between the states that forward keeps. In the backward pass they are the
 # piece of a lane.
 CHUNK = 16
@@ -43,7 +45,6 @@ _INTERPRETED = 8192
 # The number of tokens that the careful way of the kernels loads together.
 _SOME = 4
 
-Masks = tuple[Tensor | None, Tensor | None]
 Options = dict[str, Any]
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -82,69 +83,47 @@ def kept_states(time: int) -> int:
     return -(-time // CHUNK) + 1
 
 
-def forward(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    exponent: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    variant: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Inputs, variant: str = "") -> Results:
     """Output [B,T,C], the final state's three parts [B,C], kept states [B,N,3,C]."""
-    batch, time, width = key.shape
-    state = _contiguous(numerator, denominator, exponent)
-    starts = exponent.new_empty(batch, kept_states(time), 3, width)
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
-    if key.numel() == 0:
+    batch, time, width = x.key.shape
+    x = Inputs(**_readable(x))
+    state = x.numerator, x.denominator, x.exponent
+    starts = x.exponent.new_empty(batch, kept_states(time), 3, width)
+    out = torch.empty_like(x.value)
+    if x.key.numel() == 0:
         starts.zero_()
-        a, b, o = (x.clone() for x in state)
+        a, b, o = (part.clone() for part in state)
         return out, a, b, o, starts
     variant = variant or choose_variant(batch, time, width)
     pieces, group = {"step": (1, 1), "serial": (1, CHUNK), "chunked": (PIECES, GROUP)}[variant]
-    tokens, masks = _contiguous(log_decay, bonus, key, value), _masks(resets, lengths)
-    a, b, o = (torch.empty_like(x) for x in state)
-    arguments = (*tokens, *state, *masks, _sums(starts, pieces), starts, out, a, b, o)
+    a, b, o = (torch.empty_like(part) for part in state)
+    results = {"out": out, "numerator_out": a, "denominator_out": b, "exponent_out": o}
+    arguments = x._asdict() | results | {"starts": starts, "sums": _sums(starts, pieces)}
     constants = {"PIECES": pieces, "GROUP": group, "SOME": min(_SOME, group), "CHUNK": CHUNK}
     _launch("forward", starts, time, arguments, constants)
     return out, a, b, o, starts
 
 
-def backward(
-    grad_out: Tensor,
-    grad_numerator: Tensor,
-    grad_denominator: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    variant: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(x: BackwardInputs, variant: str = "") -> Gradients:
     """Gradients of log_decay, bonus, key, value, numerator, denominator (shapes as those)."""
-    batch, time, width = key.shape
-    after = _contiguous(grad_numerator, grad_denominator)
-    tokens = _contiguous(log_decay, bonus, key, value, grad_out)
-    grad_key, grad_value = (torch.empty_like(x) for x in tokens[2:4])
-    if key.numel() == 0:
-        zero = torch.zeros_like(tokens[0])
+    batch, time, width = x.key.shape
+    x = BackwardInputs(**_readable(x))
+    after = x.grad_numerator, x.grad_denominator
+    grad_key, grad_value = torch.empty_like(x.key), torch.empty_like(x.value)
+    if x.key.numel() == 0:
+        zero = torch.zeros_like(x.log_decay)
         return zero, zero.clone(), grad_key, grad_value, after[0].clone(), after[1].clone()
     variant = variant or choose_variant(batch, time, width)
     pieces = PIECES if variant == "chunked" else 1
-    starts = starts.contiguous()
-    first_a, first_b = (torch.empty_like(x) for x in after)
-    vectors = starts.new_empty(batch, pieces, 2, width)
-    inputs = (*tokens, *_masks(resets, lengths), starts, *after, _sums(starts, pieces))
+    first_a, first_b = (torch.empty_like(part) for part in after)
+    vectors = x.starts.new_empty(batch, pieces, 2, width)
+    results = {"grad_vectors": vectors, "grad_key": grad_key, "grad_value": grad_value}
+    results |= {"grad_numerator_in": first_a, "grad_denominator_in": first_b}
+    arguments = x._asdict() | results | {"sums": _sums(x.starts, pieces)}
     constants = {"PIECES": pieces, "GROUP": CHUNK, "SOME": _SOME}
-    results = (vectors, grad_key, grad_value, first_a, first_b)
-    _launch("backward", starts, time, (*inputs, *results), constants)
+    _launch("backward", x.starts, time, arguments, constants)
     # The kernel uses no atomics and this sum has a fixed order: the same call gives the same bits.
-    grad_decay, grad_bonus = vectors.sum((0, 1), dtype=torch.float64).to(starts.dtype)
+    grad_decay, grad_bonus = vectors.sum((0, 1), dtype=torch.float64).to(x.starts.dtype)
     return grad_decay.clone(), grad_bonus.clone(), grad_key, grad_value, first_a, first_b
 
 
@@ -154,17 +133,18 @@ def _sums(starts: Tensor, pieces: int) -> Tensor:
     return starts.new_empty((batch, pieces, 5, width) if pieces > 1 else (0,))
 
 
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [x.contiguous() for x in tensors]
-
-
-def _masks(resets: Tensor | None, lengths: Tensor | None) -> Masks:
-    resets = None if resets is None else resets.contiguous().view(torch.uint8)
-    return resets, None if lengths is None else lengths.long().contiguous()
+def _readable(x: Inputs | BackwardInputs) -> dict[str, Any]:
+    """The tensors as the kernels read them: contiguous, resets as bytes, lengths of 64 bits."""
+    fields = {name: y.contiguous() for name, y in x._asdict().items() if y is not None}
+    if x.resets is not None:
+        fields["resets"] = fields["resets"].view(torch.uint8)
+    if x.lengths is not None:
+        fields["lengths"] = fields["lengths"].long()
+    return fields
 
 
 def _launch(
-    name: str, starts: Tensor, time: int, arguments: tuple[Any, ...], constants: dict[str, int]
+    name: str, starts: Tensor, time: int, arguments: Options, constants: dict[str, int]
 ) -> None:
     """Run a kernel on the device of starts [B,N,3,C], each program on some channels of a row."""
     batch, kept, _, width = starts.shape
@@ -177,7 +157,7 @@ def _launch(
         return (-(-lanes // int(chosen["BLOCK"])),)
 
     with torch.cuda.device_of(starts):
-        kernel[grid](*arguments, time, kept, batch, **options)
+        kernel[grid](**arguments, T=time, N=kept, rows=batch, **options)
 
 
 def _blocks(lanes: int, pieces: int, interpreted: bool) -> Options:

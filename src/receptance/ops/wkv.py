@@ -6,25 +6,27 @@ forms of the model, parallel and recurrent, are this call with different T.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from receptance.ops import chunked, native, reference, triton_wkv4
+from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
 from receptance.ops.reference import EMPTY_EXPONENT
-
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Kernel(Protocol):
     """What a kernel module offers; the reference is differentiated by autograd instead."""
 
-    kept_states: Callable[..., int]  # of T: how many states forward keeps for backward
-    forward: Callable[..., Saved]  # arguments and results as those of _wkv4 and _wkv4_backward
-    backward: Callable[..., Gradients]
+    def kept_states(self, time: int, /) -> int:
+        """How many states forward keeps for backward."""
+
+    def forward(self, x: Inputs, /) -> Results:
+        """The output, the final state's three parts, and the states that were kept."""
+
+    def backward(self, x: BackwardInputs, /) -> Gradients:
+        """Gradients of log_decay, bonus, key, value, numerator, denominator."""
 
 
 KERNELS: dict[str, Kernel] = {"native": native, "triton": triton_wkv4, "chunked": chunked}
@@ -106,16 +108,15 @@ def wkv4(
     if state is None:
         state = WKVState.empty(key.shape[0], key.shape[-1], device=key.device, dtype=dtype)
     state = WKVState(*state)
-    _check(log_decay, bonus, key, value, state, resets, lengths)
+    _check(Inputs(log_decay, bonus, key, value, *state, resets, lengths))
     name = choose_backend(key.device, backend)
     # A decay of e^-1e30 is 0 like e^-inf, but 0 tokens of it are a factor of 1 and not NaN.
     log_decay, bonus = log_decay.to(dtype).clamp(min=-1e30), bonus.to(dtype)
+    x = Inputs(log_decay, bonus, key, value, *state, resets, lengths)
     if name == "reference":
-        out, parts = reference.wkv4(log_decay, bonus, key, value, state, resets, lengths)
+        out, parts = reference.wkv4(x)
         return out, WKVState(*parts)
-    out, numerator, denominator, exponent, _ = torch.ops.receptance.wkv4.default(
-        log_decay, bonus, key, value, *state, resets, lengths, name
-    )
+    out, numerator, denominator, exponent, _ = torch.ops.receptance.wkv4.default(*x, name)
     return out, WKVState(numerator, denominator, exponent.detach())
 
 
@@ -128,142 +129,99 @@ def _check_pair(key: Tensor, value: Tensor) -> None:
         raise ValueError(f"key is {key.dtype} and value {value.dtype}; they must be one float type")
 
 
-def _check(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: WKVState,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-) -> None:
-    batch, time, width = key.shape
-    wanted = torch.float64 if key.dtype == torch.float64 else torch.float32
+def _check(x: Inputs) -> None:
+    batch, time, width = x.key.shape
+    wanted = torch.float64 if x.key.dtype == torch.float64 else torch.float32
     for name, tensor, shape in (
-        ("log_decay", log_decay, (width,)),
-        ("bonus", bonus, (width,)),
-        ("value", value, (batch, time, width)),
-        ("resets", resets, (batch, time)),
-        ("lengths", lengths, (batch,)),
-        *((f"state.{n}", x, (batch, width)) for n, x in zip(state._fields, state, strict=True)),
+        ("log_decay", x.log_decay, (width,)),
+        ("bonus", x.bonus, (width,)),
+        ("value", x.value, (batch, time, width)),
+        ("resets", x.resets, (batch, time)),
+        ("lengths", x.lengths, (batch,)),
+        *((f"state.{part}", getattr(x, part), (batch, width)) for part in WKVState._fields),
     ):
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}; with this key it must be {[*shape]}")
-        if tensor.device != key.device:
-            raise ValueError(f"{name} is on {tensor.device} and key on {key.device}; move one")
+        if tensor.device != x.key.device:
+            raise ValueError(f"{name} is on {tensor.device} and key on {x.key.device}; move one")
         if name.startswith("state.") and tensor.dtype != wanted:
-            raise ValueError(f"{name} is {tensor.dtype}; with {key.dtype} keys it must be {wanted}")
-    for name, tensor in (("log_decay", log_decay), ("bonus", bonus)):
+            raise ValueError(
+                f"{name} is {tensor.dtype}; with {x.key.dtype} keys it must be {wanted}"
+            )
+    for name, tensor in (("log_decay", x.log_decay), ("bonus", x.bonus)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it must be a float type")
-    if resets is not None and resets.dtype != torch.bool:
-        raise ValueError(f"resets is {resets.dtype}; it must be torch.bool")
-    if lengths is not None and (lengths.is_floating_point() or lengths.dtype == torch.bool):
-        raise ValueError(f"lengths is {lengths.dtype}; it must hold integers")
+    if x.resets is not None and x.resets.dtype != torch.bool:
+        raise ValueError(f"resets is {x.resets.dtype}; it must be torch.bool")
+    if x.lengths is not None and (x.lengths.is_floating_point() or x.lengths.dtype == torch.bool):
+        raise ValueError(f"lengths is {x.lengths.dtype}; it must hold integers")
 
 
-def _wkv4(
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    exponent: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-) -> Saved:
-    """out, numerator, denominator, exponent, and the states that the backward starts from."""
-    return KERNELS[backend].forward(
-        log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths
+# A custom op takes tensors one by one: the fields of Inputs or of BackwardInputs, in order, and
+# then the name of the backend. Only the functions below know that.
+
+
+def _wkv4(*flat: Any) -> Results:
+    return KERNELS[flat[-1]].forward(Inputs(*flat[:-1]))
+
+
+def _fake(*flat: Any) -> Results:
+    x, backend = Inputs(*flat[:-1]), flat[-1]
+    batch, time, width = x.key.shape
+    out, numerator, denominator, exponent = map(
+        _like, (x.value, x.numerator, x.denominator, x.exponent)
     )
-
-
-def _fake(log_decay, bonus, key, value, numerator, denominator, exponent, resets, lengths, backend):  # type: ignore[no-untyped-def]
-    batch, time, width = key.shape
     kept = KERNELS[backend].kept_states(time)
-    return (
-        torch.empty_like(value, memory_format=torch.contiguous_format),
-        torch.empty_like(numerator, memory_format=torch.contiguous_format),
-        torch.empty_like(denominator, memory_format=torch.contiguous_format),
-        torch.empty_like(exponent, memory_format=torch.contiguous_format),
-        numerator.new_empty(batch, kept, 3, width),
-    )
+    return out, numerator, denominator, exponent, x.numerator.new_empty(batch, kept, 3, width)
 
 
-def _wkv4_backward(
-    grad_out: Tensor,
-    grad_numerator: Tensor,
-    grad_denominator: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    resets: Tensor | None,
-    lengths: Tensor | None,
-    backend: str,
-) -> Gradients:
-    """Gradients of log_decay, bonus, key, value, numerator, denominator."""
-    return KERNELS[backend].backward(
-        grad_out,
-        grad_numerator,
-        grad_denominator,
-        log_decay,
-        bonus,
-        key,
-        value,
-        starts,
-        resets,
-        lengths,
-    )
+def _wkv4_backward(*flat: Any) -> Gradients:
+    return KERNELS[flat[-1]].backward(BackwardInputs(*flat[:-1]))
 
 
-def _fake_backward(  # type: ignore[no-untyped-def]
-    grad_out,
-    grad_numerator,
-    grad_denominator,
-    log_decay,
-    bonus,
-    key,
-    value,
-    starts,
-    resets,
-    lengths,
-    backend,
-):
-    like = (log_decay, bonus, key, value, grad_numerator, grad_denominator)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+def _fake_backward(*flat: Any) -> tuple[Tensor, ...]:
+    x = BackwardInputs(*flat[:-1])
+    like = (x.log_decay, x.bonus, x.key, x.value, x.grad_numerator, x.grad_denominator)
+    return tuple(map(_like, like))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    log_decay, bonus, key, value, _, _, _, resets, lengths, backend = inputs
-    ctx.save_for_backward(log_decay, bonus, key, value, output[-1], resets, lengths)
-    ctx.backend = backend
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward(ctx, grad_out, grad_numerator, grad_denominator, *_):  # type: ignore[no-untyped-def]
-    grads = torch.ops.receptance.wkv4_backward.default(
-        grad_out, grad_numerator, grad_denominator, *ctx.saved_tensors, ctx.backend
-    )
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    x, ctx.backend = Inputs(*inputs[:-1]), inputs[-1]
+    saved = (x.log_decay, x.bonus, x.key, x.value, output[-1], x.resets, x.lengths)
+    ctx.save_for_backward(*saved)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_a: Tensor, grad_b: Tensor, *_: Tensor) -> Any:
+    x = BackwardInputs(grad_out, grad_a, grad_b, *ctx.saved_tensors)
+    grads = torch.ops.receptance.wkv4_backward.default(*x, ctx.backend)
     # None for the exponent: every consumer sees numerator e^exponent, so it carries no gradient.
     return *grads, None, None, None, None
 
 
-def _backward_of_backward(ctx, *grads):  # type: ignore[no-untyped-def]
+def _backward_of_backward(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("wkv4 has no autograd formula for its second derivative")
+
+
+def _schema(arguments: type[Inputs] | type[BackwardInputs], results: int) -> str:
+    """The signature of an op: a tensor for every field, then the backend -> so many tensors."""
+    optional = arguments._field_defaults
+    tensors = [f"Tensor{'?' * (name in optional)} {name}" for name in arguments._fields]
+    return f"({', '.join(tensors)}, str backend) -> ({', '.join(['Tensor'] * results)})"
 
 
 # This does what torch.library.custom_op does, without its wrapper, which costs as much time as a
 # small step.
-for _name, _function, _shapes in (
-    ("receptance::wkv4", _wkv4, _fake),
-    ("receptance::wkv4_backward", _wkv4_backward, _fake_backward),
+for _name, _function, _shapes, _signature in (
+    ("receptance::wkv4", _wkv4, _fake, _schema(Inputs, 5)),
+    ("receptance::wkv4_backward", _wkv4_backward, _fake_backward, _schema(BackwardInputs, 6)),
 ):
-    torch.library.define(_name, torch.library.infer_schema(_function, mutates_args=()))
+    torch.library.define(_name, _signature)
     torch.library.impl(_name, "CompositeExplicitAutograd", _function)
     torch.library.register_fake(_name, _shapes)
 torch.library.register_autograd("receptance::wkv4", _backward, setup_context=_setup_context)

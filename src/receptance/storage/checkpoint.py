@@ -169,12 +169,12 @@ def read_opened(
         )
     if opened.kind == "quantized":
         quantized = open_quantized(opened)
-        found = chosen_tokenizer(path, quantized.tokenizer, tokenizer)
+        found = chosen_tokenizer(path, quantized.config, quantized.tokenizer, tokenizer)
         return quantized.config, dequantized_tensors(quantized), found
     if opened.kind == "checkpoint":
         config, own = read_description(opened)
         tensors = _belonging(path, config, read_tensors(path, "model"))
-        found = chosen_tokenizer(path, own, tokenizer)
+        found = chosen_tokenizer(path, config, own, tokenizer)
     else:
         weights = formats.read(path if path.exists() else source, revision=revision)
         config, tensors = weights.config, dict(weights.tensors)

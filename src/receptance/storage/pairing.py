@@ -27,12 +27,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def chosen_tokenizer(
-    directory: Path, own: Tokenizer | None, given: Tokenizer | None
+    directory: Path, config: ModelConfig, own: Tokenizer | None, given: Tokenizer | None
 ) -> Tokenizer | None:
     """The tokenizer that a directory holds, or the one given where it holds none.
 
-    ValueError if the one given has other ids.
+    ValueError if the one given has other ids, or does not fit the model.
     """
+    if own is None and given is not None:
+        check_tokenizer(given, config)
     if own is None or given is None or given.same_as(own):
         return own or given
     raise ValueError(

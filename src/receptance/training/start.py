@@ -198,6 +198,7 @@ def resume(
         assert options.init is not None
         named = options.named_tokenizer()
         sizes, tensors, tokenizer = checkpoint.read_model(options.init, tokenizer=named)
+    tokenizer = tokenizer or corpus.tokenizer
     if tokenizer is None:
         raise no_tokenizer(sizes, directory)
     trainer = _trainer(sizes, tensors.items(), corpus, tokenizer, options, ranks, device, directory)
