@@ -192,12 +192,12 @@ class TestSources:
         turned = turn(tmp_path / "small", tmp_path / "x.pth")
         assert same_bits(read_pth(turned), dict(load(tmp_path / "small")[0].state_dict()))
 
-    def test_no_tokenizer_is_needed_but_by_our_directories(self, tmp_path):
+    def test_no_tokenizer_is_needed(self, tmp_path):
         path = official(weights(), tmp_path / "0/model.pth", tokenizer=None)
         turn(path, tmp_path / "hf", format="hf")
         assert "tokenizer.json" not in listing(tmp_path / "hf")
-        with pytest.raises(ValueError, match="no tokenizer beside"):
-            turn(path, tmp_path / "mine", format="receptance")
+        turn(path, tmp_path / "bare", format="receptance")
+        assert load(tmp_path / "bare")[1] is None
         given = open_source(path, tokenizer=BPE)
         convert(given, Target(path=tmp_path / "mine", format="receptance"))
         assert load(tmp_path / "mine")[1].fingerprint == BPE.fingerprint

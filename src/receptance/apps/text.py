@@ -15,7 +15,9 @@ _ESCAPE = re.compile(r"\\(?:([nt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(.?))",
 _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 
 # The library's messages name an argument like this: tokenizer=, tokenizer=FILE, recompute=True.
-_ARGUMENT = re.compile(r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,.)]|$)')
+_ARGUMENT = re.compile(
+    r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,)]|\.?$|\.\s)'
+)
 
 
 def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:

@@ -94,11 +94,6 @@ def check(source: Source, target: Target) -> None:
             f"has no place for it: every reader takes {_USUAL_EPSILON}; "
             'use format="hf" or format="receptance"'
         )
-    if target.format == "receptance" and source.tokenizer is None:
-        raise ValueError(
-            f"there is no tokenizer beside {source.path}, and a Receptance directory holds one; "
-            "pass it with tokenizer=FILE"
-        )
     if target.format not in DIRECTORIES:
         _check_beside(source, target.path.parent)
 
@@ -136,7 +131,6 @@ def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> Non
     if target.format == "hf":
         hf.write_hf(path, source.config, layout, tensors, target.shard_bytes)
     elif target.format == "receptance":
-        assert source.tokenizer is not None
         write_safetensors(path / "model.safetensors", layout, ordered)
         write_description(source.config, path, source.tokenizer)
     elif target.format == "ggmf":
