@@ -147,8 +147,8 @@ def test_versions_of_the_model_do_not_import_each_other():
 
 # ---- a version is one room ----------------------------------------------------------------------
 
-# Names of version 4 stand in its module, its operator and kernels, and the tables of names. What all
-# versions have in common, such as the matrix with the feed-forward width, is in architecture.
+# Names of version 4 stand in its module, its operator and kernels, and the tables of names. What
+# all versions have in common, such as the matrix with the feed-forward width, is in architecture.
 KNOW_VERSION_4 = (
     *("receptance.model.v4", "receptance.model.architecture"),
     *("receptance.ops.", "receptance.formats.names"),

@@ -68,7 +68,8 @@ class TrainOptions:
     epsilon: float = 1e-8
     """Adam's epsilon."""
     layerwise_rates: bool = True
-    """Twice the rate for time_decay, three times for time_first (RWKV-LM's layerwise_lr)."""
+    """Whether some vectors learn faster, in RWKV-4 decays twice and the bonus three times as fast
+    (RWKV-LM's layerwise_lr)."""
     weight_decay: float = 0.0
     """Decay of the weights, which acts on matrices only; the paper uses none."""
     clip: float = 1.0
