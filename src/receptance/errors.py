@@ -19,7 +19,7 @@ def one_line(path: Path, what: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
-        if isinstance(error, OSError) and error.filename == str(path):
+        if isinstance(error, OSError) and error.filename in {None, str(path)}:
             reason = error.strerror or reason
         raise ValueError(f"cannot write {what}{path}: {reason}") from error
 

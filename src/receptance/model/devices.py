@@ -18,7 +18,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
         torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError.
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
     return torch.device(name)
 
 
