@@ -140,7 +140,7 @@ class TestMistakes:
             ((), "MODEL is missing; receptance test --help says more"),
             (("m", "--stpo", "x"), "unknown option --stpo; did you mean --stop?"),
             (("m", "--Zq"), "unknown option --Zq; receptance test --help lists them; a text that "
-             "begins with a dash comes behind --"),
+             "begins with a dash comes last, behind --"),
             (("m", "-Hname", "x"), "unknown option -Hname; did you mean --name?"),
             (("m", "--max-count", "x"), "--max-count is 'x'; it must be a whole number"),
             (("m", "--betas", "0.5", "x"), "--betas is 'x'; it must be a number"),

@@ -180,7 +180,7 @@ class _Words:
         near = difflib.get_close_matches(name, self._by_flag, 1)
         if near:
             return f"; did you mean {near[0]}?"
-        texts = "" if not self._places else "; a text that begins with a dash comes behind --"
+        texts = "" if not self._places else "; a text that begins with a dash comes last, behind --"
         return f"; {self._prog} --help lists them{texts}"
 
     def _check_next(self, option: _Option, left: deque[str], places: int) -> None:

@@ -33,6 +33,7 @@ from receptance.ops.threads import available_cpus
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
+from receptance.storage.manifest import check_outside
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, WORLD_FILE
 
@@ -102,6 +103,7 @@ def _opened(folder: Path, plan: Plan, console: Console) -> TokenFiles:
 
 def _check_free(folder: Path) -> None:
     """ValueError if files that no earlier call has begun would be overwritten."""
+    check_outside(folder)
     if (folder / "parts/plan.json").exists():
         return
     names = (BPE_FILE, BPE_CONFIG, WORLD_FILE)

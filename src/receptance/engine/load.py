@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -177,7 +177,9 @@ def _quantize(name: str, weight: Tensor, kind: Kind, group: int) -> Quantized:
 
 
 def check_backend(backend: Backend, device: torch.device) -> None:
-    """ValueError if a backend that was named cannot run on the device."""
+    """ValueError if a backend is unknown, or was named and cannot run on the device."""
+    if backend not in (known := get_args(Backend)):
+        raise ValueError(f"backend is {backend!r}; wanted one of {', '.join(known)}")
     if backend == "native" and not (device.type == "cpu" and native.is_available()):
         reason = "were not built" if device.type == "cpu" else f"run on the CPU, not on {device}"
         raise ValueError(f"the native kernels {reason}; `receptance doctor` says more")

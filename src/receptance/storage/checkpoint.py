@@ -18,7 +18,8 @@ from receptance.formats import hf
 from receptance.formats.names import conform
 from receptance.model import Model
 from receptance.model.devices import resolve_device
-from receptance.storage.directories import write_directory
+from receptance.storage.directories import ABOUT, expanded, write_directory
+from receptance.storage.manifest import OPTIMIZER, read_manifest
 from receptance.storage.opening import CHECKPOINT_FORMAT, FORMAT_VERSION, Opened, open_path
 from receptance.storage.pairing import (
     check_tokenizer,
@@ -32,8 +33,28 @@ from receptance.tokenizer import Tokenizer, load_tokenizer
 
 
 def save(model: Model, directory: str | Path, tokenizer: Tokenizer | None) -> None:
-    """Write a model and its tokenizer, if it has one, as a directory that `load` opens."""
+    """Write a model and its tokenizer, if it has one, as a directory that `load` opens.
+
+    What an earlier call wrote there is replaced. ValueError if there is anything else, such as
+    integer weights or the state of a training run.
+    """
+    _check_only_model(expanded(directory))
     write_directory(directory, lambda partial: write_model(model, partial, tokenizer))
+
+
+def _check_only_model(directory: Path) -> None:
+    """ValueError if there is a checkpoint that holds more than a model's tensors, or others."""
+    try:
+        names = set(read_manifest(directory))
+    except (OSError, ValueError):
+        return  # write_directory tells what may be replaced
+    training = {name for name in names if name == ABOUT or name.startswith(OPTIMIZER)}
+    if training or not any(name.startswith("model") for name in names):
+        what = "the state of a training run" if training else "no model of this kind"
+        raise ValueError(
+            f"cannot write {directory}: there is a checkpoint with {what}, which would be lost; "
+            "choose another name"
+        )
 
 
 def write_model(model: Model, directory: Path, tokenizer: Tokenizer | None) -> None:

@@ -23,6 +23,7 @@ from receptance.storage.manifest import (
     MANIFEST,
     Entries,
     check_listing,
+    check_outside,
     plain_files,
     read_manifest,
     seal_file,
@@ -81,6 +82,7 @@ class Draft:
             if path.is_symlink():
                 path = path.resolve()  # The link stays, and the directory it names is replaced.
             _check_replaceable(path)
+            check_outside(path.parent)
             _make_folder(path.parent)
             _restore(path)
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):

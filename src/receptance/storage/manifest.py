@@ -94,6 +94,30 @@ def read_manifest(directory: Path) -> Entries:
     return entries
 
 
+def enclosing_checkpoint(path: Path) -> Path | None:
+    """The directory with a manifest that a path names or lies in, if there is one.
+
+    Whatever else is written there makes it unreadable, as it holds what its manifest lists only.
+    """
+    path = path.absolute()
+    for folder in (path, *path.parents):
+        try:
+            read_manifest(folder)
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def check_outside(path: Path) -> None:
+    """ValueError if a path names a checkpoint or lies in one."""
+    if (holder := enclosing_checkpoint(path)) is not None:
+        raise ValueError(
+            f"cannot write into {path}: {holder} is a model or checkpoint, which files added to "
+            "it would spoil; choose another folder"
+        )
+
+
 def check_listing(directory: Path, entries: Entries) -> None:
     """ValueError unless a directory holds exactly these files, with these lengths."""
     found = plain_files(directory)

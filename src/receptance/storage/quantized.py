@@ -126,8 +126,12 @@ def open_quantized(opened: Opened) -> QuantizedModel:
 
 
 def quantization_of(opened: Opened) -> About:
-    """Read the format and origin of the codes; TypeError or KeyError if fields are missing."""
-    return About(**opened.fields["quantisation"])  # The format keeps the older, British spelling.
+    """Read the format and origin of the codes; ValueError if fields are missing or wrong."""
+    try:
+        return About(**opened.fields["quantisation"])  # The format keeps the older, British name.
+    except (KeyError, TypeError) as error:
+        file = opened.path / "config.json"
+        raise ValueError(f"{file}: a field is wrong: {reason(error)}") from None
 
 
 def is_quantized(directory: str | Path) -> bool:

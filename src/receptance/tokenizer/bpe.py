@@ -305,6 +305,8 @@ def _byte_level_problem(spec: dict[str, Any]) -> str | None:
         return f"its pre-tokenizer is {' + '.join(steps) or 'missing'}, not ByteLevel"
     if steps["ByteLevel"]["add_prefix_space"]:
         return "it puts a space before every text (add_prefix_space)"
+    if spec["model"].get("dropout"):
+        return f"it leaves out merges at random (dropout {spec['model']['dropout']:g})"
     return None
 
 

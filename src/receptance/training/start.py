@@ -24,6 +24,7 @@ from receptance.storage.directories import (
     pin,
     step_directories,
 )
+from receptance.storage.manifest import check_outside
 from receptance.storage.opening import is_run, look
 from receptance.storage.pairing import check_tokenizer, no_tokenizer
 from receptance.tokenizer import Tokenizer
@@ -125,10 +126,11 @@ def _newest(path: Path) -> Path:
 
 
 def check_new(out: Path, *, again: bool) -> None:
-    """ValueError if a run is in the folder.
+    """ValueError if a run or a model is in the folder, or the folder is in one.
 
     With again, the metrics of a run that never saved anything are removed instead.
     """
+    check_outside(out)
     if out.is_dir() and step_directories(out):
         raise ValueError(f"{out} already holds a run; resume it, or choose another folder")
     if not (out / METRICS).exists():
