@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 from receptance.apps.text import as_flags, visible
 from receptance.errors import out_of_memory
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         reason = error.strerror or str(error)
         return _fail(f"{error.filename}: {reason}" if error.filename else reason)
     except ValueError as error:
-        return _fail(as_flags(str(error)))
+        return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -76,8 +77,19 @@ def _run(argv: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module=r"receptance\.")
         warnings.showwarning = _warn
-        app.main(rest)
+        try:
+            app.main(rest)
+        except ValueError as error:
+            raise ValueError(as_flags(str(error), _flags(app))) from error
     return 0
+
+
+def _flags(app: ModuleType) -> dict[str, str]:
+    """The flags of an app, or of its commands, by the arguments of the library that they are."""
+    from receptance.apps.options import flags
+
+    classes = app.COMMANDS.values() if hasattr(app, "COMMANDS") else [app.Options]
+    return {name: flag for each in classes for name, flag in flags(each).items()}
 
 
 @contextlib.contextmanager

@@ -137,6 +137,7 @@ def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
         ({"json": Path()}, "is a folder; give --json the name of a file"),
         ({"json": Path("no/where.json")}, "there is no folder no to write no/where.json into"),
         ({"seconds": float("nan")}, "seconds is nan"),
+        ({"model": "run", "size": "7b"}, "--size is for random weights"),
     ],
 )
 def test_options_are_checked(fields, words):

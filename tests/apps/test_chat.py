@@ -142,8 +142,9 @@ class TestChat:
         assert same_memory(model, chat.history.state, f"User: hi\n\nAssistant:{shown.rstrip()}\n\n")
 
 
-PILE = Path("/work/shared/data/20B_tokenizer.json")
-WORLD = Path("/work/shared/data/rwkv_vocab_v20230424.txt")
+SHARED = Path(__file__).parents[3] / "shared/data"
+PILE = SHARED / "20B_tokenizer.json"
+WORLD = SHARED / "rwkv_vocab_v20230424.txt"
 
 
 def crossing_world() -> WorldTokenizer:

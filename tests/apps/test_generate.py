@@ -149,10 +149,13 @@ class TestPrompts:
         [
             (("a", "--prompt-file", "text.txt"), "leave out --prompt-file or the others"),
             (("--prompt-file", "missing"), "missing: No such file"),
+            (("--prompt-file", "text.txt", "--escapes"), "a file can hold the characters"),
+            (("--prompt-file", "wide.txt"), "wide.txt: this is UTF-16"),
             (("--prompt-file", "."), "Is a directory"),
         ],
     )
     def test_files_that_cannot_be_prompts(self, argv, message):
+        Path("wide.txt").write_text("12 foxes", encoding="utf-16")
         result = call("generate", "run", *argv)
         assert (result.code, result.err.count("\n")) == (2, 1)
         assert message in result.err
@@ -263,6 +266,7 @@ class TestStates:
         [
             (("a", "b", "--save-state", "s"), "give one prompt"),
             (("--load-state", "s"), "give a prompt"),
+            (("--prompt-file", "empty.txt", "--load-state", "s"), "give a prompt"),
             (("a", "--load-state", "missing"), "no state file at missing"),
             (("a", "--load-state", "text.txt"), "text.txt is not a readable state file"),
             (("a", "--save-state", "no/where/s"), "no state can be written to no/where/s"),
@@ -271,6 +275,7 @@ class TestStates:
         ],
     )
     def test_refusals(self, argv, message):
+        Path("empty.txt").touch()
         result = call("generate", "run", *argv, "--max-tokens", 2)
         assert result.code == 2
         assert message in result.err

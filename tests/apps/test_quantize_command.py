@@ -140,6 +140,7 @@ class TestSample:
             "model --to int4 --out x --calibrate text.txt --calibration-tokens -9",
             "calibration_tokens is -9",
         ),
+        ("model --to int4 --out x --calibration-tokens 99", "name one with --calibrate"),
         ("small --to int4 --out x", "small is quantized already; start from the model that"),
         ("nowhere --to int4 --out x", "no such file or directory: nowhere"),
         ("bad --to int8 --out x", "blocks.1.att.key.weight cannot be quantized: 1 of its"),

@@ -37,10 +37,14 @@ class TestFlags:
             ("set recompute=True, or x=False.", "set --recompute, or --no-x."),
             ("(max_tokens=N)", "(--max-tokens N)"),
             ('say dtype="float32"', "say --dtype float32"),
+            ("line 1: set skip_bad to leave", "line 1: set --skip-bad to leave"),
+            ("it was started with learning_rate 2", "it was started with --learning-rate 2"),
         ],
     )
     def test_are_named(self, said, meant):
-        assert as_flags(said) == meant
+        names = ("max_tokens", "skip_bad", "learning_rate")
+        flags = {name: "--" + name.replace("_", "-") for name in names}
+        assert as_flags(said, flags) == meant
 
     @pytest.mark.parametrize(
         "text",
@@ -52,6 +56,10 @@ class TestFlags:
             "wanted a JSON object, found key=value in line 3",
             "context is 32; wanted 64",
             "a == b and c >= 3",
+            "no such file or directory: my_text",
+            "my_text: no such file",
+            "vocab_size is 100; it must be at least 257",
+            "beside my_text is no tokenizer",
         ],
     )
     def test_other_words_stay_as_they_are(self, text):

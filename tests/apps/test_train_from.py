@@ -21,6 +21,7 @@ from receptance.model import Model
 from receptance.storage.checkpoint import load, read_tensors, save
 from receptance.storage.directories import newest_checkpoint, step_directories
 from receptance.storage.lock import RunLock
+from receptance.storage.manifest import verify
 from receptance.tokenizer import ByteTokenizer
 from receptance.training import start
 from receptance.training.notes import read_about
@@ -307,6 +308,12 @@ class TestTuning:
         for stem in ("adapter", "optimizer"):
             assert same_bits(read_tensors(whole, stem), read_tensors(again, stem))
 
+    def test_a_start_that_fails_marks_nothing(self, folder):
+        line = refused("train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new",
+                       "--lora.targets", "nope*")  # fmt: skip
+        assert "nope*" in line
+        assert not list(folder.glob("run/*.pinned"))
+
     def test_it_goes_on_from_anywhere_and_if_the_model_was_moved(self, folder, monkeypatch):
         directory = begun("train", "text.txt", "--init", "run", "--tune", "lora", "--out", "new",
                           *TUNE.split())  # fmt: skip
@@ -408,6 +415,7 @@ class TestTuning:
             ([], "say which model with init"),
             (["--init", "run", "--packing", "whole"], "leave packing out"),
             (["--init", "run", "--parallel", "fsdp"], "works with ddp"),
+            (["--init", "run", "--lora.rank", 4], "options of lora have no effect"),
         ],
     )
     def test_what_does_not_go_together(self, more, why, records):
@@ -426,6 +434,23 @@ class TestRecipes:
         assert (sizes.width, sizes.num_layers) == (32, 2)
         options = read_about(directory).options.train
         assert (options.batch, options.context) == (2, 16)
+
+    @pytest.mark.parametrize(
+        ("given", "width", "layers"),
+        [
+            (["--width", 32, "--layers", 1], 32, 1),
+            (["--layers", 1], 48, 1),
+            (["--init", "run"], None, None),
+        ],
+    )
+    def test_a_published_size_gives_way(self, given, width, layers, folder, monkeypatch):
+        sizes = ModelConfig(vocab_size=50277, width=48, num_layers=3)
+        monkeypatch.setattr("receptance.training.options.published", lambda name: sizes)
+        Path("mine.toml").write_text('tokenizer = "bytes"\nsize = "169m"\n')
+        more = ["--recipe", "mine.toml", "--batch", 2, "--context", 32, "--steps", 1, "--out", "n"]
+        found = load(begun("train", "text.txt", *given, *more))[0].config
+        own = load("run")[0].config
+        assert (found.width, found.num_layers) == (width or own.width, layers or own.num_layers)
 
     def test_a_dry_run_trains_nothing(self, folder):
         result = call("train", "--recipe", "169m", "--dry-run", "--on", "a100-80g", "--out", "n")
@@ -495,6 +520,39 @@ class TestAutoResume:
         assert [json.loads(line)["step"] for line in lines if "loss" in line] == [1, 2]
 
 
+@pytest.mark.parametrize("out", ["model", "model/runs", "run/step-00000012"])
+def test_nothing_is_written_into_a_model(out, folder):
+    model, tokenizer = load("run")
+    save(model, "model", tokenizer)
+    assert "choose another folder" in refused("train", "text.txt", "--out", out, *SMALL.split())
+    made = refused("data", "prepare", "text.txt", "--out", out, "--tokenizer", "bytes")
+    assert "choose another folder" in made
+    load("model")
+    verify("run/step-00000012")
+
+
+@pytest.mark.parametrize(
+    "more", [["--template", "world"], ["--skip-bad"], ["--text-field", "z"], ["--exclude", "q"]]
+)
+def test_options_of_text_are_not_for_tokens(more, folder):
+    prepared = call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
+    assert prepared.code == 0, prepared.err
+    assert "holds tokens already" in refused("train", "corpus", "--out", "new", *more)
+
+
+def test_a_corrected_command_begins_again(folder):
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    more = ["train", "chat.jsonl", "--out", "new", *SMALL.split()]
+    assert "set template" in refused(*more)
+    begun(*more, "--template", "world", "--steps", 1)
+
+
+def test_a_dry_run_wants_the_tokenizer_that_the_run_will_want(folder):
+    save(make_model(300), "untold", None)
+    more = ["train", "text.txt", "--init", "untold", "--out", "new"]
+    assert refused(*more) == refused(*more, "--dry-run")
+
+
 def test_a_folder_in_use_is_left_alone(folder):
     def visible() -> list[Path]:
         return [path for path in sorted(Path("run").rglob("*")) if path.name[0] != "."]
@@ -509,6 +567,13 @@ def test_a_folder_in_use_is_left_alone(folder):
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
+        (["text.txt", "--out", "new", "--on", "h200"], "--on is for an estimate; add --dry-run"),
+        (["text.txt", "--out", "new", "--devices", 8], "--devices is for an estimate"),
+        (["text.txt", "--out", "new", "--carry", "state"], "without a chunk nothing is carried"),
+        (["text.txt", "--out", ""], "--out is ''; it must be a path"),
+        ([""], "a path is empty"),
+        (["text.txt", "--init", ""], "a path is empty"),
+        (["text.txt", "--tokenizer", "bpe:lots"], "for example bpe:2048"),
         (["--out", "new"], "no data"),
         (["text.txt", "--out", "new", "--context", "99999"], "shorter context"),
         (["missing.txt", "--out", "new"], "missing.txt"),
@@ -608,4 +673,4 @@ class TestBadSteps:
         broken.add(3)
         line = train("--steps", 6, "--reports", reports).err
         assert "begin in another folder with a lower learning_rate" in line
-        assert ("resume with skip_bad_steps" in line) == bool(step_directories(Path("new")))
+        assert ("resume with --skip-bad-steps" in line) == bool(step_directories(Path("new")))

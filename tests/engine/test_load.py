@@ -148,6 +148,8 @@ def test_states_are_those_of_the_model(saved, tmp_path):
         ({"dtype": "int2"}, "wanted one of"),
         ({"dtype": "int4", "backend": "torch"}, "native kernels"),
         ({"backend": "native", "device": "meta"}, "'meta' cannot be used here"),
+        ({"backend": "bogus"}, "backend is 'bogus'; wanted one of auto, native"),
+        ({"backend": None}, "backend is None; wanted one of auto, native"),
         ({"threads": 0}, "threads is 0; wanted 1 to 1024"),
         ({"threads": 10**20}, "wanted 1 to 1024"),
         ({"dtype": "float32", "group": 32}, "float32 weights have none"),

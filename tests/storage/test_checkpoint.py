@@ -557,3 +557,28 @@ class TestTensorFiles:
         index = {"weight_map": dict.fromkeys(tensors, "../elsewhere/model.safetensors")}
         (tmp_path / "here/model.safetensors.index.json").write_text(json.dumps(index))
         refusal(lambda: checkpoint.read_tensors(tmp_path / "here", "model"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint of a run", "int8"])
+def test_nothing_but_a_model_is_replaced(kind, model, saved, tmp_path):
+    target = tmp_path / "target"
+    if kind == "int8":
+        codes = quantize_tensors(model.state_dict(), "int8", None)
+        about = About(kind="int8", group=128, source=model.fingerprint())
+        write_quantized(target, model.config, small_bpe(), about, codes)
+    else:
+
+        def write(partial: Path) -> None:
+            checkpoint.write_model(model, partial, small_bpe())
+            (partial / "training.json").write_text("{}")
+            checkpoint.write_tensors(model.state_dict(), partial, "optimizer")
+
+        write_directory(target, write)
+    assert "would be lost" in refusal(lambda: save(model, target, small_bpe()))
+    verify(target)
+    save(model, saved, small_bpe())  # a model is replaced
+
+
+def test_no_directory_is_written_into_another(model, saved):
+    assert "choose another folder" in refusal(lambda: save(model, saved / "new", small_bpe()))
+    verify(saved)

@@ -12,6 +12,7 @@ import torch
 from tiny import make_model, same_bits, small_bpe
 from torch import Tensor
 
+from receptance.engine import load_engine
 from receptance.model import Model
 from receptance.quantize import Quantized
 from receptance.quantize.packing import unpack
@@ -189,6 +190,12 @@ class TestDamage:
     def test_a_description_that_does_not_fit_is_refused(self, changes, words, written):
         rewrite(written, **changes)
         assert words in refusal(written)
+
+    @pytest.mark.parametrize("value", [None, 3, [], {"kind": "int4"}])
+    def test_an_engine_refuses_such_a_description_too(self, value, written):
+        rewrite(written, quantisation=value)
+        with pytest.raises(ValueError, match=r"config\.json: a field is wrong"):
+            load_engine(written)
 
     def test_a_missing_directory(self, tmp_path):
         assert "missing" in refusal(tmp_path / "missing")

@@ -762,6 +762,11 @@ class TestLoading:
         changed = bpe_json.replace('"add_prefix_space":false', '"add_prefix_space":true')
         self.refuse(changed, "a space before every text", tmp_path)
 
+    def test_merges_that_are_left_out_at_random(self, bpe_json, tmp_path):
+        spec = json.loads(bpe_json)
+        spec["model"]["dropout"] = 0.5
+        self.refuse(json.dumps(spec), "merges at random", tmp_path)
+
     def test_a_vocabulary_without_a_byte_or_an_id(self, bpe_json, tmp_path):
         spec = json.loads(bpe_json)
         spec["model"]["merges"] = []

@@ -34,6 +34,8 @@ from receptance.storage.quantized import is_quantized
 
 # The number of tokens that are read and generated before the memory of the process is measured.
 _MEMORY_TOKENS = 100
+# The size of the random weights that are measured without a model.
+_SIZE = "169m"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,8 @@ class Options:
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """The model, as for `receptance generate`. Without it, random weights of a published size are
     measured."""
-    size: str = "169m"
-    """Give the random weights this size: 169m, 430m, 1.5b, 3b, 7b or 14b."""
+    size: str | None = None
+    """Give the random weights this size: 169m (the default), 430m, 1.5b, 3b, 7b or 14b."""
     dtypes: tuple[Kind | Literal["stored"], ...] = ()
     """Compare these types of weights; "stored" is the type in the files. The default is float32 and
     bfloat16, and int8 and int4 if there are kernels for them; a quantized model has its own."""
@@ -64,6 +66,10 @@ class Options:
 
 def _check(options: Options) -> None:
     check_threads(options.threads)
+    if options.model is not None and options.size is not None:
+        raise ValueError(
+            f"--size is for random weights; leave it out to measure {options.model}, or that"
+        )
     if least := [n for n in (*options.batches, *options.prefill) if n < 1]:
         raise ValueError(f"{least[0]} rows or tokens; give at least 1")
     if not 0 < options.seconds < 3600:
@@ -117,7 +123,7 @@ def _model(options: Options) -> Iterator[str]:
         return
     from safetensors.torch import save_file
 
-    tensors = measure.random_tensors(published(options.size), dtype=torch.bfloat16)
+    tensors = measure.random_tensors(published(options.size or _SIZE), dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory(prefix="receptance-bench-") as folder:
         path = Path(folder, "random.safetensors")
         save_file(tensors, path)
@@ -168,7 +174,7 @@ def _in_a_process(options: Options, source: str, dtype: str) -> Iterator[dict[st
     fields = dataclasses.asdict(options) | {"model": source, "dtypes": [dtype], "json": None}
     command = [sys.executable, "-c", "from receptance.apps.bench import worker; worker()"]
     process = subprocess.Popen(
-        [*command, json.dumps(fields), options.size if options.model is None else ""],
+        [*command, json.dumps(fields), (options.size or _SIZE) if options.model is None else ""],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # Ctrl-C reaches only this process, which then ends the other.

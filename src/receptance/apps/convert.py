@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     try:
         _convert(options, Console())
     except ValueError as error:
-        raise ValueError(as_flags(str(error), {"format": "to"})) from error
+        raise ValueError(as_flags(str(error), {"format": "--to"})) from error
 
 
 def _convert(options: Options, console: Console) -> None:

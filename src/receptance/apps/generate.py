@@ -20,6 +20,7 @@ from receptance.inference.sampling import Sampling
 from receptance.state import check_state_path, unread_text
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,13 @@ def _check(options: Options) -> None:
         raise ValueError("prompts are given twice; leave out --prompt-file or the others")
     if (options.load_state or options.save_state) and len(options.prompts) > 1:
         raise ValueError("a state file holds one text; give one prompt")
-    nothing = not options.prompt_file and options.prompts in ((), ("",))
-    if options.load_state and nothing:
-        raise ValueError("a state has read all of its text; give a prompt that continues it")
+    if options.prompt_file and options.escapes and not options.stop:
+        raise ValueError(
+            "--escapes is for prompts and stop strings on the command line, and a file can hold "
+            "the characters themselves; leave it out"
+        )
+    if not options.prompt_file:
+        _check_continues(options, "".join(options.prompts))
     if file := options.save_state:
         if file.is_dir() or not file.parent.is_dir():
             raise ValueError(
@@ -112,7 +117,19 @@ def _prompts(options: Options) -> tuple[str, ...]:
         content = sys.stdin.buffer.read()
     else:
         content = options.prompt_file.read_bytes()
-    return (os.fsdecode(content.removeprefix(_BYTE_ORDER_MARK)),)
+    if content.startswith(_UTF_16):
+        raise ValueError(
+            f"{options.prompt_file}: this is UTF-16, which models do not read; save it as UTF-8"
+        )
+    text = os.fsdecode(content.removeprefix(_BYTE_ORDER_MARK))
+    _check_continues(options, text)
+    return (text,)
+
+
+def _check_continues(options: Options, prompt: str) -> None:
+    """ValueError if there is a state and nothing to continue it with."""
+    if options.load_state and not prompt:
+        raise ValueError("a state has read all of its text; give a prompt that continues it")
 
 
 def _read(options: Options, texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 Parsed = TypeVar("Parsed")
 
-_WORDS = {int: "a whole number", float: "a number"}
+_WORDS = {int: "a whole number", float: "a number", Path: "a path, . for the current folder"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 # Help texts are folded to at most this many columns.
 _WIDEST = 100
@@ -62,6 +62,11 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None
     return parsed
 
 
+def flags(cls: type) -> dict[str, str]:
+    """The flags of a dataclass of options by the names of its fields, without positionals."""
+    return {option.path[-1]: option.flag for option, place in _fields(cls) if not place}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Option:
     """One field of a dataclass of options, or of a dataclass inside it."""
@@ -88,6 +93,8 @@ class _Option:
             wanted = f"one of {', '.join(by_word)}"
         else:
             try:
+                if self.kind is Path and not word:
+                    raise ValueError("an empty path would mean the current folder")
                 return self.kind(word)
             except ValueError:
                 wanted = _WORDS.get(self.kind, "a value")

@@ -29,6 +29,8 @@ from receptance.storage.pairing import no_tokenizer
 from receptance.storage.quantized import About, is_quantized, write_quantized
 from receptance.tokenizer import Tokenizer
 
+# The number of tokens to read of a calibration text if none is named.
+_USUAL_TOKENS = 8192
 # The calibration text is read in this many pieces, from all over the file.
 _PIECES = 8
 # A token has fewer bytes than this on average, in any language and vocabulary.
@@ -53,8 +55,8 @@ class Options:
     """Let this many weights share a scale and a minimum in int4: 32, 64 (the default) or 128."""
     calibrate: Path | None = None
     """Fit the rounding of int4 to this text, which should resemble what the model will read."""
-    calibration_tokens: int = 8192
-    """Read this number of tokens of that text."""
+    calibration_tokens: int | None = None
+    """Read this number of tokens of that text, by default 8192."""
     tokenizer: str | None = None
     """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
 
@@ -88,7 +90,9 @@ def _check(options: Options, out: Path) -> None:
     check_group(options.to, options.group)
     if options.calibrate and options.to == "int8":
         raise ValueError("int8 is exact enough without a text; leave out --calibrate")
-    if options.calibration_tokens < LEAST_TOKENS:
+    if options.calibration_tokens is not None and options.calibrate is None:
+        raise ValueError("--calibration-tokens is about a text; name one with --calibrate")
+    if options.calibration_tokens is not None and options.calibration_tokens < LEAST_TOKENS:
         raise ValueError(
             f"calibration_tokens is {options.calibration_tokens}; at least {LEAST_TOKENS} are "
             "wanted, and some thousands are good"
@@ -109,7 +113,7 @@ def _calibration(
 ) -> Calibration | None:
     if options.calibrate is None or tokenizer is None:
         return None
-    rows = sample_text(options.calibrate, tokenizer, options.calibration_tokens)
+    rows = sample_text(options.calibrate, tokenizer, options.calibration_tokens or _USUAL_TOKENS)
     return Calibration(Model.from_tensors(config, tensors), rows)
 
 

@@ -18,24 +18,28 @@ _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 _ARGUMENT = re.compile(
     r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,)]|\.?$|\.\s)'
 )
+# It also names one after these words. An underscore tells such a name from other words.
+_NAMED_ARGUMENT = re.compile(r"(?:(?<=\bset )|(?<=\bwith ))([a-z]+(?:_[a-z]+)+)(?=[ ,;]|$)")
 
 
 def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
     """A message of the library with its arguments as the flags of a command.
 
     tokenizer=FILE becomes --tokenizer FILE, recompute=True --recompute, recompute=False
-    --no-recompute. names has the flags whose names differ from those of
-    their arguments.
+    --no-recompute. names has the flags of the command by argument, such as --lora.rank for rank; it
+    decides which names are meant in "set skip_bad".
     """
+    flags = names or {}
 
     def flag(found: re.Match[str]) -> str:
-        name = (names or {}).get(found[1], found[1]).replace("_", "-")
+        name = flags.get(found[1], "--" + found[1].replace("_", "-"))
         value = (found[2] or "").strip('"')
         if value in ("", "True"):
-            return f"--{name}"
-        return f"--no-{name}" if value == "False" else f"--{name} {value}"
+            return name
+        return f"--no-{name[2:]}" if value == "False" else f"{name} {value}"
 
-    return _ARGUMENT.sub(flag, message)
+    named = _NAMED_ARGUMENT.sub(lambda found: flags.get(found[1], found[1]), message)
+    return _ARGUMENT.sub(flag, named)
 
 
 def visible(text: str, *, one_line: bool = False) -> str:

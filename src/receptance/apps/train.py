@@ -22,6 +22,8 @@ from receptance.progress import say
 from receptance.storage import checkpoint
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
+from receptance.storage.manifest import check_outside
+from receptance.storage.pairing import no_tokenizer
 from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.tokenizer.files import PILE_PUBLISHED
 from receptance.training import TrainOptions, learning_rate
@@ -110,7 +112,11 @@ def main(argv: list[str]) -> None:
             raise ValueError("--dry-run is about a run to be begun; leave out --resume")
         _dry_run(options)
         return
+    for name in ("on", "devices", "mfu"):
+        if getattr(options, name) != getattr(Options(), name):
+            raise ValueError(f"--{name} is for an estimate; add --dry-run, or leave it out")
     out = expanded(options.out)
+    check_outside(out)
     check_kinds(options.run.log)
     if options.resume and not out.is_dir():
         raise ValueError(f"no run in {out} to resume")
@@ -190,9 +196,25 @@ def _say_changed_rate(stored: TrainOptions, parts: Start, console: Console) -> N
 def _recipe(name: str, given: Options) -> Options:
     """The options of a recipe, without its tokenizer if the model or the corpus has one."""
     recipe = apply_recipe(Options(), name)
+    start = given.start
+    if start.init is not None or (start.size, start.width, start.layers) != (None, None, None):
+        recipe = replace(recipe, start=_without_size(recipe.start, start))
     if given.start.init is None and _corpus_tokenizer(given.data or recipe.data) is None:
         return recipe
     return replace(recipe, start=replace(recipe.start, tokenizer=None))
+
+
+def _without_size(recipe: _Start, given: _Start) -> _Start:
+    """The options of a recipe without sizes that a model or a size on the command line replaces.
+
+    If only a width or a number of layers is given, the other one is that of the recipe.
+    """
+    if given.init is not None or given.size is not None:
+        return replace(recipe, size=None, width=None, layers=None)
+    if recipe.size is None:
+        return recipe
+    own = recipe.sizes(PILE_VOCAB_SIZE)
+    return replace(recipe, size=None, width=own.width, layers=own.num_layers)
 
 
 def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
@@ -229,12 +251,14 @@ def _parsed(argv: list[str], default: Options) -> Options:
 
 
 def _dry_run(options: Options) -> None:
-    start = options.start.checked()
+    start = located(options.start.checked())
     own = _corpus_tokenizer(options.data)
     if options.data and not _is_one_corpus(options.data):
         check_sources(options.data, start.read, start.exclude)
     if start.init is not None:
-        sizes = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())[0]
+        sizes, _, tokenizer = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())
+        if tokenizer is None and not _is_one_corpus(options.data):
+            raise no_tokenizer(sizes, start.init)
         start.check_sizes(sizes)
     else:
         name = start.tokenizer or NEW_TOKENIZER

@@ -77,6 +77,11 @@ def part_writer(folder: Path, index: int, dtype: np.dtype) -> Iterator[Part]:
         yield Part(tokens, lambda: stack.enter_context(mask), dtype)
 
 
+def finished_parts(folder: Path) -> bool:
+    """Whether any part in the folder is finished."""
+    return any(folder.glob("[0-9]*.json"))
+
+
 def vouch(folder: Path, report: PartReport) -> None:
     """Write the report that says that a part is whole."""
     with written(_file(folder, report.index, "json")) as file:

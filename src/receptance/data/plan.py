@@ -14,6 +14,7 @@ from typing import Any, Literal
 from receptance.atomic import written
 from receptance.data.encode import ReadOptions, texts
 from receptance.data.files import check_seed, check_share
+from receptance.data.parts import finished_parts
 from receptance.data.sources import PIECE_BYTES, Piece, Source, stream_pieces
 from receptance.data.tokens import LAYOUTS, store_tokenizer
 from receptance.tokenizer import Tokenizer, stored_tokenizer
@@ -101,6 +102,9 @@ def begin(parts: Path, plan: Plan, make: Callable[[], Tokenizer]) -> tuple[Token
             return stored_tokenizer(parts, about), about
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}); delete {parts} to start again") from None
+    if not finished_parts(parts):  # The plan alone is no work that could be lost.
+        file.unlink()
+        return begin(parts, plan, make)
     raise ValueError(
         f"{parts} holds unfinished work, but {_difference(before, plan, different[0])}; delete it "
         "to start again, or choose another folder"

@@ -28,7 +28,9 @@ def find_tokenizer(directory: Path, vocab_size: int) -> Path | None:
     """The tokenizer file in a directory; of several, the one that goes with the vocabulary."""
     bpe = [directory / name for name in _BPE_NAMES]
     world = sorted(directory.glob(_WORLD_PATTERN))
-    is_world = PUBLISHED.get(vocab_size) == WORLD_PUBLISHED
+    # The rows of the embedding may have been rounded up or down (see storage/pairing.py).
+    nearest = min(PUBLISHED, key=lambda rows: abs(rows - vocab_size))
+    is_world = PUBLISHED[nearest] == WORLD_PUBLISHED
     candidates = world + bpe if is_world else bpe + world
     return next((path for path in candidates if path.is_file()), None)
 

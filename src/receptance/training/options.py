@@ -145,6 +145,8 @@ class TrainOptions:
             },
             "at least 0 and less than 2**32": {"seed": 0 <= self.seed < 1 << 32},
         }
+        if self.carry == "state" and not self.chunk:
+            raise ValueError("carry is 'state', and without a chunk nothing is carried; set chunk")
         for limits, fields in wanted.items():
             for name, holds in fields.items():
                 if not holds:
@@ -216,6 +218,11 @@ class StartOptions:
             raise ValueError(f"tune is {self.tune!r}; it works with ddp and one context rank")
         if self.tune != "all" and self.init is None:
             raise ValueError(f"tune is {self.tune!r}; say which model with init")
+        if self.tune != "lora" and self.lora != LoRAOptions():
+            raise ValueError(
+                f"tune is {self.tune!r}: options of lora have no effect; set tune to lora, or "
+                "leave them out"
+            )
         if self.tune == "state" and self.train.packing not in ("auto", "single"):
             raise ValueError("tune is 'state': every row is one document, so leave packing out")
         if self.offload and self.parallel != "fsdp":
@@ -248,7 +255,8 @@ class StartOptions:
             return None if name is None else load_tokenizer(name)
         if self.init is not None:
             raise ValueError(
-                f"the model of init has its own tokenizer; leave the tokenizer {name} out"
+                f"the model of init has its own tokenizer; leave {name} out, or name the file of "
+                "that tokenizer if it is not beside the weights"
             )
         return None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from receptance.adapters import Adapter, StateTuningOptions, load_adapter, make_adapter
 from receptance.config import ModelConfig
-from receptance.data import Batches, PrepareOptions, TokenFiles, is_corpus, prepare
+from receptance.data import Batches, PrepareOptions, ReadOptions, TokenFiles, is_corpus, prepare
 from receptance.model import Model, starting_values
 from receptance.model.devices import resolve_device
 from receptance.progress import say
@@ -24,7 +24,6 @@ from receptance.storage.directories import (
     pin,
     step_directories,
 )
-from receptance.storage.manifest import check_outside
 from receptance.storage.opening import is_run, look
 from receptance.storage.pairing import check_tokenizer, no_tokenizer
 from receptance.tokenizer import Tokenizer
@@ -73,14 +72,17 @@ def begin(
     options = replace(options, train=options.train.with_rates(options.trained))
     tokenizer = options.named_tokenizer()
     if options.init is not None:
-        base = options.init
+        init = base = options.init
         if options.tune != "all":
-            base = _kept_base(out, base, ranks, console)
-            options = replace(options, init=base)
+            base = ranks.share(lambda: _newest(init))
         sizes, tensors, tokenizer = checkpoint.read_model(base, tokenizer=tokenizer)
         if tokenizer is None and not (len(data) == 1 and is_corpus(data[0])):
             raise no_tokenizer(sizes, base)
         options.check_sizes(sizes)
+        if options.tune != "all":
+            adapter_size(sizes, options)  # refuses targets that do not exist
+            options = replace(options, init=base)
+            _keep(Path(base), out, ranks, console)
         given = tensors.items()
     else:
         options.sizes(1)  # refuses now what would be refused after the text has been tokenized
@@ -96,15 +98,14 @@ def begin(
     return Start(trainer, tokenizer, corpus, options)
 
 
-def _kept_base(out: Path, init: str, ranks: Ranks, console: Console) -> str:
-    """The very checkpoint that an adapter is trained on, which its run keeps from now on.
+def _keep(base: Path, out: Path, ranks: Ranks, console: Console) -> None:
+    """Mark the checkpoint that an adapter is trained on, which its run keeps from now on.
 
-    Without the mark that `pin` leaves, the run would remove that checkpoint as it goes on, and no
-    model would fit the adapter any more.
+    Otherwise the run would remove that checkpoint as it goes on, and no model would fit the adapter
+    any more.
     """
-    base = Path(ranks.share(lambda: str(_newest(expanded(init)))))
     if not (is_step(base) and base.is_dir()):
-        return init
+        return
     if ranks.first:
         try:
             pin(base, f"needed by the adapter in {out.resolve()}")
@@ -117,20 +118,19 @@ def _kept_base(out: Path, init: str, ranks: Ranks, console: Console) -> str:
             )
         else:
             say(console, f"the adapter is trained on {base}, which its run keeps from now on")
-    return str(base)
 
 
-def _newest(path: Path) -> Path:
-    """The newest whole checkpoint of a run's folder, any other path as it is."""
-    return newest_checkpoint(path, optimizer=False)[0] if is_run(path) else path
+def _newest(init: str) -> str:
+    """The newest whole checkpoint of a run's folder, any other name as it is."""
+    path = expanded(init)
+    return str(newest_checkpoint(path, optimizer=False)[0]) if is_run(path) else init
 
 
 def check_new(out: Path, *, again: bool) -> None:
-    """ValueError if a run or a model is in the folder, or the folder is in one.
+    """ValueError if a run is in the folder.
 
     With again, the metrics of a run that never saved anything are removed instead.
     """
-    check_outside(out)
     if out.is_dir() and step_directories(out):
         raise ValueError(f"{out} already holds a run; resume it, or choose another folder")
     if not (out / METRICS).exists():
@@ -151,6 +151,11 @@ def _corpus(
 ) -> TokenFiles:
     """The corpus that data names, or one made in the run folder of the text that data names."""
     if len(data) == 1 and is_corpus(data[0]):
+        if options.read != ReadOptions() or options.exclude:
+            raise ValueError(
+                f"{data[0]} holds tokens already: text_field, template, skip_bad and exclude are "
+                "about text, so leave them out"
+            )
         end = tokenizer.end_of_text if tokenizer else 0
         corpus = TokenFiles.open(data[0], validation=options.validation, end_of_text=end)
         if tokenizer is None and corpus.tokenizer is None:
