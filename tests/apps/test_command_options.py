@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -210,6 +211,8 @@ class TestWords:
         assert leaving.value.code == 0
         assert max(map(len, shown.getvalue().splitlines())) <= 80
         assert "None}" not in shown.getvalue()
+        defaults = re.findall(r"\(default:\s*([^)]*?)\s*\)", shown.getvalue())
+        assert defaults and not set(defaults) & {"", "None"}
 
     def test_help_shows_one_value_of_a_list(self, capsys):
         with pytest.raises(SystemExit):

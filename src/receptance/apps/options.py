@@ -30,6 +30,8 @@ _WORDS = {int: "a whole number", float: "a number", Path: "a path, . for the cur
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 # Help texts are folded to at most this many columns.
 _WIDEST = 100
+# What tyro says of an option that has no default, perhaps on two lines.
+_NO_DEFAULT = re.compile(r"[ \n]+\(default:(\s+None)?\s*\)")
 # The characters of the box that tyro draws around an error.
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 
@@ -284,7 +286,11 @@ def _single(kind: Any) -> Any:
 
 
 def _folded(text: str) -> str:
-    """The help text with long lines folded, because tyro makes each paragraph one line."""
+    """The help text with long lines folded, because tyro makes each paragraph one line.
+
+    Defaults that are None or empty are left out: what they mean stands in the text before them.
+    """
+    text = _NO_DEFAULT.sub("", text)
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     lines = (x if len(x) <= width else textwrap.fill(x, width) for x in text.split("\n"))
     return "\n".join(lines)
