@@ -286,14 +286,10 @@ def _single(kind: Any) -> Any:
 
 
 def _folded(text: str) -> str:
-    """The help text with long lines folded, because tyro makes each paragraph one line.
-
-    Defaults that are None or empty are left out: what they mean stands in the text before them.
-    """
-    text = _NO_DEFAULT.sub("", text)
+    """The help text without defaults of None, which tyro adds, and with long lines folded."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
-    lines = (x if len(x) <= width else textwrap.fill(x, width) for x in text.split("\n"))
-    return "\n".join(lines)
+    lines = _NO_DEFAULT.sub("", text).split("\n")
+    return "\n".join(x if len(x) <= width else textwrap.fill(x, width) for x in lines)
 
 
 def _registry() -> ConstructorRegistry:
