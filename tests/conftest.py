@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 # The models here are so small that threads only wait for each other, on busy machines for long.
 # tests/ops asks for two of them where threads are what is tested.
 torch.set_num_threads(1)
+
+# A shell that starts the suite in the background makes it ignore Ctrl-C, and the processes that tests
+# start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: what fails in continuous integration, anybody can repeat.
 settings.register_profile(
