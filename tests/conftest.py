@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 # tests/ops asks for two of them where threads are what is tested.
 torch.set_num_threads(1)
 
-# A shell that starts the suite in the background makes it ignore Ctrl-C, and the processes that tests
-# start and interrupt would inherit that.
+# A shell that starts the suite in the background makes it ignore Ctrl-C, which the processes that
+# tests start and interrupt would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: what fails in continuous integration, anybody can repeat.
