@@ -1,5 +1,6 @@
 # make demo   train a small RWKV on this machine's Python library, then run it as an RNN
-# make test   everything that is tested        make check   lint, format, types
+# make test   all tests but the slow ones      make test-slow   those
+# make check  lint, format, types
 #
 # Variables are set on make's command line, as in `make demo RUN=runs/other`. Rules below delete the folders
 # VENV and RUN, so these two ignore environment variables of the same name.
@@ -21,7 +22,7 @@ define remove
 	rm -rf -- '$(1)'
 endef
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-slow check format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -50,7 +51,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py '$(RUN)'
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

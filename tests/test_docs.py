@@ -119,7 +119,13 @@ def options(kind: type) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_in_the_text_exist(page):
-    known = {"--help", "--version", "--extra-index-url", *options(receptance.Sampling)}
+    known = {
+        "--help",
+        "--help-all",
+        "--version",
+        "--extra-index-url",
+        *options(receptance.Sampling),
+    }
     for app in APPS:
         module = importlib.import_module(f"receptance.apps.{app}")
         for kind in getattr(module, "COMMANDS", {"": getattr(module, "Options", None)}).values():

@@ -40,13 +40,18 @@ class TestFrontDoor:
         result = call("--version")
         assert (result.code, result.out) == (0, f"receptance {receptance.__version__}\n")
 
-    @pytest.mark.parametrize("word", ["trian", "--verbose", "", "../train"])
+    @pytest.mark.parametrize("word", ["compress", "--verbose", "", "../zzz"])
     def test_unknown_commands(self, word):
         result = call(word)
         assert (result.code, result.out) == (2, "")
         assert result.err == (
             f"receptance: error: unknown command {word!r}; there are {', '.join(APPS)}\n"
         )
+
+    def test_a_mistyped_command_is_guessed(self):
+        result = call("trian")
+        assert (result.code, result.out) == (2, "")
+        assert result.err == "receptance: error: unknown command 'trian'; did you mean train?\n"
 
     @pytest.mark.parametrize("name", APPS)
     def test_help_of_each_command(self, name):
@@ -330,6 +335,7 @@ class TestPipes:
         assert done.returncode != 0
         assert b"receptance: error: No space left on device" in done.stderr
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
     def test_training_goes_on_whatever_happens_to_its_output(self):
         command = [*self.COMMAND[:3], "train", "text.txt", *TRAIN.split(), "--reports", "1"]

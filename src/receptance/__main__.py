@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import io
 import os
@@ -69,7 +70,9 @@ def _run(argv: list[str]) -> int:
         print(f"receptance {__version__}")
         return 0
     if name not in APPS:
-        return _fail(f"unknown command {name!r}; there are {', '.join(APPS)}")
+        near = difflib.get_close_matches(name, APPS, 1)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(APPS)}"
+        return _fail(f"unknown command {name!r}; {known}")
     with _quick_interrupts():
         app = importlib.import_module(f"receptance.apps.{name}")
     _tolerate_any_text()

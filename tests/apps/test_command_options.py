@@ -207,7 +207,7 @@ class TestWords:
         monkeypatch.setenv("COLUMNS", "80")
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as leaving:
-            parse(kind, ["--help"], "receptance test")
+            parse(kind, ["--help-all"], "receptance test")
         assert leaving.value.code == 0
         assert max(map(len, shown.getvalue().splitlines())) <= 80
         assert "None}" not in shown.getvalue()

@@ -174,12 +174,14 @@ def on_gpu(path: Path) -> list[Check]:
     return [check for check in checks if check.what.startswith("triton on")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.pth", "narrow.pth", "small"])
 def test_the_engine_for_gpus_is_checked(name, written, gpu):
     checks = on_gpu(written / name)
     assert len(checks) == 4 and all(check.passed for check in checks)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_gpu_that_computes_something_else(written, gpu, monkeypatch):
     """Without native kernels; of one row not even the rounding to bfloat16 is allowed."""
     monkeypatch.setattr(native, "is_available", lambda: False)

@@ -56,6 +56,7 @@ def assert_same_state(found: State, wanted: State, limit: float) -> None:
 # ---- the model ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_kind
 @torch.no_grad()
 def test_one_row_step_by_step_equals_the_torch_model(kind):
@@ -115,6 +116,7 @@ def test_a_prompt_and_steps_equal_the_whole():
     assert_same_state(state, after, EXACT)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_any_sequence_of_calls_equals_the_native_engine():
     """Rows come, go, are doubled and read on, by one token or several."""
@@ -252,6 +254,7 @@ def test_rows_without_a_state_begin_in_the_initial_one():
     assert_near(engine(two.to(DEVICE))[0], model(two, initial.rows([0, 0, 0]))[0], EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @torch.no_grad()
 def test_a_quantized_directory_is_run_as_it_is(kind, tmp_path):
@@ -339,7 +342,7 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu, "cuda_graph", fake_graph)
 
 
-@pytest.mark.parametrize("kind", [None, "int4"])
+@pytest.mark.parametrize("kind", [None, pytest.param("int4", marks=pytest.mark.slow)])
 def test_load_engine_takes_files_of_any_type(kind, on_a_gpu, tmp_path):
     save(model := make_model(256), tmp_path / "model", ByteTokenizer())
     engine, tokenizer = load.load_engine(tmp_path / "model", device=DEVICE, dtype=kind)

@@ -214,6 +214,7 @@ check(triton_steps._average_kernel, BLOCK=256)
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_an_h200(tmp_path):
     """Without a GPU: types, layouts and tensor core shapes are checked by the compiler."""
     done = subprocess.run(

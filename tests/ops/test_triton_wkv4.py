@@ -210,6 +210,7 @@ def test_cutting_moves_the_borders_of_chunks():
     assert_same(evaluate(pieces, x, want.state.exponent), want, 1e-10)
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 999),
@@ -457,6 +458,7 @@ assert int(used.stdout.partition(" STACK:")[2].partition(" ")[0]) <= 128, used.s
 """
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """The compiler is stricter than the interpreter, and needs no GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -237,6 +237,7 @@ class TestBuild:
         assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_a_process_that_is_killed_is_started_again(folder):
     """With the other one; the run goes on from its checkpoint and ends as if nothing had been."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -41,6 +41,8 @@ _SIZE = "169m"
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Measure how fast a model runs on this machine's CPU, and compare it with its memory."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance bench runs/mine --dtypes int8",)
 
     model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """The model, as for `receptance generate`. Without it, random weights of a published size are

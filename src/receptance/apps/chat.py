@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -40,6 +40,14 @@ _QUOTES, _MORE = '"""', "... "
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Talk with a model. During the conversation /help lists the commands."""
+
+    COMMON: ClassVar[str] = (
+        "--template --max-tokens --temperature --top-p --seed --tokenizer --dtype --device"
+    )
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "receptance chat runs/mine",
+        "receptance chat World.pth --tokenizer rwkv_vocab_v20230424.txt --dtype int8",
+    )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -24,6 +24,11 @@ class Options:
 
     Nothing is kept unless every tensor and the logits are those of the source.
     """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "receptance convert model.pth model.st --dtype float16",
+        "receptance convert runs/mine mine-hf",
+    )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """The model: a file of weights, checkpoint directory, training run, Hugging Face directory or

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -47,6 +48,8 @@ _PATIENCE = 2.0
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Say what this machine and installation can do, and how to get what is missing."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance doctor --bandwidth",)
 
     bandwidth: bool = False
     """Also measure how fast memory is read, which limits how fast a model generates tokens."""

@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -26,6 +26,15 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Continue prompts with a model."""
+
+    COMMON: ClassVar[str] = (
+        "--max-tokens --temperature --top-p --seed --stop --prompt-file --save-state "
+        "--tokenizer --dtype --device"
+    )
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        'receptance generate runs/mine "Once upon a time" --top-p 0.8',
+        'receptance generate model.pth "In a" --tokenizer 20B_tokenizer.json',
+    )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -27,6 +27,8 @@ class Options:
 
     The exit code is 1 if it is damaged, and 2 if there is nothing that can be inspected.
     """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance inspect model.pth",)
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """The file, directory, training run or hub id to inspect."""

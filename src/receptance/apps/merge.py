@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
@@ -28,6 +28,8 @@ _PROBE = (2, 64)
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Write a model with an adapter's changes in its weights, and check it."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance merge base runs/chat --out chat",)
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model that the adapter was trained on, as for `receptance generate`."""

@@ -13,8 +13,6 @@ import dataclasses
 import difflib
 import io
 import re
-import shutil
-import textwrap
 import types
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,14 +22,12 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from receptance.apps.help import short_help, whole_help
+
 Parsed = TypeVar("Parsed")
 
 _WORDS = {int: "a whole number", float: "a number", Path: "a path, . for the current folder"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
-# Help texts are folded to at most this many columns.
-_WIDEST = 100
-# What tyro says of an option that has no default, perhaps on two lines.
-_NO_DEFAULT = re.compile(r"[ \n]+\(default:(\s+None)?\s*\)")
 # The characters of the box that tyro draws around an error.
 _BOX = re.compile(r"[╭╮╰╯│─]+")
 
@@ -39,9 +35,10 @@ _BOX = re.compile(r"[╭╮╰╯│─]+")
 def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None) -> Parsed:
     """Parse the words into a dataclass; options that are not given come from the default.
 
-    -h and --help print the help text and leave with 0. ValueError says in one line what is wrong.
-    An option for a list (`tuple[X, ...]`) takes one value and may be repeated; the values that are
-    given replace the default.
+    -h and --help print a help text and leave with 0: that of the options that the class names in
+    COMMON, with its EXAMPLES, or that of all if it names none or after --help-all. ValueError says
+    in one line what is wrong. An option for a list (`tuple[X, ...]`) takes one value and may be
+    repeated; the values that are given replace the default.
     """
     words = _Words(cls, prog, complete=default is not None)
     rest = words.check(argv)
@@ -54,7 +51,12 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None
             parsed = _replaced(parsed, option.path, tuple(values))
     except SystemExit as leaving:
         if leaving.code == 0:
-            print(_folded(shown.getvalue()), end="")
+            common = "" if words.wants_all else getattr(cls, "COMMON", "")
+            text, examples = shown.getvalue(), getattr(cls, "EXAMPLES", ())
+            if common:
+                print(short_help(text, common, examples, prog), end="")
+            else:
+                print(whole_help(text, examples), end="")
             raise
         cause = _cause(leaving)
         message = _unboxed(said.getvalue()) if cause is None else words.named(cause)
@@ -120,6 +122,7 @@ class _Words:
         self._by_field: dict[tuple[type, str], _Option] = {}
         self._places: list[_Option] = []
         self.lists: dict[_Option, list[Any]] = {}
+        self.wants_all = False
         for option, positional in _fields(cls):
             self._by_field[option.owner, option.path[-1]] = option
             if positional:
@@ -138,8 +141,9 @@ class _Words:
         left, rest, seen, places = deque(argv), list[str](), set[_Option](), 0
         while left:
             word = left.popleft()
-            if word in ("-h", "--help"):
-                return [word]
+            if word in ("-h", "--help", "--help-all"):
+                self.wants_all = word == "--help-all"
+                return ["--help"]
             if word == "--":
                 places += len(left)
                 return self._complete_words([*rest, word, *left], seen, places)
@@ -283,13 +287,6 @@ def _single(kind: Any) -> Any:
     if any(get_origin(part) is not Literal for part in kinds):
         return kinds[0]
     return Literal[tuple(choice for part in kinds for choice in get_args(part))]
-
-
-def _folded(text: str) -> str:
-    """The help text without defaults of None, which tyro adds, and with long lines folded."""
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
-    lines = _NO_DEFAULT.sub("", text).split("\n")
-    return "\n".join(x if len(x) <= width else textwrap.fill(x, width) for x in lines)
 
 
 def _registry() -> ConstructorRegistry:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
@@ -43,6 +43,10 @@ class Options:
 
     All other tensors are float32. The directory that is written loads at once.
     """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "receptance quantize runs/mine --to int4 --calibrate text.txt --out mine-int4",
+    )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
@@ -76,17 +76,28 @@ class Options:
     machines: torchrun --nproc-per-node N -m receptance train ...
     """
 
+    COMMON: ClassVar[str] = (
+        "--out --resume --recipe --dry-run --init --tune --tokenizer --width --layers "
+        "--steps --minutes --batch --context --learning-rate --device"
+    )
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "receptance train my-texts/ --out runs/mine --minutes 10",
+        "receptance train --resume --out runs/mine",
+        "receptance train chats.jsonl --init MODEL --tune lora --out runs/chat",
+        "receptance train my-texts/ --recipe 169m --dry-run",
+    )
+
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[DATA ...]")] = ()
     """Text files, folders, globs, .jsonl, .parquet, hf:NAME:SPLIT; or one corpus of tokens: a
     folder made by `receptance data prepare`, .npy, .bin/.idx. Not needed with --resume."""
     out: Path = Path("runs/model")
     """The run folder."""
     recipe: str | None = None
-    """Take options from a recipe (169m, 430m, 1.5b, 3b, 7b, 14b, one-gpu, cpu-10min, context-2048
-    ...) or a TOML file. Options given on the command line replace those of the recipe."""
+    """Take options from a recipe or a TOML file; options given on the command line replace them.
+    Recipes: 169m, 430m, 1.5b, 3b, 7b, 14b, one-gpu, cpu-10min, context-2048 ..."""
     resume: bool = False
-    """Continue the run in --out from its newest whole checkpoint, with its data, tokenizer, sizes
-    and training options. An option that would make it another run cannot change."""
+    """Continue the run in --out from its newest whole checkpoint; its data, tokenizer, sizes and
+    training options stay. An option that would make it another run cannot change."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, otherwise begin it. Schedulers and torchrun
     --max-restarts can then repeat one command."""

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.table import Column, Table
@@ -29,6 +29,8 @@ class Options:
 
     The exit code is 0 if all checks pass, 1 if one fails, and 2 if there is no model to check.
     """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance verify runs/mine",)
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model, as for `receptance generate`; it does not need a tokenizer."""
