@@ -52,40 +52,44 @@ class _Entry:
         return [name + told[0][len(name) :], *told[1:]]
 
 
-def whole_help(text: str, examples: Sequence[str]) -> str:
-    """The help text that tyro wrote, folded anew and without defaults of None, with examples."""
+_Sections = list[tuple[str, list[_Entry]]]
+
+
+def help_text(text: str, prog: str, examples: Sequence[str], common: str) -> str:
+    """The help text that tyro wrote, folded anew and without defaults of None, with examples.
+
+    If there are common options, only those are described, each by its first statement, and of the
+    command's description the first paragraph is left.
+    """
     head, sections = _parsed(text)
+    lines = _common(head, sections, common.split()) if common else _all(head, sections)
+    if examples:
+        lines += ["examples:", *(f"  {example}" for example in examples), ""]
+    if common:
+        total = sum(entry.name.startswith("-") for _, entries in sections for entry in entries)
+        lines += [f"{prog} --help-all describes all {total} options.", ""]
+    return "\n".join(lines)
+
+
+def _all(head: list[str], sections: _Sections) -> list[str]:
     width = _width()
     lines = _folded(head, width)
     for title, entries in sections:
         lines += [f"{title}:", *(line for entry in entries for line in entry.lines(width)), ""]
-    return "\n".join([*lines, *_shown(examples)])
+    return lines
 
 
-def short_help(text: str, common: str, examples: Sequence[str], prog: str) -> str:
-    """The help text with the positionals, the common options, and the command that shows all.
-
-    Of the description only the first paragraph is left, and of each option the first statement.
-    """
-    head, sections = _parsed(text)
+def _common(head: list[str], sections: _Sections, flags: Sequence[str]) -> list[str]:
     width = _width()
     usage, what = "\n".join(head).strip().split("\n\n")[:2]
     lines = _folded([usage, "", what], width)
-    total = 0
     for title, entries in sections:
-        flags = [entry for entry in entries if entry.name.startswith("-")]
-        total += len(flags)
-        kept = [entry for entry in entries if entry not in flags]
-        kept += [entry for flag in common.split() for entry in flags if entry.is_flag(flag)]
+        kept = [entry for entry in entries if not entry.name.startswith("-")]
+        kept += [entry for flag in flags for entry in entries if entry.is_flag(flag)]
         if kept:
             told = (line for entry in kept for line in entry.short.lines(width))
             lines += [f"{title}:", *told, ""]
-    lines += [*_shown(examples), f"{prog} --help-all describes all {total} options.", ""]
-    return "\n".join(lines)
-
-
-def _shown(examples: Sequence[str]) -> list[str]:
-    return ["examples:", *(f"  {example}" for example in examples), ""] if examples else []
+    return lines
 
 
 def _width() -> int:
@@ -109,13 +113,13 @@ def _folded(lines: Sequence[str], width: int) -> list[str]:
     return [line for each in paragraphs for line in [*_wrap(each, width), ""]]
 
 
-def _parsed(text: str) -> tuple[list[str], list[tuple[str, list[_Entry]]]]:
+def _parsed(text: str) -> tuple[list[str], _Sections]:
     """What stands before the sections of tyro's text, and the entries of each with its title.
 
     A title stands above a rule. Between two rules is a section's description, which is left out.
     """
     head: list[str] = []
-    sections: list[tuple[str, list[_Entry]]] = []
+    sections: _Sections = []
     lines = _NO_DEFAULT.sub("", text).split("\n")
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if _is_rule(following) and not (sections and not sections[-1][1]):

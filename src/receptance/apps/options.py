@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from receptance.apps.help import short_help, whole_help
+from receptance.apps.help import help_text
 
 Parsed = TypeVar("Parsed")
 
@@ -52,11 +52,8 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, default: Any = None
     except SystemExit as leaving:
         if leaving.code == 0:
             common = "" if words.wants_all else getattr(cls, "COMMON", "")
-            text, examples = shown.getvalue(), getattr(cls, "EXAMPLES", ())
-            if common:
-                print(short_help(text, common, examples, prog), end="")
-            else:
-                print(whole_help(text, examples), end="")
+            examples = getattr(cls, "EXAMPLES", ())
+            print(help_text(shown.getvalue(), prog, examples, common), end="")
             raise
         cause = _cause(leaving)
         message = _unboxed(said.getvalue()) if cause is None else words.named(cause)
@@ -149,6 +146,7 @@ class _Words:
                 return self._complete_words([*rest, word, *left], seen, places)
             if not _is_flag(word):
                 places += 1
+                self._check_place(word, places)
                 rest.append(word)
                 continue
             option, values = self._taken(word, left)
@@ -188,6 +186,12 @@ class _Words:
         for found in values:
             option.converted(found)
         return option, values
+
+    def _check_place(self, word: str, places: int) -> None:
+        """ValueError if a word without a flag is none of those that its place allows."""
+        for place in self._places[places - 1 : places]:
+            if get_origin(place.kind) is Literal:
+                place.converted(word)
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name, self._by_flag, 1)
