@@ -81,7 +81,7 @@ def held_out(corpus: TokenFiles, rows: int) -> Tensor:
 
 
 def continued(engine: Engine, tokenizer: Tokenizer, prompts: Tensor, sampling: Sampling) -> Tensor:
-    """Prompts [R, PROMPT], each with what the model writes behind it: [R, PROMPT + CONTINUATION]."""
+    """Prompts [R, PROMPT], each with its continuation by the model: [R, PROMPT + CONTINUATION]."""
     rows = [prompt.tolist() for prompt in prompts]
     generation = Generation(
         engine,

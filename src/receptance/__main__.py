@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from receptance.apps.text import as_flags, visible
+from receptance.apps.waiting import waiting
 from receptance.errors import out_of_memory
 from receptance.version import __version__
 
@@ -74,7 +75,7 @@ def _run(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, APPS, 1)
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(APPS)}"
         return _fail(f"unknown command {name!r}; {known}")
-    with _quick_interrupts():
+    with _quick_interrupts(), waiting("loading torch"):
         app = importlib.import_module(f"receptance.apps.{name}")
     _tolerate_any_text()
     _use_what_there_is()

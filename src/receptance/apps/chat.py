@@ -14,6 +14,7 @@ import tyro
 from receptance.apps.console import say_device
 from receptance.apps.options import parse
 from receptance.apps.text import visible
+from receptance.apps.waiting import until_first, waiting
 from receptance.data.templates import TEMPLATES, TURN_END, Template
 from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
@@ -211,7 +212,8 @@ def main(argv: list[str]) -> None:
     Request(max_tokens=options.max_tokens, seed=options.seed)
     if not options.max_tokens:
         raise ValueError("max_tokens is 0; an answer needs at least 1")
-    engine, tokenizer = options.engine.load(options.model)
+    with waiting(f"reading {options.model}"):
+        engine, tokenizer = options.engine.load(options.model)
     say_device(engine.device)
     chat = Chat(engine, tokenizer, options)
     if sys.stdin is not None and sys.stdin.isatty():
@@ -281,7 +283,7 @@ def _show(chat: Chat, pieces: Iterator[str]) -> None:
     shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
     print(f"\n{chat.template.assistant}:", end="")
     try:
-        for piece in pieces:
+        for piece in until_first("reading the message", pieces):
             print(shown(piece), end="", flush=True)
     finally:
         pieces.close()  # type: ignore[attr-defined]

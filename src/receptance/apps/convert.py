@@ -11,6 +11,7 @@ import tyro
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.apps.text import as_flags
+from receptance.apps.waiting import waiting
 from receptance.conversion.converting import PASSES, Report, check, convert
 from receptance.conversion.source import Note, Source, open_source
 from receptance.conversion.target import Dtype, Format, Target
@@ -78,7 +79,8 @@ def _convert(options: Options, console: Console) -> None:
 
 
 def _source(options: Options, console: Console) -> Source:
-    source = open_source(options.model, tokenizer=options.tokenizer, revision=options.revision)
+    with waiting(f"reading {options.model}"):
+        source = open_source(options.model, tokenizer=options.tokenizer, revision=options.revision)
     if options.unscale:
         return source.unscaled()
     if source.looks_rescaled():

@@ -14,6 +14,7 @@ import tyro
 from receptance.apps.console import say_device
 from receptance.apps.options import parse
 from receptance.apps.text import has_escapes, unescaped, visible
+from receptance.apps.waiting import until_first, waiting
 from receptance.engine import EngineOptions
 from receptance.inference.generation import Generation
 from receptance.inference.sampling import Sampling
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> None:
     options = parse(Options, argv, "receptance generate")
     _check(options)
     prompts, stop = _prompts(options), _read(options, options.stop)
-    engine, tokenizer = options.engine.load(options.model)
+    with waiting(f"reading {options.model}"):
+        engine, tokenizer = options.engine.load(options.model)
     state, before = None, ""
     if options.load_state:
         state = engine.load_state(options.load_state)
@@ -162,13 +164,14 @@ def _print(generation: Generation, prompts: tuple[str, ...]) -> None:
     shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
     if len(prompts) == 1:
         before = prompts[0]
-        for token in generation:
+        for token in until_first("reading the prompt", generation):
             print(shown(before + token.text), end="", flush=True)
             before = ""
         print(shown(before))
         return
     texts = list(prompts)
-    for token in generation:
-        texts[token.row] += token.text
+    with waiting(f"continuing {len(texts)} prompts"):
+        for token in generation:
+            texts[token.row] += token.text
     for number, text in enumerate(texts, start=1):
         print(f"--- {number} ---\n{shown(text)}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from receptance.adapters import load_adapter
 from receptance.apps.options import parse
+from receptance.apps.waiting import waiting
 from receptance.model import Model
 from receptance.storage.checkpoint import load, save
 from receptance.storage.directories import expanded
@@ -49,6 +50,12 @@ def main(argv: list[str]) -> None:
     out = expanded(options.out)
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")
+    with waiting("merging"):
+        _merge(options, out)
+    print(f"merged into {out}")
+
+
+def _merge(options: Options, out: Path) -> None:
     model, tokenizer = load(options.model, tokenizer=options.tokenizer)
     adapter = load_adapter(options.adapter, model)
     merged = adapter.merge(model, getattr(torch, options.dtype) if options.dtype else None)
@@ -64,7 +71,6 @@ def main(argv: list[str]) -> None:
     except ValueError:
         shutil.rmtree(out)
         raise
-    print(f"merged into {out}")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
+from receptance.apps.waiting import waiting
 from receptance.config import ModelConfig
 from receptance.model import Model
 from receptance.model.rwkv import fingerprint
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> None:
     options = parse(Options, argv, "receptance quantize")
     out = expanded(options.out)
     _check(options, out)
-    config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)
+    with waiting(f"reading {options.model}"):
+        config, tensors, tokenizer = read_model(options.model, tokenizer=options.tokenizer)
     if options.calibrate is not None and tokenizer is None:
         raise no_tokenizer(config, options.model)
     calibration = _calibration(options, config, tensors, tokenizer)

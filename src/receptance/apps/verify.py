@@ -15,6 +15,7 @@ from rich.text import Text
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.apps.text import visible
+from receptance.apps.waiting import waiting
 from receptance.checking.recorded import beside
 from receptance.checking.verifying import Check, Subject, record, verify
 from receptance.progress import progress_bar, say
@@ -47,7 +48,8 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, check, report; leave with exit code 1 if a check failed."""
     options = parse(Options, argv, "receptance verify")
-    subject = Subject.open(options.model)
+    with waiting(f"reading {options.model}"):
+        subject = Subject.open(options.model)
     file = options.logits or beside(subject.path)
     if options.record:
         record(subject, file)

@@ -38,6 +38,8 @@ LEAST_KEPT = 2
 # The file in a run's checkpoint that holds the step, the options and the corpus.
 ABOUT = "training.json"
 _STEP = re.compile(r"step-(\d+)")
+# The folder of the models that come with the package.
+_INCLUDED = Path(__file__).parents[1] / "weights"
 # The suffix of the mark beside a checkpoint that is needed outside its run.
 _PIN = ".pinned"
 
@@ -204,11 +206,21 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def existing(path: str | Path) -> Path:
-    """The path, or the directory set aside for it if a process was killed while replacing it."""
-    path = expanded(path)
+def existing(source: str | Path) -> Path:
+    """The path of what can be read under this name.
+
+    That is the path itself, or the directory set aside for it if a process was killed while
+    replacing it. Where neither exists, a text may be the name of a model that comes with this
+    package.
+    """
+    path = expanded(source)
     with _reading(path):
-        return _old(path) if not path.exists() and _old(path).is_dir() else path
+        if path.exists():
+            return path
+        included = _INCLUDED / path
+        if source == path.name and included.is_dir():
+            return included
+        return _old(path) if _old(path).is_dir() else path
 
 
 def remove(directory: Path) -> None:
