@@ -1,6 +1,6 @@
 # make demo   train a small RWKV on this machine's Python library, then run it as an RNN
 # make test   all tests but the slow ones      make test-slow   those
-# make check  lint, format, types
+# make check  lint, format, types              make docs       the documentation as a site, in site/
 #
 # Variables are set on make's command line, as in `make demo RUN=runs/other`. Rules below delete the folders
 # VENV and RUN, so these two ignore environment variables of the same name.
@@ -8,8 +8,10 @@ PYTHON ?= python3
 MINUTES ?= 4
 VENV := .venv
 RUN := runs/demo
+# What the demo does not read: packages, tests, and tables of characters and help texts.
+NOT_READ := site-packages test tests idlelib lib2to3 encodings pydoc_data ensurepip msilib turtledemo
 
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find src -type f ! -name '*.pyc' ! -name '*.so')
 BIN := $(VENV)/bin
 
 # $(call remove,FOLDER,FILES) deletes a folder that is empty or holds one of the files, which show that
@@ -22,7 +24,7 @@ define remove
 	rm -rf -- '$(1)'
 endef
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check docs format clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -37,17 +39,22 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed
-	$(BIN)/receptance doctor
 	$(call remove,$(RUN),metrics.jsonl .lock)
+	@echo "A small model that comes with the package writes a class:"
+	$(BIN)/receptance generate tiny-python 'class Queue:' --max-tokens 150 --top-p 0.6
+	@echo "Now one is trained for $(MINUTES) minutes on this machine's Python library:"
 	$(BIN)/receptance train \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
-		--exclude site-packages --exclude test --exclude tests --exclude idlelib \
-		--exclude lib2to3 --out '$(RUN)' \
-		--minutes $(MINUTES) --tokenizer bpe:2048 --width 256 --layers 4 \
-		--batch 4 --context 256 --learning-rate 4e-3 --final-learning-rate 1e-4 \
+		$(foreach name,$(NOT_READ),--exclude $(name)) --out '$(RUN)' \
+		--minutes $(MINUTES) --tokenizer bpe:1024 --width 128 --layers 3 \
+		--batch 4 --context 256 --learning-rate 6e-3 --final-learning-rate 1e-4 \
 		--warmup-steps 50 --validation 0.02 --reports 5 --sample-prompt 'def '
-	$(BIN)/receptance generate '$(RUN)' 'class Queue:' --max-tokens 200 --top-p 0.8
+	$(BIN)/receptance generate '$(RUN)' 'class Queue:' --max-tokens 150 --top-p 0.6
 	$(BIN)/python benchmarks/demo.py '$(RUN)'
 
 test: $(VENV)/.installed-test
@@ -61,10 +68,13 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
+
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
 	$(call remove,$(VENV),pyvenv.cfg)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

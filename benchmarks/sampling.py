@@ -5,7 +5,7 @@
 RUN is a run folder of `receptance train`. Pieces of its validation text are prompts; the model
 continues them under each setting, and what people wrote there is measured the same way. Sampling
 from the whole distribution is less likely than people's text, and greedy decoding repeats itself
-(Holtzman et al., arXiv 1904.09751), so the setting closest to people is wanted. The distance is the
+(Holtzman et al., arXiv 1904.09751), so a setting close to people is wanted. The distance is the
 mean over the three measures of the difference from people's mean in standard deviations of people's
 texts. Prints a line for each setting, then JSON.
 """

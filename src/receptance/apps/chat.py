@@ -62,7 +62,8 @@ class Options:
     max_tokens: int = 500
     """End an answer after this number of tokens."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Sampling(top_p=0.7, presence_penalty=0.4, frequency_penalty=0.4)
+        # docs/generation.md says how these were chosen.
+        default_factory=lambda: Sampling(top_p=0.7, presence_penalty=0.1, frequency_penalty=0.1)
     )
     seed: int = 0
     """Draw the random choices from this seed; each answer has random numbers of its own."""
