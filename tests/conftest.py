@@ -28,6 +28,12 @@ settings.register_profile(
 settings.load_profile("receptance")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-randomly, where it is loaded, decide the order alone and not what a test draws."""
+    config.option.randomly_reset_seed = False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Iterator[None]:
     """Seed the global generators before each test and its fixtures, and restore them afterwards.

@@ -1,4 +1,4 @@
-"""The rules of docs/contributing.md that a program can check, for whatever modules there are."""
+"""The rules of CONTRIBUTING.md that a program can check, for whatever modules there are."""
 
 from __future__ import annotations
 

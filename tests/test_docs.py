@@ -19,7 +19,11 @@ from receptance.config import PUBLISHED_SIZES
 from receptance.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *ROOT.glob("CONTRIBUTING.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 pytestmark = pytest.mark.skipif(len(PAGES) < 2, reason="the sources are not here")
 
@@ -158,7 +162,7 @@ def test_relative_links_resolve(page):
 
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"({page.name})" not in index] == ["index.md"]
+    assert [page.name for page in PAGES[1:] if f"{page.name})" not in index] == ["index.md"]
 
 
 def test_the_table_of_sizes_is_exact():

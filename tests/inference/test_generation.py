@@ -607,3 +607,8 @@ def test_generate_leaves_a_model_in_training_mode(model):
     )[1]
     for name, x in generation.final_state().tensors.items():
         torch.testing.assert_close(x, wanted_state.tensors[name], atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_tokenizer_there_is_no_text(model):
+    with pytest.raises(ValueError, match="tokenizer is None, and texts need one"):
+        receptance.generate(model, None, "x")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import TEXT, make_model, same_bits
-from training_cases import SIZES, SMALL, TOKENS, everything, make_trainer, run, small
+from training_cases import SIZES, SMALL, TOKENS, everything, make_batches, make_trainer, run, small
 
 from receptance.adapters import LoRAOptions, StateTuningOptions, make_adapter
 from receptance.data import Batches
@@ -252,3 +252,28 @@ def test_fewer_rows_than_processes_are_refused():
     batches = Batches(TOKENS, context=16, batch=2, seed=0)
     with pytest.raises(ValueError, match="batch is 2, fewer rows than the 3 processes"):
         Trainer(Model(SIZES), batches, options, ranks=Ranks(0, 3))
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 4}, {"context": 8}])
+def test_batches_of_other_sizes_are_refused(sizes):
+    """They would be cut to the batch that the options name, and the loss with them."""
+    options = TrainOptions(**SMALL)
+    batches = Batches(TOKENS, **({"context": 16, "batch": options.batch, "seed": 0} | sizes))
+    with pytest.raises(ValueError, match=r"the batches have .* make both from the same numbers"):
+        Trainer(Model(SIZES), batches, options)
+
+
+class TestAdapters:
+    def test_one_that_is_not_attached_is_refused(self):
+        model, options = make_model(), small()
+        adapter = make_adapter(model, LoRAOptions())
+        with pytest.raises(ValueError, match=r"adapter is not attached; call adapter\.attach"):
+            Trainer(model, make_batches(options), options, adapter=adapter)
+
+    def test_one_that_is_attached_and_not_named_is_refused(self):
+        model, options = make_model(), small()
+        with (
+            make_adapter(model, LoRAOptions()).attach(model),
+            pytest.raises(ValueError, match="if an adapter is attached, pass adapter="),
+        ):
+            Trainer(model, make_batches(options), options)

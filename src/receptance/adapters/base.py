@@ -43,13 +43,18 @@ class Adapter(nn.Module, ABC):
         self._hooks: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] | None = None
 
+    @property
+    def attached(self) -> bool:
+        """Whether the adapter takes effect on a model."""
+        return self._frozen is not None
+
     def attach(self, model: Model) -> Self:
         """Take effect on a model and freeze it, until `detach` or the end of a `with` block.
 
         A compiled model must not have been called before: its compiled code would ignore the
         adapter.
         """
-        if self._frozen is not None:
+        if self.attached:
             raise ValueError("this adapter is attached to a model already; detach it first")
         self.check_fits(model)
         self._hooks = self.hooks(model)

@@ -76,6 +76,10 @@ class Slots:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError(
+                f"tokenizer is {tokenizer!r}, and texts need one; load the model with tokenizer="
+            )
         reading.check_weights(engine)
         self.engine, self.tokenizer, self.capacity = engine, tokenizer, capacity
         self.left: dict[int, Left] = {}

@@ -119,6 +119,17 @@ class Trainer:
         adapter: Adapter | None = None,
         ranks: Ranks | None = None,
     ) -> None:
+        if (batches.batch, batches.context) != (options.batch, options.context):
+            raise ValueError(
+                f"the batches have {batches.batch} rows of context {batches.context} and the options "
+                f"say {options.batch} and {options.context}; make both from the same numbers"
+            )
+        if adapter is not None and not adapter.attached:
+            raise ValueError("the adapter is not attached; call adapter.attach(model) before")
+        if adapter is None and not any(x.requires_grad for x in model.parameters()):
+            raise ValueError(
+                "no parameter of the model is trained; if an adapter is attached, pass adapter="
+            )
         self.model, self.batches, self.options = model, batches, options
         self.adapter, self.ranks = adapter, ranks or Ranks()
         self.device = working_device(model.emb.weight)
