@@ -121,7 +121,7 @@ class Trainer:
     ) -> None:
         if (batches.batch, batches.context) != (options.batch, options.context):
             raise ValueError(
-                f"the batches have {batches.batch} rows of context {batches.context} and the options "
+                f"the batches have {batches.batch} rows of context {batches.context}, the options "
                 f"say {options.batch} and {options.context}; make both from the same numbers"
             )
         if adapter is not None and not adapter.attached:
