@@ -64,11 +64,14 @@ def test_the_readme_has_six_lines_of_python():
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command line in the page's shell blocks."""
+    """The words of every command line in the page's shell blocks and second columns of tables."""
     for _, source in blocks(page, "sh"):
         for line in source.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 yield words
+    for cell in re.findall(r"^\|[^|]*\|([^|]*)\|$", prose(page), re.M):
+        for line in re.findall(r"`(receptance [^`]*)`", cell):
+            yield shlex.split(line)
 
 
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
