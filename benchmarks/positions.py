@@ -206,6 +206,7 @@ def draw_one(found: dict[str, Any], path: Path, ink: str) -> None:
     """Time and memory of one more token against the length of the text before it."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     style = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
     fixed = {"svg.hashsalt": "positions", "svg.fonttype": "path", "axes.edgecolor": ink}
@@ -224,10 +225,16 @@ def draw_one(found: dict[str, Any], path: Path, ink: str) -> None:
         for axes in (time, memory):
             axes.set_xlabel("tokens read before, thousands")
             axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 10]))
             axes.spines[["top", "right"]].set_visible(False)
             axes.patch.set_alpha(0)
-        memory.legend(frameon=False, labelcolor=ink)
-        figure.suptitle("169M parameters, float32, on two CPU cores", color=ink, fontsize=12)
+        figure.legend(
+            title="169M parameters, float32, on two CPU cores",
+            loc="outside upper center",
+            ncols=2,
+            frameon=False,
+            labelcolor=ink,
+        )
         figure.patch.set_alpha(0)
         figure.savefig(path, format="svg", metadata={"Date": None}, transparent=True)
 
