@@ -71,7 +71,8 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield words
     for cell in re.findall(r"^\|[^|]*\|([^|]*)\|$", prose(page), re.M):
         for line in re.findall(r"`(receptance [^`]*)`", cell):
-            yield shlex.split(line)
+            if len(words := shlex.split(line)) > 2:  # more than the name of a command
+                yield words
 
 
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
@@ -137,6 +138,8 @@ def test_options_in_the_text_exist(page):
         module = importlib.import_module(f"receptance.apps.{app}")
         for kind in getattr(module, "COMMANDS", {"": getattr(module, "Options", None)}).values():
             known |= set(options(kind))
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     assert set(re.findall(r"`(--[a-z-]+)", prose(page))) <= known
 
 
