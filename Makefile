@@ -10,6 +10,8 @@ VENV := .venv
 RUN := runs/demo
 # What the demo does not read: packages, tests, and tables of characters and help texts.
 NOT_READ := site-packages test tests idlelib lib2to3 encodings pydoc_data ensurepip msilib turtledemo
+# How a model shows there what it has learned.
+WRITE := 'class Error(Exception):\n    """' --escapes --max-tokens 150 --top-p 0.6
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find src -type f ! -name '*.pyc' ! -name '*.so')
 BIN := $(VENV)/bin
@@ -46,7 +48,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(call remove,$(RUN),metrics.jsonl .lock)
 	@echo "A small model that comes with the package writes a class:"
-	$(BIN)/receptance generate tiny-python 'class Queue:' --max-tokens 150 --top-p 0.6
+	$(BIN)/receptance generate tiny-python $(WRITE) --seed 2
 	@echo "Now one is trained for $(MINUTES) minutes on this machine's Python library:"
 	$(BIN)/receptance train \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
@@ -54,7 +56,7 @@ demo: $(VENV)/.installed
 		--minutes $(MINUTES) --tokenizer bpe:1024 --width 128 --layers 3 \
 		--batch 4 --context 256 --learning-rate 6e-3 --final-learning-rate 1e-4 \
 		--warmup-steps 50 --validation 0.02 --reports 5 --sample-prompt 'def '
-	$(BIN)/receptance generate '$(RUN)' 'class Queue:' --max-tokens 150 --top-p 0.6
+	$(BIN)/receptance generate '$(RUN)' $(WRITE)
 	$(BIN)/python benchmarks/demo.py '$(RUN)'
 
 test: $(VENV)/.installed-test

@@ -11,6 +11,8 @@ from rich.table import Table
 Results = dict[str, Any]
 Verdict = dict[str, Any]
 
+OURS, BUS = "receptance", "memory bus"
+
 # Our type, rwkv.cpp's, and the least ratio of tokens per second.
 DECODING = {
     "float32": ("FP32", 1.0),
@@ -37,9 +39,14 @@ def bars(results: Results) -> list[Verdict]:
     return found
 
 
+def measured(contest: Results, *names: str) -> bool:
+    """Whether all of these were measured in a round at least, so each in its best way."""
+    return all(contest.get(name, {}).get("rates") for name in names)
+
+
 def limit(contest: Results) -> float:
     """Our tokens per second if reading all weights but the embedding took all the time."""
-    return float(contest["memory bus"]["rate"] / contest["receptance"]["bytes per token"])
+    return float(contest[BUS]["rate"] / contest[OURS]["bytes per token"])
 
 
 def read(contest: Results, sizes: dict[str, int]) -> float:
@@ -47,17 +54,17 @@ def read(contest: Results, sizes: dict[str, int]) -> float:
     width, hidden, layers = sizes["width"], sizes["ffn_width"], sizes["num_layers"]
     ffn_value = layers * hidden * width
     matrices = sizes["vocab_size"] * width + layers * 5 * width * width + 2 * ffn_value
-    return float(1 - contest["receptance"]["skipped"] * ffn_value / matrices)
+    return float(1 - contest[OURS]["skipped"] * ffn_value / matrices)
 
 
 def _decode(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, contest in sections["decode"].items():
-        ours, (theirs, least) = contest["receptance"], DECODING[dtype]
-        if "rwkv.cpp" in contest:
-            ratio = ours["rate"] / contest["rwkv.cpp"]["rate"]
+        theirs, least = DECODING[dtype]
+        if measured(contest, OURS, "rwkv.cpp"):
+            ratio = contest[OURS]["rate"] / contest["rwkv.cpp"]["rate"]
             yield _at_least(f"decode {dtype} / rwkv.cpp {theirs}", ratio, least)
-        if dtype not in ("int8", "int4"):
-            share = ours["rate"] / limit(contest)
+        if dtype not in ("int8", "int4") and measured(contest, OURS, BUS):
+            share = contest[OURS]["rate"] / limit(contest)
             yield _at_least(f"decode {dtype} / memory limit", share, OF_BANDWIDTH)
             used = share * read(contest, sections["sizes"])
             yield _at_least(f"decode {dtype}: bandwidth used / measured", used, OF_BANDWIDTH)
@@ -65,38 +72,41 @@ def _decode(size: str, sections: Results) -> Iterator[Verdict]:
 
 def _sparse(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, contest in sections["sparse"].items():
-        ours = contest["receptance"]
-        share, skipped = ours["rate"] / limit(contest), ours["skipped"]
-        yield _at_least(f"decode {dtype}, {skipped:.0%} zeros / dense memory limit", share, 1.0)
+        if measured(contest, OURS, BUS):
+            share, skipped = contest[OURS]["rate"] / limit(contest), contest[OURS]["skipped"]
+            yield _at_least(f"decode {dtype}, {skipped:.0%} zeros / dense memory limit", share, 1.0)
 
 
 def _batches(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, contest in sections["batches"].items():
-        ratio = contest["16"]["rate"] / contest["1"]["rate"]
-        yield _at_least(f"decode {dtype}, batch 16 / batch 1", ratio, BATCHED)
+        if measured(contest, "16", "1"):
+            ratio = contest["16"]["rate"] / contest["1"]["rate"]
+            yield _at_least(f"decode {dtype}, batch 16 / batch 1", ratio, BATCHED)
 
 
 def _prefill(size: str, sections: Results) -> Iterator[Verdict]:
     for length, contest in sections["prefill"].items():
         for peer, least in PREFILL.items():
-            if peer in contest:
-                ratio = contest["receptance"]["rate"] / contest[peer]["rate"]
+            if measured(contest, OURS, peer):
+                ratio = contest[OURS]["rate"] / contest[peer]["rate"]
                 yield _at_least(f"prompt of {length} / {peer}", ratio, least)
 
 
 def _load(size: str, sections: Results) -> Iterator[Verdict]:
     if size == FIRST_TOKEN_SIZE:
         for dtype, found in sections["load"].items():
-            seconds = found["first token s"]
-            yield _at_most(f"load {dtype} to first token, s", seconds, FIRST_TOKEN_SECONDS)
+            if "first token s" in found:
+                seconds = found["first token s"]
+                yield _at_most(f"load {dtype} to first token, s", seconds, FIRST_TOKEN_SECONDS)
 
 
 def _memory(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, found in sections["memory"].items():
-        above = found["resident"] - found["weights"]
-        yield _at_most(f"memory {dtype}: process - weights, MB", above / 1e6, 150)
-        grown = above - found["bare"]
-        yield _at_most(f"memory {dtype}: the same - Python and torch, MB", grown / 1e6, 150)
+        if "resident" in found:
+            above = found["resident"] - found["weights"]
+            yield _at_most(f"memory {dtype}: process - weights, MB", above / 1e6, 150)
+            grown = above - found["bare"]
+            yield _at_most(f"memory {dtype}: the same - Python and torch, MB", grown / 1e6, 150)
 
 
 _JUDGES = {
@@ -135,19 +145,23 @@ def show(console: Console, results: Results, verdicts: list[Verdict]) -> None:
 def _decoding_table(size: str, sections: Results) -> Table:
     title = f"{size}: tokens/s at batch 1"
     table = Table("weights", title=title, title_justify="left", box=None, pad_edge=False)
-    peers = ["receptance", "rwkv.cpp", "rwkv", "transformers"]
+    peers = [OURS, "rwkv.cpp", "rwkv", "transformers"]
     for column in ("GB/s", "limit", *peers, "of the limit", "zeros", "of the GB/s"):
         table.add_column(column, justify="right")
     for dtype, contest in sections["decode"].items():
-        most, ours = limit(contest), contest["receptance"]
-        rates = [f"{contest[p]['rate']:.1f}" if p in contest else "" for p in peers]
-        share = ours["rate"] / most
-        used = share * read(contest, sections["sizes"])
-        table.add_row(
-            dtype,
-            f"{contest['memory bus']['rate'] / 1e9:.1f}",
-            f"{most:.1f}",
-            *rates,
-            *(f"{x:.0%}" for x in (share, ours["skipped"], used)),
-        )
+        bus, limits, shares = "", "", ["", "", ""]
+        if measured(contest, BUS, OURS):
+            share = contest[OURS]["rate"] / limit(contest)
+            used = share * read(contest, sections["sizes"])
+            bus, limits = f"{contest[BUS]['rate'] / 1e9:.1f}", f"{limit(contest):.1f}"
+            shares = [f"{x:.0%}" for x in (share, contest[OURS]["skipped"], used)]
+        cells = [_cell(contest.get(name, {})) for name in peers]
+        table.add_row(dtype, bus, limits, *cells, *shares)
+        if any(cell.endswith("*") for cell in cells):
+            table.caption = "* stopped before all rounds were measured, as said above"
     return table
+
+
+def _cell(found: Results) -> str:
+    rate = f"{found['rate']:.1f}" if "rate" in found else ""
+    return rate + "*" * ("stopped" in found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from receptance.inference import measure
 from receptance.inference.generation import prefill
 from receptance.storage.checkpoint import load
 
+PR_SET_PDEATHSIG = 1
 PROMPT = [i * 7919 % 500 for i in range(1, 25)]
 
 
@@ -227,6 +229,8 @@ def answer(engine: Candidate, command: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     """Serve until standard input ends; what engines print goes to standard error."""
+    if sys.platform == "linux":  # ... and die with the process that asked, however it ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     spec = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,10 +34,17 @@ ZEROS = 0.85  # of the activations of channel mixing, in the sparse model
 class Files:
     """A folder with one model in many files."""
 
-    def __init__(self, folder: Path, size: str, tokenizer: str | None, library: str | None) -> None:
-        self.folder, self.config = folder / size, SIZES[size]
+    def __init__(
+        self,
+        folder: Path,
+        size: str,
+        tokenizer: str | None,
+        library: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.size, self.folder, self.config = size, folder / size, SIZES[size]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._tokenizer, self._library = tokenizer, library
+        self._tokenizer, self._library, self._say = tokenizer, library, say
 
     def ours(self, dtype: str = "float32", *, sparse: bool = False) -> str:
         """A directory of ours: the float32 checkpoint, or one that was quantized from it."""
@@ -68,9 +76,10 @@ class Files:
     def _once(self, name: str, make: Callable[[Path], object]) -> str:
         path = self.folder / name
         if not path.exists():
-            partial = path.with_name(f"partial-{name}")
-            make(partial)
-            os.rename(partial, path)
+            self._say(f"{self.size} making the model file {name}")
+            with tempfile.TemporaryDirectory(prefix="partial-", dir=self.folder) as partial:
+                make(Path(partial, name))
+                os.rename(Path(partial, name), path)
         return str(path)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,36 +1,45 @@
 """Inference on a CPU against rwkv.cpp, the `rwkv` package and transformers: the bars of one run.
 
-    python benchmarks/cpu_inference.py --rwkv-cpp PATH/librwkv.so [--sizes 169m 430m]
+    python benchmarks/cpu_inference.py [--rwkv-cpp PATH/librwkv.so] [--peers rwkv transformers]
+                                       [--sizes 169m 430m] [--budget SECONDS] [--json FILE]
 
 All run the same random weights, each in a process of its own, in turns, with the better of the
 given numbers of threads; in every turn the rate of reading memory is measured, too. Logits are
-compared before anything is timed. Without rwkv.cpp (https://github.com/RWKV/rwkv.cpp) the others
-are compared alone. Prints tables, the bars, and JSON on the last line.
+compared before anything is timed. Who takes longer than the budget is stopped, and reported with
+what was measured until then. Prints tables, the bars, and JSON on the last line, after Ctrl-C, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from _bars import bars, show
+from _bars import BUS, OURS, bars, show
+from _common import Progress, stop_once
 from _weights import QUANTIZED, SIZES, Files
-from _workers import Way, in_turns, working
+from _workers import Budget, Contestant, Failed, Way, in_turns, noted, working
 from rich.console import Console
 
 from receptance.inference.measure import machine
 
-OURS, TORCH, CPP, PACKAGE, HF = "receptance", "torch", "rwkv.cpp", "rwkv", "transformers"
+TORCH, CPP, PACKAGE, HF = "torch", "rwkv.cpp", "rwkv", "transformers"
+INSTALL = {
+    CPP: "build https://github.com/RWKV/rwkv.cpp and pass --rwkv-cpp PATH/librwkv.so",
+    PACKAGE: "pip install rwkv",
+    HF: "pip install transformers",
+}
 # Our type of weights, and what of each peer it is compared with.
 PEERS = {
     "float32": {CPP: "FP32", PACKAGE: "float32", HF: "float32"},
@@ -58,127 +67,163 @@ print(time.perf_counter() - began)
 
 
 class Run:
-    """The sections, for one size."""
+    """The sections, for one size; each fills the dict that it is given as it goes."""
 
-    def __init__(self, files: Files, options: argparse.Namespace, console: Console) -> None:
-        self.files, self.options, self.console = files, options, console
+    def __init__(self, files: Files, options: argparse.Namespace, say: Progress) -> None:
+        self.files, self.options, self.say = files, options, say
+        self.stopped: dict[str, str] = {}  # peers that were not found correct, and why
+        self.failed = False
 
     def way(self, engine: str, kind: str, command: dict[str, Any], *, sparse: bool = False) -> Way:
         """An engine with the model in a type of weights; kind is the engine's own name for it."""
         if engine == CPP:
-            path, library = self.files.ggmf(kind), self.options.rwkv_cpp
-            return Way.of(engine, command, path=path, dtype=kind, library=library)
-        path = self.files.pth() if engine == PACKAGE else self.files.ours(kind, sparse=sparse)
-        return Way.of(engine, command, path=path, dtype=kind)
+            library = self.options.rwkv_cpp
+            return Way(engine, kind, lambda: self.files.ggmf(kind), command, library)
+        if engine == PACKAGE:
+            return Way(engine, kind, self.files.pth, command)
+        return Way(engine, kind, lambda: self.files.ours(kind, sparse=sparse), command)
 
-    def turns(self, title: str, contestants: dict[str, list[Way]]) -> dict[str, Any]:
-        """The summaries of a contest."""
-        with self.console.status(title):
-            found = in_turns(contestants, rounds=self.options.rounds, threads=self.options.threads)
-        rates = ", ".join(f"{name} {x.rate:,.4g}" for name, x in found.items())
-        self.console.print(f"{title}: {rates}", highlight=False)
-        return {name: x.summary() for name, x in found.items()}
+    def budget(self) -> Budget:
+        """For a measurement of ours, or for a peer's check."""
+        return Budget(self.options.budget)
+
+    def turns(
+        self,
+        title: str,
+        contestants: dict[str, list[Way]],
+        found: dict[str, Any],
+        budgets: dict[str, Budget] | None = None,
+    ) -> None:
+        """A contest, with the memory bus among the contestants."""
+        ways = {BUS: [Way(BUS, "", str, {"do": "read"})]} | contestants
+        with ExitStack() as stack:
+            running = []
+            for name, those in ways.items():
+                found[name] = {}
+                if why := self.stopped.get(those[0].engine):
+                    found[name]["stopped"] = why
+                    continue
+                budget = (budgets or {}).get(those[0].engine) or self.budget()
+                share = stack.enter_context(budget.share())
+                what = f"{self.files.size} {title}, {name}"
+                running.append(Contestant(what, those, share, found[name], self.say))
+            in_turns(running, rounds=self.options.rounds, threads=self.options.threads)
+        self.tell(title, found)
+
+    def tell(self, title: str, found: dict[str, dict[str, Any]]) -> None:
+        """Print what became of each, in a line."""
+        line = ", ".join(f"{name} {_shown(x)}" for name, x in found.items())
+        self.say.console.print(f"{title}: {line}", highlight=False, markup=False, soft_wrap=True)
+        self.failed |= any(x.get("stopped", "").startswith("failed") for x in found.values())
 
     def peers(self, dtype: str) -> dict[str, str]:
-        """Those that are here, with the type that is compared with ours."""
-        present = PEERS[dtype].items()
-        return {name: kind for name, kind in present if name != CPP or self.options.rwkv_cpp}
+        """Those that take part, with the type that is compared with ours."""
+        return {name: kind for name, kind in PEERS[dtype].items() if name in self.options.peers}
 
-    def check(self) -> dict[str, float]:
+    def check(self, errors: dict[str, Any]) -> None:
         """Logits against the torch model's, or no timing."""
-        errors = {}
+        ours = {}
         for dtype, limit in LIMITS.items():
-            wanted = self.logits(TORCH, dtype)
-            errors[f"{OURS} {dtype}"] = _error(self.logits(OURS, dtype), wanted, limit, dtype)
+            wanted, ours[dtype] = self.logits(TORCH, dtype), self.logits(OURS, dtype)
+            errors[f"{OURS} {dtype}"] = _error(ours[dtype], wanted, limit, dtype)
         for name, kind in self.peers("float32").items():
-            wanted = self.logits(OURS, "float32")
-            errors[f"{name} {kind}"] = _error(self.logits(name, kind), wanted, PEER_LIMIT, name)
-        return errors
+            note: dict[str, Any] = {}
+            with noted(note, self.budget()):
+                found = self.logits(name, kind)
+            if "stopped" in note:
+                errors[f"{name} {kind}"] = note
+                self.stopped[name] = f"not checked: {note['stopped']}"
+                self.tell("logits", {f"{name} {kind}": note})
+            else:
+                errors[f"{name} {kind}"] = _error(found, ours["float32"], PEER_LIMIT, name)
 
     def logits(self, engine: str, kind: str) -> torch.Tensor:
         """For what follows a fixed prompt."""
+        self.say(f"{self.files.size} checking the logits of {engine} {kind}")
         with working(self.way(engine, kind, {"do": "logits"}), 1) as worker:
             return torch.tensor(worker.ask()["logits"])
 
-    def decode(self) -> dict[str, Any]:
+    def decode(self, found: dict[str, Any]) -> None:
         """Tokens per second at batch 1, by type."""
         command = {"do": "decode", "tokens": self.options.tokens}
-        return {
-            dtype: self.turns(
-                f"decode {dtype}",
-                {OURS: [self.way(OURS, dtype, command)]}
-                | {
-                    name: [self.way(name, kind, command)]
-                    for name, kind in self.peers(dtype).items()
-                },
-            )
-            for dtype in PEERS
-        }
+        parts = {name: sum(name in theirs for theirs in PEERS.values()) for name in INSTALL}
+        budgets = {name: Budget(self.options.budget, count) for name, count in parts.items()}
+        for dtype in PEERS:
+            engines = {OURS: dtype} | self.peers(dtype)
+            ways = {name: [self.way(name, kind, command)] for name, kind in engines.items()}
+            self.turns(f"decode {dtype}", ways, found.setdefault(dtype, {}), budgets)
 
-    def sparse(self) -> dict[str, Any]:
+    def sparse(self, found: dict[str, Any]) -> None:
         """The same where 85 % of the activations of channel mixing are zero."""
         command = {"do": "decode", "tokens": self.options.tokens}
-        return {
-            dtype: self.turns(
-                f"sparse {dtype}", {OURS: [self.way(OURS, dtype, command, sparse=True)]}
-            )
-            for dtype in PEERS
-        }
+        for dtype in PEERS:
+            self.files.ours(dtype, sparse=True)
+            ways = {OURS: [self.way(OURS, dtype, command, sparse=True)]}
+            self.turns(f"sparse {dtype}", ways, found.setdefault(dtype, {}))
 
-    def batches(self) -> dict[str, Any]:
+    def batches(self, found: dict[str, Any]) -> None:
         """Tokens per second of all rows together."""
         command = {"do": "decode", "tokens": 8}
         contestants = {
             str(rows): [self.way(OURS, BATCHED, command | {"batch": rows})] for rows in BATCHES
         }
-        return {BATCHED: self.turns(f"batches {BATCHED}", contestants)}
+        self.turns(f"batches {BATCHED}", contestants, found.setdefault(BATCHED, {}))
 
-    def prefill(self) -> dict[str, Any]:
+    def prefill(self, found: dict[str, Any]) -> None:
         """Tokens per second of reading a prompt, everyone with the type that suits best."""
-        return {str(length): self._prefill(length) for length in PROMPTS}
-
-    def _prefill(self, length: int) -> dict[str, Any]:
-        command = {"do": "prefill", "tokens": length}
-        contestants = {OURS: [self.way(OURS, dtype, command) for dtype in PEERS]}
-        for dtype in ("float32", "bfloat16"):
-            contestants[f"{PACKAGE} {dtype}"] = [self.way(PACKAGE, dtype, command)]
-        if self.options.rwkv_cpp:
-            contestants[CPP] = [
-                self.way(CPP, kind, command | {"chunk": chunk})
-                for kind in ("FP32", "FP16", "Q8_0", "Q4_0")
-                for chunk in CHUNKS
-            ]
-        return self.turns(f"prompt of {length}", contestants)
-
-    def load(self) -> dict[str, Any]:
-        """Seconds from a quantized directory, in the cache of the system, to a token."""
-        return {dtype: self._load(self.files.ours(dtype)) for dtype in QUANTIZED}
-
-    def _load(self, path: str) -> dict[str, float]:
-        inside, whole = [], []
-        for _ in range(1 + self.options.rounds):
-            began = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", FIRST_TOKEN, path],
-                check=True,
-                capture_output=True,
-                text=True,
+        parts = {PACKAGE: 2 * len(PROMPTS), CPP: len(PROMPTS)}
+        budgets = {name: Budget(self.options.budget, count) for name, count in parts.items()}
+        for length in PROMPTS:
+            command = {"do": "prefill", "tokens": length}
+            contestants = {OURS: [self.way(OURS, dtype, command) for dtype in PEERS]}
+            if PACKAGE in self.options.peers:
+                for dtype in ("float32", "bfloat16"):
+                    contestants[f"{PACKAGE} {dtype}"] = [self.way(PACKAGE, dtype, command)]
+            if CPP in self.options.peers:
+                contestants[CPP] = [
+                    self.way(CPP, kind, command | {"chunk": chunk})
+                    for kind in ("FP32", "FP16", "Q8_0", "Q4_0")
+                    for chunk in CHUNKS
+                ]
+            self.turns(
+                f"prompt of {length}", contestants, found.setdefault(str(length), {}), budgets
             )
-            whole.append(time.perf_counter() - began)
-            inside.append(float(done.stdout))
-        return {
-            "first token s": statistics.median(inside[1:]),
-            "whole process s": statistics.median(whole[1:]),
-        }
 
-    def memory(self) -> dict[str, Any]:
+    def load(self, found: dict[str, Any]) -> None:
+        """Seconds from a quantized directory, in the cache of the system, to a token."""
+        for dtype in QUANTIZED:
+            path, figures = self.files.ours(dtype), found.setdefault(dtype, {})
+            inside, whole = [], []
+            with noted(figures, self.budget()):
+                for number in range(1 + self.options.rounds):
+                    self.say(
+                        f"{self.files.size} load {dtype}: round {number} of {self.options.rounds}"
+                    )
+                    began = time.perf_counter()
+                    done = subprocess.run(
+                        [sys.executable, "-c", FIRST_TOKEN, path],
+                        check=True,
+                        capture_output=True,
+                        text=True,
+                    )
+                    whole.append(time.perf_counter() - began)
+                    inside.append(float(done.stdout))
+                    if number:
+                        figures["first token s"] = statistics.median(inside[1:])
+                        figures["whole process s"] = statistics.median(whole[1:])
+        self.tell("load", found)
+
+    def memory(self, found: dict[str, Any]) -> None:
         """Resident memory after 100 tokens, in bytes: the process, and it before it had a model."""
-        found = {}
         for dtype in PEERS:
-            way = self.way(OURS, dtype, {"do": "memory"})
-            with working(way, max(self.options.threads)) as worker:
-                found[dtype] = worker.loaded | worker.ask()
-        return found
+            self.say(f"{self.files.size} memory {dtype}")
+            way, figures = self.way(OURS, dtype, {"do": "memory"}), found.setdefault(dtype, {})
+            with (
+                noted(figures, self.budget()),
+                working(way, max(self.options.threads)) as worker,
+            ):
+                figures.update(worker.loaded | worker.ask())
+        self.tell("memory", found)
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor, limit: float, what: str) -> float:
@@ -188,7 +233,22 @@ def _error(found: torch.Tensor, wanted: torch.Tensor, limit: float, what: str) -
     return error
 
 
-SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+def _shown(found: dict[str, Any]) -> str:
+    """A contestant's figure, and why it is not better founded."""
+    words = []
+    if "rate" in found:
+        words.append(f"{found['rate']:,.4g}")
+    if "first token s" in found:
+        words.append(f"{found['first token s']:.2f} s")
+    if "resident" in found:
+        words.append(f"{found['resident'] / 1e6:,.0f} MB")
+    if "stopped" in found:
+        rounds = f" after {len(found['rates'])} rounds" if found.get("rates") else ""
+        words.append(f"({found['stopped']}{rounds})")
+    return " ".join(words)
+
+
+SECTIONS: dict[str, Callable[[Run, dict[str, Any]], None]] = {
     "decode": Run.decode,
     "sparse": Run.sparse,
     "batches": Run.batches,
@@ -198,35 +258,87 @@ SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    """Check, time, compare with the bars, report."""
+def _seconds(word: str) -> float:
+    value = float(word)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word} is not a positive number of seconds")
+    return value
+
+
+def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """What is asked for, and how to get each peer of that which is not here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rwkv-cpp", metavar="PATH", help="librwkv.so of a build of rwkv.cpp")
+    parser.add_argument("--peers", nargs="*", choices=INSTALL, help="default: all installed")
     parser.add_argument("--sizes", nargs="+", default=["169m", "430m"], choices=SIZES)
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=SECTIONS)
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="for a peer in a section, or in the check, and for Receptance in a measurement (60)",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="that are decoded in a turn")
     parser.add_argument("--tokenizer", help="to store with the models; else a made-up vocabulary")
     parser.add_argument("--folder", type=Path, help="keep the model files here, and use them again")
-    options = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="written after every section")
+    options = parser.parse_args(argv)
+    if options.rwkv_cpp and not Path(options.rwkv_cpp).is_file():
+        parser.error(f"--rwkv-cpp: there is no file {options.rwkv_cpp}")
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
+    here = {CPP: options.rwkv_cpp, PACKAGE: find_spec(PACKAGE), HF: find_spec(HF)}
+    wanted = list(INSTALL) if options.peers is None else options.peers
+    options.peers = [name for name in wanted if here[name]]
+    return options, {name: INSTALL[name] for name in wanted if not here[name]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check, time, compare with the bars, report; exit code 1 if an engine failed."""
+    options, missing = parsed(argv)
     console = Console(width=100)
-    if not options.rwkv_cpp:
-        console.print("rwkv.cpp is absent: its bars are not compared (--rwkv-cpp PATH)")
+    for name, how in missing.items():
+        console.print(f"{name} is left out, because it is not here: {how}", soft_wrap=True)
     results: dict[str, Any] = {}
+    report = {"results": results, "left out": missing, "complete": False, "machine": machine()}
+    code = 0
+
+    def write() -> None:
+        report["bars"] = bars(results)
+        if options.json:
+            options.json.write_text(json.dumps(report))
+
+    stop_once()
     kept = nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory()
-    with kept as folder:
-        for size in options.sizes:
-            files = Files(Path(folder), size, options.tokenizer, options.rwkv_cpp)
-            run = Run(files, options, console)
-            console.rule(size)
-            results[size] = {"logits, relative error": run.check()}
-            for name in options.sections:
-                results[size][name] = SECTIONS[name](run)
-            results[size]["sizes"] = SIZES[size].to_dict()
-    verdicts = bars(results)
-    show(console, results, verdicts)
-    print(json.dumps({"results": results, "bars": verdicts, "machine": machine()}))
+    try:
+        with kept as folder, Progress(console) as say:
+            for size in options.sizes:
+                console.rule(size)
+                run = Run(
+                    Files(Path(folder), size, options.tokenizer, options.rwkv_cpp, say),
+                    options,
+                    say,
+                )
+                found = results[size] = {"sizes": SIZES[size].to_dict()}
+                run.check(found.setdefault("logits, relative error", {}))
+                for name in options.sections:
+                    SECTIONS[name](run, found.setdefault(name, {}))
+                    write()
+                code |= run.failed
+        report["complete"] = True
+    except KeyboardInterrupt:
+        code = 130
+        console.print("interrupted; this was measured until then:")
+    except Failed as failed:
+        raise SystemExit(f"{say.what} failed: {failed}") from None
+    finally:
+        write()
+        show(console, results, report["bars"])
+        print(json.dumps(report), flush=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

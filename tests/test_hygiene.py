@@ -1,4 +1,7 @@
-"""What the tests themselves keep to: chance that anybody can repeat."""
+"""What the tests keep to: no clock, nothing that outlives a test, and something asserted.
+
+Random draws have test_draws.py to themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,27 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-# conftest.py seeds the global generators around every test.
-FILES = [path for path in sorted(TESTS.rglob("*.py")) if path != TESTS / "conftest.py"]
+FILES = sorted(TESTS.rglob("*.py"))
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda x: x.relative_to(TESTS).as_posix())
 
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda x: str(x.relative_to(TESTS)))
+CLOCKS = {
+    f"time.{name}{unit}"
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time")
+    for unit in ("", "_ns")
+}
+CLOCKS |= {"time.sleep", "datetime.now", "datetime.datetime.now", "datetime.utcnow"}
+# One bounds what a hostile file may cost; the other interrupts an import at some moments of many.
+MAY_LOOK = {"formats/hostile_files.py": {"time.process_time"}, "test_main.py": {"time.sleep"}}
 
-SEEDS = {
-    "torch.manual_seed",
-    "torch.random.manual_seed",
-    "torch.seed",
-    "torch.cuda.manual_seed",
-    "torch.cuda.manual_seed_all",
-    "random.seed",
-    "np.random.seed",
-    "numpy.random.seed",
-}
-# These draw from the global generator of torch unless they are given another.
-DRAWS = {
-    f"torch.{name}"
-    for name in (
-        *("bernoulli", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm"),
-        *("rand_like", "randint_like", "randn_like"),
-    )
-}
-METHODS = {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_"}
-METHODS |= {"random_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "orthogonal_"}
-METHODS |= {"trunc_normal_", "xavier_normal_", "xavier_uniform_"}
-# What random and numpy.random have beside functions that draw.
-MAKERS = {"Random", "SystemRandom", "default_rng", "Generator", "SeedSequence", "PCG64"}
+LASTING = {"os.chdir", "os.putenv", "os.unsetenv", "os.umask"}
+LASTING |= {f"os.environ.{name}" for name in ("clear", "pop", "popitem", "setdefault", "update")}
+# Processes of their own, started by tests.
+PROGRAMS = {"training/two_ranks.py"}
+
+# What fails by itself, besides functions whose names begin with "assert_": those of libraries,
+# our own, and exec, because code in the documentation asserts what it says.
+ASSERTING = {"raises", "warns", "opcheck", "gradcheck", "refusal", "refuse", "close", "check"}
+ASSERTING |= {"exec"}
 
 
 def dotted(node: ast.AST) -> str:
@@ -47,66 +43,71 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str]]:
-    """Every call of a dotted name, with the name."""
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def clocks(tree: ast.AST) -> set[str]:
+    """The clocks that are looked at, and the ways to wait for one."""
+    return {dotted(call.func) for call in ast.walk(tree) if isinstance(call, ast.Call)} & CLOCKS
+
+
+def lasting(tree: ast.AST) -> Iterator[str]:
+    """Where the process is changed for all tests that follow; monkeypatch puts such things back."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield node, dotted(node.func)
+        if isinstance(node, ast.Call) and dotted(node.func) in LASTING:
+            yield f"line {node.lineno}: {dotted(node.func)}"
+        changed = isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del)
+        if changed and dotted(node.value) == "os.environ":
+            yield f"line {node.lineno}: os.environ[...]"
 
 
-def global_seeds(tree: ast.Module) -> Iterator[str]:
-    """Where the tree seeds a global generator, except inside `with torch.random.fork_rng()`."""
-    forks = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.With)
-        and any("torch.random.fork_rng" in map(dotted, ast.walk(x)) for x in node.items)
-    ]
-    inside = {id(node) for fork in forks for node in ast.walk(fork)}
-    for node, name in calls(tree):
-        if name in SEEDS and id(node) not in inside:
-            yield f"line {node.lineno}: {name}"
-
-
-def global_draws(tree: ast.Module) -> Iterator[str]:
-    """Where the tree draws from a global generator."""
-    for node, name in calls(tree):
-        room, _, function = name.rpartition(".")
-        torchs = name in DRAWS or function in METHODS
-        others = room in ("random", "np.random", "numpy.random") and function not in MAKERS
-        given = any(keyword.arg == "generator" for keyword in node.keywords)
-        if (torchs and not given) or (others and name not in SEEDS):
-            yield f"line {node.lineno}: {name}"
+def vacuous(tree: ast.AST) -> Iterator[str]:
+    """The tests that neither assert anything nor call anything that does."""
+    for test in ast.walk(tree):
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+            inside = list(ast.walk(test))
+            calls = {ast.unparse(x.func).split(".")[-1] for x in inside if isinstance(x, ast.Call)}
+            helped = calls & ASSERTING or any(name.startswith("assert_") for name in calls)
+            if not helped and not any(isinstance(x, ast.Assert) for x in inside):
+                yield test.name
 
 
 @every_file
-def test_global_generators_are_seeded_only_inside_a_fork(path):
-    assert list(global_seeds(ast.parse(path.read_text(encoding="utf-8")))) == []
+def test_no_clock_decides(path):
+    assert clocks(parsed(path)) <= MAY_LOOK.get(path.relative_to(TESTS).as_posix(), set())
 
 
 @every_file
-def test_every_draw_names_its_generator(path):
-    assert list(global_draws(ast.parse(path.read_text(encoding="utf-8")))) == []
+def test_nothing_outlives_a_test(path):
+    if path.relative_to(TESTS).as_posix() not in PROGRAMS:
+        assert list(lasting(parsed(path))) == []
+
+
+@every_file
+def test_every_test_asserts_something(path):
+    assert list(vacuous(parsed(path))) == []
 
 
 SOURCE = """
-torch.manual_seed(1)
-with torch.random.fork_rng():
-    torch.manual_seed(2)
-torch.rand(3)
-torch.rand(3, generator=generator)
-x.normal_()
-torch.nn.init.normal_(x, generator=generator)
-random.shuffle(x)
-random.Random(1).shuffle(x)
-np.random.rand(3)
-np.random.default_rng(0).random()
+def test_of_nothing(clock):
+    os.chdir("elsewhere")
+    os.environ["A"] = "b"
+    began = time.monotonic()
+    clock.sleep(1)
+    print(os.environ["A"], os.environ.get("A"))
+
+def test_by_a_helper():
+    torch.testing.assert_close(1, 2)
+    refusal()
+
+def test_that_asserts():
+    assert time.process_time() < 1
 """
 
 
 def test_the_rules_find_what_they_are_for():
     tree = ast.parse(SOURCE)
-    assert list(global_seeds(tree)) == ["line 2: torch.manual_seed"]
-    found = [f"line {n}: {x}" for n, x in ((5, "torch.rand"), (7, "x.normal_"))]
-    found += ["line 9: random.shuffle", "line 11: np.random.rand"]
-    assert sorted(global_draws(tree)) == sorted(found)
+    assert clocks(tree) == {"time.monotonic", "time.process_time"}
+    assert list(lasting(tree)) == ["line 3: os.chdir", "line 4: os.environ[...]"]
+    assert list(vacuous(tree)) == ["test_of_nothing"]

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import subprocess
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from tiny import make_model
 from receptance import config
 from receptance.apps import bench
 from receptance.config import ModelConfig
+from receptance.engine import load_engine
 from receptance.formats.names import tensor_shapes
 from receptance.inference import measure
 from receptance.model import Model
@@ -42,6 +44,14 @@ def small_bandwidth_buffer(monkeypatch):
 
 
 @pytest.fixture
+def ticking(monkeypatch) -> None:
+    """A clock that goes on by a second whenever somebody looks at it."""
+    clock = SimpleNamespace(perf_counter=count().__next__)
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(bench, "time", clock)
+
+
+@pytest.fixture
 def model(tmp_path) -> str:
     save(make_model(), tmp_path / "model", ByteTokenizer())
     return str(tmp_path / "model")
@@ -54,18 +64,26 @@ def test_every_type_is_measured_in_a_process_of_its_own(model, tmp_path, capsys)
     found = json.loads(out.read_text())
     assert found["model"] == model and found["sizes"]["width"] == 16
     assert found["read bytes/s"] == max(x["bandwidth"] for x in found["results"].values())
+    assert found["results"].keys() == {"float32", "bfloat16"}
+    weights = [figures["weights"] for figures in found["results"].values()]
+    assert weights[1] < weights[0]
     for dtype in ("float32", "bfloat16"):
         assert dtype in shown
         figures = found["results"][dtype]
         assert figures.keys() >= FIGURES
         assert all(math.isfinite(figures[name]) and figures[name] > 0 for name in FIGURES)
+        engine, _ = load_engine(model, dtype=dtype)
+        assert figures["weights"] == engine.weight_bytes
+        assert figures["bytes per token"] == engine.bytes_per_token
         step = figures["batch 2 tokens/s"] / 2 * figures["bytes per token"]
         share = figures["batch 2 tokens/s, share of the memory limit"]
         assert share == pytest.approx(step / found["read bytes/s"])
     assert all(word in shown for word in ("GB/s", "batch 2", "memory limit", "prompt of 5"))
 
 
+@pytest.mark.usefixtures("ticking")
 def test_random_weights_of_a_published_size(monkeypatch):
+    """Each figure by a clock on which everything takes a second."""
     small = ModelConfig(vocab_size=300, width=32, num_layers=2)
     monkeypatch.setitem(config.PUBLISHED_SIZES, "tiny", small)
     options = bench.Options(size="tiny", dtypes=("float32",), seconds=1e-3, prefill=(3,))
@@ -76,7 +94,14 @@ def test_random_weights_of_a_published_size(monkeypatch):
             found |= figures
     assert found["about"]["model"] == "random weights of tiny"
     assert found["about"]["sizes"] == small.to_dict()
-    assert found["prompt of 3 tokens/s"] > 0
+    assert (found["load s"], found["first token s"]) == (1, 1)
+    speeds = {name: figure for name, figure in found.items() if name.endswith("tokens/s")}
+    assert speeds == {
+        "batch 1 tokens/s": 8,
+        "batch 4 tokens/s": 32,
+        "batch 16 tokens/s": 128,
+        "prompt of 3 tokens/s": 3,
+    }
 
 
 def test_ctrl_c_leaves_what_was_measured(model, tmp_path, monkeypatch, capsys):
@@ -193,10 +218,10 @@ def test_bytes_of_a_token_are_those_of_all_but_the_embedding():
     assert model.bytes_per_token == every - 4 * 300 * 16
 
 
+@pytest.mark.usefixtures("ticking")
 def test_without_kernels_torch_reads_the_memory(monkeypatch):
     monkeypatch.setattr(measure.native, "library", lambda: None)
-    speed, how = measure.read_bandwidth()
-    assert speed > 0 and "torch" in how
+    assert measure.read_bandwidth() == (1 << 16, "torch.sum of int64")
 
 
 def test_random_weights_are_those_of_a_model_in_use():

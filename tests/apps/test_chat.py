@@ -299,10 +299,12 @@ class TestTerminal:
         for lines in ((), (KeyboardInterrupt,), ("/quit", "never read"), ("/exit",)):
             result = talk(*lines)
             assert (result.code, result.err) == (0, "")
-            assert "Assistant" not in result.out
+            assert "/help" in result.out and "Assistant" not in result.out
 
     def test_so_does_a_closed_standard_input(self, talk):
-        assert talk(RuntimeError("input(): lost sys.stdin")).code == 0
+        result = talk(RuntimeError("input(): lost sys.stdin"))
+        assert (result.code, result.err) == (0, "")
+        assert result.out == talk().out
 
     def test_any_seed_lasts(self, model):
         chat = Chat(model, BYTES, Options(model="", max_tokens=2, seed=2**63 - 1))

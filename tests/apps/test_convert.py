@@ -97,10 +97,12 @@ def test_weights_that_transformers_altered():
         theirs.eval()(torch.arange(5)[None])
     theirs.save_pretrained("altered")
 
-    assert "--unscale" not in call("convert", "fresh", "0/x.pth").out
+    result = call("convert", "fresh", "0/x.pth")
+    assert (result.code, result.err) == (0, "")
+    assert "0/x.pth: " in result.out and "--unscale" not in result.out
     result = call("convert", "altered", "1/x.pth")
     assert result.code == 0
-    assert "the output matrices halve every 3 blocks" in result.out
+    assert "the output matrices halve every 3 blocks" in result.out and "--unscale" in result.out
     assert not same_bits(read_pth("0/x.pth"), read_pth("1/x.pth"))
     assert call("convert", "altered", "2/x.pth", "--unscale").code == 0
     assert same_bits(read_pth("0/x.pth"), read_pth("2/x.pth"))

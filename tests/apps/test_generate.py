@@ -10,6 +10,7 @@ from tiny import make_model, small_bpe
 
 from receptance import load, save
 from receptance.apps.generate import Options, main
+from receptance.engine import load_engine
 from receptance.inference.generation import Generation, generate, prefill
 from receptance.inference.sampling import Sampling
 from receptance.state import State
@@ -83,11 +84,17 @@ def test_an_argument_need_not_be_utf8():
     assert result.out == "caf\udce9 12" + wanted[0] + "\n"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dtype(dtype):
-    result = call("generate", "run", "12", "--max-tokens", 5, "--dtype", dtype)
-    assert (result.code, result.err) == (0, "")
-    assert len(result.out) > len("12\n")
+def test_dtype():
+    """The text is the one that weights of the type give, and another one for each type."""
+    save(make_model(), "mine", ByteTokenizer())
+    texts = set()
+    for dtype in ("float32", "bfloat16"):
+        result = call("generate", "mine", "12", "--max-tokens", 200, "--dtype", dtype)
+        assert (result.code, result.err) == (0, "")
+        engine, tokenizer = load_engine("mine", dtype=dtype)
+        assert result.out == "12" + generate(engine, tokenizer, "12", max_tokens=200) + "\n"
+        texts.add(result.out)
+    assert len(texts) == 2
 
 
 def test_a_pth_with_a_tokenizer():
@@ -97,7 +104,10 @@ def test_a_pth_with_a_tokenizer():
     assert result.code == 2
     assert "--tokenizer" in result.err
     argv = ("model.pth", "12 little", "--max-tokens", 5, "--tokenizer", "elsewhere/tokenizer.json")
-    assert call("generate", *argv).code == 0
+    result = call("generate", *argv)
+    assert (result.code, result.err) == (0, "")
+    model, tokenizer = load("model.pth", tokenizer=small_bpe())
+    assert result.out == "12 little" + generate(model, tokenizer, "12 little", max_tokens=5) + "\n"
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly():
@@ -256,7 +266,7 @@ class TestStates:
 
     def test_a_state_of_another_model_is_refused(self):
         save(make_model(), "other", ByteTokenizer())
-        call("generate", "other", "x", *self.GREEDY, "--save-state", "s")
+        assert call("generate", "other", "x", *self.GREEDY, "--save-state", "s").code == 0
         result = call("generate", "run", "x", "--load-state", "s")
         assert result.code == 2
         assert "belongs to model" in result.err

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tiny import TEXT, same_bits
 
 from receptance import plots
 from receptance.apps import train as app
+from receptance.data import TokenFiles
 from receptance.inference import generation
 from receptance.inference.generation import generate
 from receptance.plots import draw_losses
@@ -116,8 +116,13 @@ class TestARun:
         assert records("new")[-1]["sample"].startswith("12 ")
 
     def test_bytes_that_are_not_utf8(self, train):
-        Path("text.txt").write_bytes(b"caf\xe9 \xff\xfe\x80 \xc3" * 90)
+        content = b"caf\xe9 \xff\xfe\x80 \xc3" * 90
+        Path("text.txt").write_bytes(content)
         assert train("--steps", 2).code == 0
+        corpus = TokenFiles.open("new/data")
+        sides = [bytes(x[:-1].tolist()) for x in (corpus.train, corpus.validation)]
+        assert b"".join(sides) == content
+        assert steps("new") == [1, 2]
 
     def test_with_a_tokenizer_file(self, train):
         assert train("--steps", 1, "--tokenizer", "bpe:300", "--out", "first").code == 0
@@ -273,7 +278,9 @@ class TestResuming:
         assert said in result.out
         (used,) = [r["learning_rate"] for r in records("run") if r["step"] == 13 and "loss" in r]
         assert used == pytest.approx(now)
-        assert "schedule" not in call("train", "--resume", "--out", "run").out
+        again = call("train", "--resume", "--out", "run")
+        assert (again.code, again.err) == (0, "")
+        assert "the schedule changes" in result.out and "schedule" not in again.out
 
     def test_an_end_that_is_behind_the_run_is_refused(self, folder, train):
         for resume in ("--resume", "--auto-resume"):
@@ -435,32 +442,43 @@ class TestFailures:
         assert steps("new") == list(range(1, 10))
 
 
+STOPPED = """
+import os
+import signal
+import sys
+from receptance.__main__ import main
+from receptance.training.run import Run
+
+record = Run._record
+
+def record_and_stop(self, values):
+    record(self, values)
+    if values["step"] == 15 and "loss" in values:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Run._record = record_and_stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_when_the_reader_of_the_output_has_gone(folder):
     """In a process of its own: `receptance train ... | head -1` goes on, and Ctrl-C still saves."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = "-m receptance train --resume --out run --steps 99999"
-    process = subprocess.Popen(
-        [sys.executable, *command.split()],
+    command = "train --resume --out run --steps 20"
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, *command.split()],
         stdout=writing,
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
     )
     os.close(writing)
-    try:
-        deadline = time.monotonic() + 600  # only a run that hangs takes so long
-        while len(steps("run")) < 15 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert (process.returncode, err) == (0, b"")
-    last = steps("run")[-1]
-    assert last >= 15
-    assert checkpoints("run")[-1] == f"step-{last:08d}"
-    assert call("train", "--resume", "--out", "run", "--steps", last + 2).code == 0
-    assert steps("run") == list(range(1, last + 3))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert steps("run") == list(range(1, 16))
+    assert checkpoints("run")[-1] == "step-00000015"
+    assert call("train", "--resume", "--out", "run").code == 0
+    assert steps("run") == list(range(1, 21))
 
 
 def test_samples_depend_on_the_step_alone(finished):

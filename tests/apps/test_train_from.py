@@ -15,7 +15,7 @@ from tiny import TEXT, make_model, same_bits, small_bpe
 
 from receptance.adapters import LoRAOptions, load_adapter, make_adapter
 from receptance.config import ModelConfig
-from receptance.data import Batches
+from receptance.data import Batches, TokenFiles
 from receptance.data.binidx import binidx_writer
 from receptance.model import Model
 from receptance.storage.checkpoint import load, read_tensors, save
@@ -167,13 +167,13 @@ class TestCorpora:
 
 
 class TestMoving:
-    def test_a_run_goes_on_wherever_it_is(self, folder, train):
+    def test_a_run_goes_on_wherever_it_is(self, folder, train, monkeypatch):
         assert train("--steps", 12).code == 0
         (folder / "deep/er").mkdir(parents=True)
         os.rename("new", "deep/er/moved")
         os.remove("text.txt")
         begun("train", "--resume", "--out", "deep/er/moved", "--steps", 14)
-        os.chdir("deep/er/moved")
+        monkeypatch.chdir("deep/er/moved")
         begun("train", "--resume", "--out", ".", "--steps", 15)
         assert load(".")[0].config.width == 16
 
@@ -204,10 +204,13 @@ class TestInit:
     @pytest.mark.parametrize("tune", ["all", "lora"])
     def test_weights_without_a_tokenizer_take_that_of_a_corpus(self, folder, tune):
         save(make_model(), "untold", None)
-        call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
+        made = call("data", "prepare", "text.txt", "--out", "corpus", "--tokenizer", "bytes")
+        assert made.code == 0, made.err
         start = ["train", "corpus", "--init", "untold", "--batch", 2, "--context", 32]
         begun(*start, "--tune", tune, "--out", "new", "--steps", 1)
-        begun("train", "--resume", "--out", "new", "--steps", 2)
+        directory = begun("train", "--resume", "--out", "new", "--steps", 2)
+        assert directory.name == "step-00000002"
+        assert tune == "lora" or load(directory)[1].kind == "bytes"
 
     def test_it_is_read_tensor_by_tensor(self, folder, monkeypatch):
         """A process of several that share a model never has all of it."""
@@ -376,7 +379,11 @@ class TestTuning:
 
     def test_all_parameters_learn_from_records_as_well(self, records):
         options = [*SMALL.split(), "--context", 64, "--steps", 2, "--template", "world"]
-        begun("train", records, "--out", "new", *options)
+        directory = begun("train", records, "--out", "new", *options)
+        assert set(TokenFiles.open("new/data").train_mask.tolist()) == {0, 1}
+        state = read_tensors(directory, "optimizer")
+        names = load(directory)[0].state_dict()
+        assert {n.rpartition("/")[0] for n, x in state.items() if x.count_nonzero()} >= {*names}
 
     @pytest.mark.parametrize("count", [1, 3])
     @pytest.mark.parametrize("packing", ["auto", "single", "reset"])
@@ -660,6 +667,9 @@ class TestBadSteps:
         """Nine in a row, twice."""
         broken.update({*range(2, 11), *range(12, 21)})
         assert train("--steps", 22, "--skip-bad-steps").code == 0
+        lines = [json.loads(line) for line in Path("new/metrics.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines if "left_out" in line} == broken
+        assert [line["step"] for line in lines if "loss" in line] == [1, 11, 21, 22]
 
     def test_but_not_for_ever(self, broken, train):
         broken.update(range(4, 40))

@@ -1,11 +1,9 @@
-"""receptance data, called in-process, and stopped from outside."""
+"""receptance data, called in-process, and a process of it that is stopped."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +54,9 @@ def test_inspect_finds_tokens_of_another_tokenizer(place, tmp_path):
 def test_merge_reads_what_prepare_wrote_for_others(text, tmp_path):
     small_bpe().save(tmp_path)
     tokenizer = ("--tokenizer", tmp_path / "tokenizer.json")
-    call("data", "prepare", text, "--out", tmp_path / "one", *tokenizer, "--format", "binidx")
+    made = call("data", "prepare", text, "--out", tmp_path / "one", *tokenizer,
+                "--format", "binidx")  # fmt: skip
+    assert (made.code, made.err) == (0, "")
     done = call("data", "merge", tmp_path / "one", "--out", tmp_path / "two", *tokenizer)
     assert (done.code, done.err) == (0, "")
     one, two = (TokenFiles.open(tmp_path / name) for name in ("one", "two"))
@@ -90,9 +90,10 @@ def test_the_histogram_counts_powers_of_two():
     assert length_histogram(lengths) == "2 █▄  ▁ 40 tokens per document, median 2"
 
 
-SMALL_PIECES = """
+# Small pieces, of which the first is finished when the signal comes.
+STOPPED = """
+import os
 import sys
-import time
 from receptance.__main__ import main
 from receptance.data import plan, prepare, sources
 
@@ -100,15 +101,16 @@ from receptance.data import plan, prepare, sources
 shown = sys.modules[prepare.__module__]._Shown
 
 if __name__ == "__main__":
+    number = int(sys.argv.pop())
     plan.PIECE_BYTES = sources.PIECE_BYTES = 20_000
-    shown.finished = lambda self, report: time.sleep(10_000)  # until it is stopped
+    shown.finished = lambda self, report: os.kill(os.getpid(), number)
     sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
-@pytest.mark.parametrize("end", ["SIGINT", "SIGKILL"])
-def test_a_stopped_run_goes_on(end, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("end", "code"), [("SIGINT", 130), ("SIGKILL", -9)])
+def test_a_stopped_run_goes_on(end, code, tmp_path, monkeypatch):
     """What comes out in the end is what would have come out, and no process is left."""
     lines = "".join(json.dumps({"text": f"{n} {TEXT[n : n + 900]}"}) + "\n" for n in range(1000))
     (tmp_path / "a.jsonl").write_text(lines)
@@ -120,23 +122,15 @@ def test_a_stopped_run_goes_on(end, tmp_path, monkeypatch):
         "--tokenizer",
         tmp_path / "tokenizer.json",
     ]
-    script = tmp_path / "script.py"  # small pieces: a stop can come between them
-    script.write_text(SMALL_PIECES)
-    words = [*arguments, "--workers", 1, "--out", tmp_path / "out"]
+    script = tmp_path / "script.py"
+    script.write_text(STOPPED)
+    words = [*arguments, "--workers", 1, "--out", tmp_path / "out", int(getattr(signal, end))]
     command = [sys.executable, str(script), *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    try:
-        first = tmp_path / "out/parts/00000000.json"
-        deadline = time.monotonic() + 600  # only a run that hangs takes so long
-        while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(process.pid, getattr(signal, end))
-        output, _ = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    assert process.returncode == (130 if end == "SIGINT" else -signal.SIGKILL)
-    assert ("the same command goes on" in output.decode()) == (end == "SIGINT")
-    assert first.exists() and not (tmp_path / "out/data.json").exists()
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=600)  # until all have ended
+    assert done.returncode == code
+    assert ("the same command goes on" in done.stdout.decode()) == (end == "SIGINT")
+    assert (tmp_path / "out/parts/00000000.json").exists()
+    assert not (tmp_path / "out/data.json").exists()
     for name in ("out", "whole"):
         monkeypatch.setattr("receptance.data.sources.PIECE_BYTES", 20_000)
         monkeypatch.setattr("receptance.data.plan.PIECE_BYTES", 20_000)

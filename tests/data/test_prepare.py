@@ -109,6 +109,7 @@ def test_a_text_that_was_left_out_is_not_left_out_when_nobody_asks_for_it(tmp_pa
             run(tmp_path, out=tmp_path / "out", tokenizer=small_bpe(), skip_bad=True)
     with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
         run(tmp_path, out=tmp_path / "out", tokenizer=small_bpe())
+    assert not (tmp_path / "out/data.json").exists()
 
 
 def test_no_character_is_cut_in_half(tmp_path):
@@ -266,11 +267,11 @@ def test_an_error_in_a_process_is_one_line(tmp_path):
         run(tmp_path / "a.jsonl", out=tmp_path / "out", workers=1)
 
 
-def test_a_corpus_that_is_there_is_opened_not_made(sources, tmp_path):
+def test_a_corpus_that_is_there_is_opened_not_made(sources, tmp_path, monkeypatch):
     first = run(*sources, out=tmp_path / "out")
-    before = (tmp_path / "out/train.npy").stat().st_mtime_ns
+    monkeypatch.setattr(prepare_module, "tokenize_piece", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr(prepare_module, "assemble", lambda *_: pytest.fail("it is there"))
     assert run(*sources, out=tmp_path / "out").fingerprint == first.fingerprint
-    assert (tmp_path / "out/train.npy").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="other sources or options"):
         run(*sources, out=tmp_path / "out", seed=1)
 
@@ -442,6 +443,8 @@ class TestLeftovers:
     def test_they_are_removed(self, parts, sources, tmp_path):
         run(*sources, out=tmp_path / "out")
         assert not parts.exists()
+        run(*sources, out=tmp_path / "new")
+        assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
     def test_not_while_another_process_holds_them(self, parts, sources, tmp_path):
         with filelock.FileLock(parts / ".lock"):

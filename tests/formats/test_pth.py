@@ -375,7 +375,7 @@ def test_files_cut_short_anywhere_are_refused(scratch, refusal, intact):
         refusal(read_pth, path)
 
 
-@settings(max_examples=120, deadline=1000)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_changed_bytes_give_tensors_or_a_refusal(scratch, refusal, intact, data):
     damaged = bytearray(intact)
@@ -394,7 +394,7 @@ def test_changed_bytes_give_tensors_or_a_refusal(scratch, refusal, intact, data)
 STARTS = [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."]
 
 
-@settings(max_examples=100, deadline=1000)
+@settings(max_examples=100)
 @given(start=st.sampled_from(STARTS), rest=st.binary(max_size=300))
 def test_random_bytes_are_refused(scratch, refusal, start, rest):
     path = scratch / "random.pth"
@@ -410,7 +410,7 @@ INSTRUCTIONS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=1000)
+@settings(max_examples=150)
 @given(program=st.lists(st.sampled_from(INSTRUCTIONS), max_size=40))
 def test_random_programs_of_allowed_instructions_are_refused(scratch, refusal, program):
     path = with_index(scratch / "program.pth", b"\x80\x02" + b"".join(program) + b".")

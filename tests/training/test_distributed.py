@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,6 @@ from two_ranks import CASES, COMMAND, NARROW, STEPS, agree, figures, make
 from receptance.config import published
 from receptance.model import Model, starting_values
 from receptance.storage.checkpoint import load, read_tensors
-from receptance.storage.directories import step_directories
 from receptance.storage.manifest import verify
 from receptance.training import TrainOptions
 from receptance.training.ranks import Ranks, joined
@@ -35,10 +32,9 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+def meeting_place() -> dist.TCPStore:
+    """What two processes meet at, at a port that is nobody else's as long as this object lives."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -54,10 +50,12 @@ def folder(tmp_path_factory) -> Path:
     figures(alone)
     save(alone, folder / "one")
     (folder / "text.txt").write_text(TEXT)
-    # As torchrun would, without its agent.
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    # As torchrun would, whose agent also holds the store.
+    stores = [meeting_place() for _ in range(3)]
+    first, *ports = (str(store.port) for store in stores)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": first}
     shared |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ports = [free_port(), free_port()]
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes = [
         subprocess.Popen(
             [sys.executable, HERE / "two_ranks.py", folder, *ports],
@@ -237,40 +235,51 @@ class TestBuild:
         assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
+# The first process kills itself between two checkpoints, the first time that it is started.
+MORTAL = """
+import os
+import signal
+import sys
+from receptance.__main__ import main
+from receptance.training.run import Run
+
+record = Run._record
+
+def record_and_die(self, values):
+    record(self, values)
+    if self.trainer.ranks.first and values["step"] == 30:
+        self.saver.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    Run._record = record_and_die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
 def test_a_process_that_is_killed_is_started_again(folder):
     """With the other one; the run goes on from its checkpoint and ends as if nothing had been."""
+    (folder / "mortal.py").write_text(MORTAL)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--max-restarts", "1", "--monitor-interval", "0.1", "--master-port", free_port()]
+    torchrun += ["--standalone", "--max-restarts", "1", "--monitor-interval", "0.1"]
     job = subprocess.Popen(
-        [*torchrun, "-m", "receptance", *COMMAND.split(), "--out", "run"],
+        [*torchrun, "mortal.py", *COMMAND.split(), "--out", "run"],
         cwd=folder,
         env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     try:
-        kill_after_a_checkpoint(folder / "run", job)
-        _, err = job.communicate(timeout=600)
+        said = job.communicate(timeout=600)[0].decode()
     finally:
         job.kill()
-    assert job.returncode == 0, err.decode()
+    assert job.returncode == 0, said
+    assert "resumed run/step-00000020 at step 20" in said
     lines = (folder / "run/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     assert steps == list(range(1, 81))
     last = [folder / out / "step-00000080" for out in ("run", "undisturbed")]
     assert same_bits(*(read_tensors(path, "model") for path in last))
     assert same_files(*last)
-
-
-def kill_after_a_checkpoint(run: Path, job: subprocess.Popen) -> None:
-    """The process that trains, which the run's lock names, not the one that watches over it."""
-    deadline = time.monotonic() + 600  # only a job that hangs takes so long
-    while time.monotonic() < deadline and job.poll() is None:
-        if run.is_dir() and step_directories(run):
-            holder = (run / ".lock-holder").read_text()
-            os.kill(int(holder.split()[1]), signal.SIGKILL)
-            return
-        time.sleep(0.005)
-    raise AssertionError("no checkpoint came")

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import math
+from collections.abc import Iterator
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,17 +304,28 @@ class TestDevices:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
         assert peak_flops("cuda:1") == 989e12
 
-    def test_a_cpu_is_measured_once(self, monkeypatch):
-        monkeypatch.setattr(devices, "_MEASURING_SECONDS", 0.02)
+    @pytest.fixture
+    def _unmeasured(self) -> Iterator[None]:
         devices._measured.cache_clear()
+        yield
+        devices._measured.cache_clear()
+
+    @pytest.mark.usefixtures("_unmeasured")
+    def test_a_cpu_is_measured_once(self, monkeypatch):
+        """By a clock that goes on by a millisecond whenever somebody looks at it."""
+        looks = count()
+        clock = SimpleNamespace(perf_counter=lambda: next(looks) / 1000)
+        monkeypatch.setattr(devices, "time", clock)
+        monkeypatch.setattr(devices, "_MEASURING_SECONDS", 0.02)
         found = peak_flops("cpu")
-        assert 1e8 < found < 1e15
+        assert found == pytest.approx(2 * 512**3 * 1000)
+        measured = next(looks)
         assert peak_flops(torch.device("cpu")) == found
         if not torch.cuda.is_available():
             here = this_machine()
             assert here == Device("this CPU", found, here.memory) == find_device("this-machine")
             assert here.memory > 1e8
-        devices._measured.cache_clear()
+        assert next(looks) == measured + 1
 
     @pytest.mark.parametrize(
         ("speed", "size", "count", "share"),

@@ -218,12 +218,11 @@ class TestWandb:
                 log.record({"step": step, "sample": f"naïve {step}"})
             log.close()
             wandb.teardown()  # offline files are complete when its process has ended
-        files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
         found = [
             [(step, row["loss"], row["sample"]) for step, row in rows(file).items()]
-            for file in files
+            for file in folder.glob("wandb/offline-run-*/*.wandb")
         ]
-        assert found == [
+        assert sorted(found) == [
             [(1, 1.0, "naïve 1"), (2, 0.5, "naïve 2")],
             [(2, 0.5, "naïve 2"), (3, 1 / 3, "naïve 3")],
         ]

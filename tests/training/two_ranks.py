@@ -175,7 +175,7 @@ def make_too_small(ranks: Ranks) -> None:
     Trainer(Model(SIZES), make_batches(options), options, ranks=ranks)
 
 
-# Long enough to be killed after a checkpoint and before the end.
+# With a checkpoint after every 20 steps.
 COMMAND = f"train text.txt {SMALL} --batch 4 --steps 80 --reports 4 --auto-resume"
 
 
