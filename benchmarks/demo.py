@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py RUN [--seconds 15]
 
-Prints a table, draws RUN/constant.png (milliseconds per token and memory of the process against
-the tokens generated), says what to try next, and prints JSON on the last line.
+Prints a table, writes it to RUN/demo.json, draws RUN/constant.png (milliseconds per token and memory
+of the process against the tokens generated), and says what to try next.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from receptance.data import TokenFiles
 from receptance.engine import load_engine
 from receptance.engine.base import Engine
 from receptance.inference.generation import Generation
-from receptance.inference.measure import resident_bytes
+from receptance.inference.measure import machine, resident_bytes
 from receptance.inference.scoring import bits_per_byte, negative_log_likelihood, unigram_entropy
 from receptance.tokenizer import Tokenizer
 
-PICTURE = "constant.png"
+PICTURE, FIGURES = "constant.png", "demo.json"
 WINDOW = 250  # tokens over which time is averaged
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     print()
     for name, value in results.items():
         print(f"{name:{width}}  {value:.4g}")
+    (options.run / FIGURES).write_text(json.dumps(results | {"machine": machine()}))
     print(advice(options.run))
-    print(json.dumps(results))
 
 
 def quality(engine: Engine, tokenizer: Tokenizer, data: Path) -> dict[str, float]:
@@ -154,8 +154,7 @@ def advice(run: Path) -> str:
 pictures   {run / "loss.png"} (training), {run / PICTURE} (constant time and memory)
 chat       {command} chat {shlex.quote(str(run))}
 your text  {command} train my-texts/ --out runs/mine --minutes 10
-weights    {command} generate RWKV-4-Pile-430M.pth "In a" --tokenizer 20B_tokenizer.json
-"""
+weights    {command} generate RWKV-4-Pile-430M.pth "In a" --tokenizer 20B_tokenizer.json"""
 
 
 if __name__ == "__main__":
