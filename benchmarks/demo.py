@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py RUN [--seconds 15]
 
-Prints a table, writes it to RUN/demo.json, draws RUN/constant.png (milliseconds per token and memory
-of the process against the tokens generated), and says what to try next.
+Prints a table, writes it to RUN/demo.json, draws RUN/constant.png (milliseconds per token and
+memory of the process against the tokens generated), and says what to try next.
 """
 
 from __future__ import annotations
