@@ -1,7 +1,8 @@
-"""Sources of every kind, and work in small pieces."""
+"""Sources of every kind, work in small pieces, and the library of data sets."""
 
 import gzip
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from corpora import LINES, write_lines
@@ -28,3 +29,11 @@ def sources(tmp_path) -> list[Path]:
     write_lines(folder / "d.jsonl", LINES)
     (folder / "e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n\n{"text": "two"}'))
     return [folder]
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch) -> ModuleType:
+    """The library, which keeps nothing of what it read beyond a test."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return library

@@ -38,8 +38,7 @@ def test_examples_without_a_template_are_named(tmp_path):
         check_sources([str(path)], PrepareOptions())
 
 
-def test_parquet_and_data_sets(tmp_path):
-    datasets = pytest.importorskip("datasets")
+def test_parquet_and_data_sets(datasets, tmp_path):
     rows = datasets.Dataset.from_list(LINES)
     rows.to_parquet(tmp_path / "a.parquet")
     rows.save_to_disk(tmp_path / "rows")

@@ -225,11 +225,6 @@ def test_parquet(tmp_path):
         run(tmp_path / "c.parquet", out=tmp_path / "bad")
 
 
-@pytest.fixture
-def datasets():
-    return pytest.importorskip("datasets")
-
-
 @pytest.mark.usefixtures("small_pieces")
 def test_saved_data_sets(datasets, tmp_path):
     rows = datasets.Dataset.from_list(LINES)

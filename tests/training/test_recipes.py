@@ -53,7 +53,7 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, "cpu-10min", "one-gpu"}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, "cpu-10min", "one-gpu", "tiny-python"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
