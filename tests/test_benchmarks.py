@@ -166,6 +166,15 @@ def test_a_slow_engine_is_stopped_while_it_loads(benchmark, engines):
     assert found["quick"]["rates"] == [10, 10, 10] and "stopped" not in found["quick"]
 
 
+def test_making_a_model_file_is_charged(benchmark):
+    from _workers import Budget, Contestant, Way
+
+    found: dict[str, Any] = {}
+    way = Way("slow", "float32", lambda: str(threading.Event().wait(600)), {"do": "logits"})
+    Contestant("slow", [way], Budget(0.05), found, lambda _: None).choose([1])
+    assert found == {"rates": [], "stopped": "over budget"}
+
+
 def test_a_slow_engine_keeps_what_was_measured(benchmark, engines):
     engines({"slow": {4: "SIGALRM"}})  # after two trials and one round
     found = contest("slow", "quick")
