@@ -198,6 +198,7 @@ class TestWandb:
         for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             monkeypatch.setenv(name, str(tmp_path / "home"))
         monkeypatch.setenv("WANDB_SILENT", "true")
+        monkeypatch.setenv("WANDB__SERVICE_WAIT", "600")  # a busy machine starts it slowly
         yield
         wandb.teardown()
 
