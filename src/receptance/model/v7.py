@@ -150,11 +150,8 @@ class TimeMix(nn.Module):
         width = self.w0.numel()
         channel = torch.arange(width, dtype=torch.float64)
         share, fraction = channel / width, channel / max(width - 1, 1)
-        for parameter, power in (
-            *((self.x_r, 0.2), (self.x_w, 0.9), (self.x_k, 0.7)),
-            *((self.x_v, 0.7), (self.x_a, 0.9), (self.x_g, 0.2)),
-        ):
-            parameter[0, 0] = 1 - share ** (power * early)
+        for name, power in zip(_SHARES, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
+            self.get_parameter(name)[0, 0] = 1 - share ** (power * early)
         # Within a head: from -1 to 1, and flat in the middle.
         middle = (width // self.heads - 1) / 2
         place = (channel % (width // self.heads) - middle) / max(middle, 1)
@@ -237,17 +234,12 @@ class RWKV7(Architecture):
     float32_parameters = ("att.w0",)
     decay_center = "att.w0"
 
-    # ---- sizes ---------------------------------------------------------------------------------
-
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
-        return {
-            "head_size": min(_HEAD_SIZE, width),
-            **dict.fromkeys(("decay_rank", "rate_rank"), _rank(2.5, width)),
-            "value_rank": _rank(1.7, width),
-            "gate_rank": _rank(5, width),
-            "group_norm_epsilon": GROUP_NORM_EPSILON,
-        }
+        factors = {"decay": 2.5, "rate": 2.5, "value": 1.7, "gate": 5.0}
+        ranks = {f"{x}_rank": max(32, 32 * round(f * width**0.5 / 32)) for x, f in factors.items()}
+        head_size = min(_HEAD_SIZE, width)
+        return {"head_size": head_size, **ranks, "group_norm_epsilon": GROUP_NORM_EPSILON}
 
     def check(self, sizes: Sizes) -> None:
         """The width is a number of whole heads."""
@@ -310,8 +302,6 @@ class RWKV7(Architecture):
         """TODO"""
         return element_bytes * 30.0 * sizes.width
 
-    # ---- state ---------------------------------------------------------------------------------
-
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
         """Two vectors of C, and a square matrix for each head."""
         head_size = int(sizes.extras["head_size"])
@@ -320,14 +310,10 @@ class RWKV7(Architecture):
 
     def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
         """Everything is zero: the shifts in the dtype of `like`, the matrices in float32."""
-        dtypes = (like.dtype, like.dtype, torch.promote_types(like.dtype, torch.float32))
-        shapes = self.state_shapes(sizes).values()
-        return LayerState(
-            *(
-                torch.zeros(batch, *shape, device=like.device, dtype=dtype)
-                for shape, dtype in zip(shapes, dtypes, strict=True)
-            )
-        )
+        shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = self.state_shapes(sizes)["value_by_key"]
+        return LayerState(shift, shift, torch.zeros(batch, *shape, device=like.device, dtype=dtype))
 
     def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
         """The matrices alone, as in the official files of learned states: [L,H,N,N]."""
@@ -342,32 +328,19 @@ class RWKV7(Architecture):
         matrices = matrices.to(torch.promote_types(like.dtype, torch.float32))
         return {"time_shift": shift, "channel_shift": shift, "value_by_key": matrices}
 
-    # ---- values for measurements ---------------------------------------------------------------
-
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Random values around those of TimeMix.initialize."""
-        own = name.rpartition(".")[2]
-        line = torch.linspace(0, 1, shape[-1]).expand(shape)
-        noise = torch.randn(shape, generator=generator)
+        own, noise = name.rpartition(".")[2], torch.randn(shape, generator=generator)
         if own in _LOW_RANK:
             return noise * shape[0] ** -0.5
-        if own.startswith("x_"):
-            return (1 - line + 0.01 * noise).clamp(0, 1)
-        if own == "w0":
-            return 6 * line - 5.5 + 0.1 * noise
-        center = {"weight": 1.0, "v0": 0.73, "k_k": 0.71, "k_a": 1.02}
-        return center.get(own, 0.0) + 0.1 * noise
+        line = torch.linspace(0, 1, shape[-1]).expand(shape)
+        ramps = {"w0": 6 * line - 5.5, **dict.fromkeys(_SHARES, 1 - line)}
+        flat = {"weight": 1.0, "v0": 0.73, "k_k": 0.71, "k_a": 1.02}
+        return 0.1 * noise + (ramps[own] if own in ramps else flat.get(own, 0.0))
 
 
 _ATT_MATRICES = ("receptance", "key", "value", "output")
 _RANKS = {"decay": "w", "rate": "a", "value": "v", "gate": "g"}
 _LOW_RANK = tuple(f"{x}{i}" for x in _RANKS.values() for i in (1, 2))
-_VECTORS = (
-    *(f"att.x_{x}" for x in "rwkvag"),
-    *("att.w0", "att.a0", "att.v0", "att.k_k", "att.k_a"),
-)
-
-
-def _rank(factor: float, width: int) -> int:
-    """A rank of the official code for a new model: a multiple of 32 near factor sqrt(C)."""
-    return max(32, 32 * round(factor * math.sqrt(width) / 32))
+_SHARES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+_VECTORS = tuple(f"att.{x}" for x in (*_SHARES, "w0", "a0", "v0", "k_k", "k_a"))
