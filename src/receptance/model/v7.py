@@ -330,13 +330,14 @@ class RWKV7(Architecture):
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Random values around those of TimeMix.initialize."""
-        own, noise = name.rpartition(".")[2], torch.randn(shape, generator=generator)
+        own = name.rpartition(".")[2]
+        noise = torch.randn(shape, generator=generator)
         if own in _LOW_RANK:
-            return noise * shape[0] ** -0.5
+            return noise / math.sqrt(shape[0])
         line = torch.linspace(0, 1, shape[-1]).expand(shape)
-        ramps = {"w0": 6 * line - 5.5, **dict.fromkeys(_SHARES, 1 - line)}
-        flat = {"weight": 1.0, "v0": 0.73, "k_k": 0.71, "k_a": 1.02}
-        return 0.1 * noise + (ramps[own] if own in ramps else flat.get(own, 0.0))
+        centers: dict[str, Tensor | float] = {"w0": 6 * line - 5.5, "weight": 1.0}
+        centers |= {"v0": 0.73, "k_k": 0.71, "k_a": 1.02, **dict.fromkeys(_SHARES, 1 - line)}
+        return 0.1 * noise + centers.get(own, 0.0)
 
 
 _ATT_MATRICES = ("receptance", "key", "value", "output")
