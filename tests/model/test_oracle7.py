@@ -1,8 +1,8 @@
 """Other implementations of RWKV-7 with the same weights: rwkv, rwkv7-hf and the loop of fla.
 
 rwkv chooses the version by an environment variable when it is imported, so it runs in a process of
-its own; it reads a .pth file, has no batches, and rounds the constant of the decay to 0.606531. Both
-packages print or register things on import. fla stores its state transposed.
+its own. It reads a .pth file, has no batches, and rounds the constant of the decay to 0.606531.
+rwkv7-hf takes token 0 for padding. fla stores its state transposed.
 """
 
 from __future__ import annotations
