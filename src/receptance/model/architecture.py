@@ -80,6 +80,8 @@ class Architecture(ABC):
     """
     layer_state: ClassVar[type[Any]]
     """The NamedTuple of the tensors in one layer's state, each [B,...]; see `empty_layer`."""
+    operator: ClassVar[str | None] = None
+    """The name of the recurrence in receptance.ops, whose backends the model can be told to use."""
     matrices: ClassVar[Mapping[str, Layout]]
     """The matrices of a block that are packed and quantized, and the layout of each."""
     residual_outputs: ClassVar[tuple[str, ...]]
