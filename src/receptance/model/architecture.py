@@ -92,6 +92,9 @@ class Architecture(ABC):
     """The parameter of a block that alone sets the decay of its channels, if there is one."""
     decay_center: ClassVar[str | None] = None
     """The parameter of a block around which the decay of its channels varies, if it does."""
+    time_state: ClassVar[str | None] = None
+    """The only tensor of `learnable_state`, [L,...], if the official files of learned states have
+    it layer by layer."""
     native_kernel: ClassVar[str | None] = None
     """The name of the class in the native library that runs this version, if there is one."""
     native_vectors: ClassVar[tuple[str, ...]] = ()

@@ -232,7 +232,7 @@ class RWKV7(Architecture):
     }
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.w0",)
-    decay_center = "att.w0"
+    decay_center, time_state = "att.w0", "value_by_key"
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
