@@ -48,7 +48,7 @@ class Options:
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance chat runs/mine",
         "receptance chat World.pth --tokenizer rwkv_vocab_v20230424.txt --dtype int8",
-        "receptance chat G1.pth --tokenizer rwkv_vocab_v20230424.txt --template g1 --think long",
+        "receptance chat hf:OWNER/RWKV7-G1 --template g1 --think long",
     )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
