@@ -15,6 +15,7 @@
 #include "parallel.h"
 #include "rwkv4.h"
 #include "wkv4.h"
+#include "wkv7.h"
 
 namespace nb = nanobind;
 using namespace receptance;
@@ -24,6 +25,7 @@ namespace {
 struct InstructionSet {
     const Wkv4Kernels* wkv4;
     const Rwkv4Kernels* rwkv4;
+    const Wkv7Kernels* wkv7;
 };
 
 // The instruction sets that this machine can run, the fastest first.
@@ -34,14 +36,14 @@ std::vector<InstructionSet> runnable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni"))
-            found.push_back({&wkv4_avx512vnni, &rwkv4_avx512vnni});
-        found.push_back({&wkv4_avx512, &rwkv4_avx512});
+            found.push_back({&wkv4_avx512vnni, &rwkv4_avx512vnni, &wkv7_avx512vnni});
+        found.push_back({&wkv4_avx512, &rwkv4_avx512, &wkv7_avx512});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
-        found.push_back({&wkv4_avx2, &rwkv4_avx2});
+        found.push_back({&wkv4_avx2, &rwkv4_avx2, &wkv7_avx2});
 #endif
-    found.push_back({&wkv4_portable, &rwkv4_portable});
+    found.push_back({&wkv4_portable, &rwkv4_portable, &wkv7_portable});
     return found;
 }
 
@@ -89,6 +91,34 @@ void backward(int64_t batch, int64_t time, int64_t width, int element, int threa
                pointer<double>(p[10]), pointer<double>(p[11]), pointer<void>(p[12]),
                pointer<void>(p[13]), pointer<void>(p[14]), pointer<void>(p[15])};
     const Wkv4Kernels& k = *kernels(instruction_set).wkv4;
+    nb::gil_scoped_release release;
+    k.backward(f, static_cast<Element>(element), threads);
+}
+
+void wkv7_forward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                  int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv7_forward", p.size(), 12);
+    Wkv7Forward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                  pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                  pointer<void>(p[5]), pointer<void>(p[6]), pointer<bool>(p[7]),
+                  pointer<int64_t>(p[8]), pointer<void>(p[9]), pointer<void>(p[10]),
+                  pointer<void>(p[11])};
+    const Wkv7Kernels& k = *kernels(instruction_set).wkv7;
+    nb::gil_scoped_release release;
+    k.forward(f, static_cast<Element>(element), threads);
+}
+
+void wkv7_backward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                   int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv7_backward", p.size(), 18);
+    Wkv7Backward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                   pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                   pointer<void>(p[5]), pointer<void>(p[6]), pointer<void>(p[7]),
+                   pointer<void>(p[8]), pointer<bool>(p[9]), pointer<int64_t>(p[10]),
+                   pointer<void>(p[11]), pointer<void>(p[12]), pointer<void>(p[13]),
+                   pointer<void>(p[14]), pointer<void>(p[15]), pointer<void>(p[16]),
+                   pointer<void>(p[17])};
+    const Wkv7Kernels& k = *kernels(instruction_set).wkv7;
     nb::gil_scoped_release release;
     k.backward(f, static_cast<Element>(element), threads);
 }
@@ -195,6 +225,7 @@ double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
 
 NB_MODULE(_native, m) {
     m.attr("CHUNK") = kChunk;
+    m.attr("WKV7_CHUNK") = kWkv7Chunk;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const InstructionSet& k : runnable()) names.emplace_back(k.wkv4->name);
@@ -203,6 +234,8 @@ NB_MODULE(_native, m) {
     m.def("shares_torch_threads", [] { return shared_openmp() != nullptr; });
     m.def("wkv4_forward", &forward);
     m.def("wkv4_backward", &backward);
+    m.def("wkv7_forward", &wkv7_forward);
+    m.def("wkv7_backward", &wkv7_backward);
     nb::class_<Rwkv4>(m, "Rwkv4")
         .def(nb::init<int64_t, int64_t, int64_t, float, float, const Addresses&,
                       const std::vector<MatrixFields>&, const std::string&>())
