@@ -84,55 +84,74 @@ inline void add_lanes(const PanelSums<V>& rows, PanelVectors<V>& out) {
 
 // ---- a step -------------------------------------------------------------------------------------
 
-// Calls step(c) for the first column of every vector of a row. With kBlocks the compiler knows that
-// there are that many blocks of kPanel columns.
+// Vectors of the key axis, which all rows of a state meet: in registers where the compiler knows that
+// there are kBlocks blocks of kPanel of them and has as many registers, else in memory.
+template <class V, int kBlocks, class S>
+class KeyAxis {
+public:
+    explicit KeyAxis(const S* from) : from_(from) {
+        if constexpr (kHeld)
+            for (int64_t i = 0; i < kBlocks * kPanelVectors; ++i)
+                held_[i] = load<V>(from + i * RECEPTANCE_LANES);
+    }
+    V operator[](int64_t i) const {
+        if constexpr (kHeld) return held_[i];
+        else return load<V>(from_ + i * RECEPTANCE_LANES);
+    }
+
+private:
+    static constexpr bool kHeld = kBlocks > 0 && sizeof(V) == 64;
+    const S* __restrict const from_;
+    V held_[kHeld ? kBlocks * kPanelVectors : 1];
+};
+
+// Calls step(v, i, c) for vector i of a row, which begins at column c; v is i modulo kPanelVectors.
 template <int kBlocks, class Step>
 inline __attribute__((always_inline)) void for_columns(int64_t side, const Step& step) {
     const int64_t blocks = kBlocks ? kBlocks : side / kPanel;
     for (int64_t block = 0; block < blocks; ++block)
         for (int64_t v = 0; v < kPanelVectors; ++v)
-            step(v, block * kPanel + v * RECEPTANCE_LANES);
+            step(v, block * kPanelVectors + v, block * kPanel + v * RECEPTANCE_LANES);
 }
 
-#define RECEPTANCE_COLUMN [&](int64_t v, int64_t c) __attribute__((always_inline))
+#define RECEPTANCE_COLUMN [&](int64_t v, int64_t i, int64_t c) __attribute__((always_inline))
 
 // Reads a state and writes the next one, [side][side] each, which may be the same memory. S a goes
 // to removed[side] and, with kOut, y to out[side].
 template <class V, bool kOut, int kBlocks, class S>
 void advance_by(const S* from, S* to, int64_t side, const Token<S>& x, S* removed, S* out) {
-    const S* __restrict const receptance = x.receptance;
-    const S* __restrict const fade = x.fade;
-    const S* __restrict const key = x.key;
-    const S* __restrict const removal = x.removal;
-    const S* __restrict const replacement = x.replacement;
     PanelSums<V> sums;
     PanelVectors<V> total;
     for (int64_t first = 0; first < side; first += kPanel) {
-        for (int64_t i = 0; i < kPanel; ++i) {
-            const S* row = from + (first + i) * side;
+        const KeyAxis<V, kBlocks, S> removal(x.removal);
+        for (int64_t row = 0; row < kPanel; ++row) {
+            const S* s = from + (first + row) * side;
             PanelVectors<V> sum{};
             for_columns<kBlocks>(side, RECEPTANCE_COLUMN {
-                sum[v] = add_product(sum[v], load<V>(row + c), load<V>(removal + c));
+                sum[v] = add_product(sum[v], load<V>(s + c), removal[i]);
             });
-            for (int64_t v = 0; v < kPanelVectors; ++v) sums[i][v] = sum[v];
+            for (int64_t v = 0; v < kPanelVectors; ++v) sums[row][v] = sum[v];
         }
         add_lanes<V>(sums, total);
         for (int64_t v = 0; v < kPanelVectors; ++v)
             store(removed + first + v * RECEPTANCE_LANES, total[v]);
-        for (int64_t i = 0; i < kPanel; ++i) {
-            const S* row = from + (first + i) * side;
-            S* next = to + (first + i) * side;
-            const V put_back = V{} + removed[first + i], added = V{} + x.value[first + i];
+
+        const KeyAxis<V, kBlocks, S> receptance(x.receptance), fade(x.fade), key(x.key),
+            replacement(x.replacement);
+        for (int64_t row = 0; row < kPanel; ++row) {
+            const S* s = from + (first + row) * side;
+            S* next = to + (first + row) * side;
+            const V put_back = broadcast(removed[first + row]), added = broadcast(x.value[first + row]);
             PanelVectors<V> sum{};
             for_columns<kBlocks>(side, RECEPTANCE_COLUMN {
-                V s = load<V>(row + c);
-                s = add_product(s, s, load<V>(fade + c));
-                s = add_product(s, put_back, load<V>(replacement + c));
-                s = add_product(s, added, load<V>(key + c));
-                store(next + c, s);
-                if constexpr (kOut) sum[v] = add_product(sum[v], s, load<V>(receptance + c));
+                const V old = load<V>(s + c);
+                V now = add_product(old, old, fade[i]);
+                now = add_product(now, put_back, replacement[i]);
+                now = add_product(now, added, key[i]);
+                store(next + c, now);
+                if constexpr (kOut) sum[v] = add_product(sum[v], now, receptance[i]);
             });
-            for (int64_t v = 0; v < kPanelVectors; ++v) sums[i][v] = sum[v];
+            for (int64_t v = 0; v < kPanelVectors; ++v) sums[row][v] = sum[v];
         }
         if constexpr (kOut) {
             add_lanes<V>(sums, total);

@@ -225,7 +225,7 @@ struct Worker {
                     }
                     const int64_t c = first + v * RECEPTANCE_LANES, i = p * b.stride + c;
                     const Float k = load<Float>(b.key + i), x = load<Float>(b.value + i);
-                    const Float one = broadcast(1);
+                    const Float one = broadcast(1.0f);
                     Float gap = o[v] - (load<Float>(l.bonus + c) + k);
                     Float small = exp_nonpositive(minus_abs(gap));
                     const Float past = gap > 0 ? one : small, present = gap > 0 ? small : one;

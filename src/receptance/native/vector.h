@@ -208,6 +208,7 @@ inline Int to_nearest(Float x) {
 
 // Subtracting zero changes no number, and so the compiler omits it; adding zero would change -0.
 inline Float broadcast(float x) { return x - Float{}; }
+inline Double broadcast(double x) { return x - Double{}; }
 
 inline Pairs broadcast_pair(const int16_t* two) {
     int32_t both;

@@ -186,24 +186,22 @@ S dot(const S* a, const S* b, int64_t side) {
 // two vectors of the key axis: the gradients of the value and of what was removed.
 template <class V, int kBlocks, class S>
 void gradients_of_rows(const BackwardRoom<S>& room, int64_t side, const Token<S>& x) {
-    const S* __restrict const receptance = x.receptance;
-    const S* __restrict const key = x.key;
-    const S* __restrict const replacement = x.replacement;
+    const KeyAxis<V, kBlocks, S> receptance(x.receptance), key(x.key), replacement(x.replacement);
     PanelSums<V> by_key, by_replacement;
     PanelVectors<V> total;
     for (int64_t first = 0; first < side; first += kPanel) {
-        for (int64_t i = 0; i < kPanel; ++i) {
-            S* const row = room.grad_state + (first + i) * side;
-            const V grad = V{} + room.grad_out[first + i];
+        for (int64_t row = 0; row < kPanel; ++row) {
+            S* const grad_state = room.grad_state + (first + row) * side;
+            const V grad_out = broadcast(room.grad_out[first + row]);
             PanelVectors<V> sum{}, other{};
             for_columns<kBlocks>(side, RECEPTANCE_COLUMN {
-                const V g = add_product(load<V>(row + c), grad, load<V>(receptance + c));
-                store(row + c, g);
-                sum[v] = add_product(sum[v], g, load<V>(key + c));
-                other[v] = add_product(other[v], g, load<V>(replacement + c));
+                const V g = add_product(load<V>(grad_state + c), grad_out, receptance[i]);
+                store(grad_state + c, g);
+                sum[v] = add_product(sum[v], g, key[i]);
+                other[v] = add_product(other[v], g, replacement[i]);
             });
             for (int64_t v = 0; v < kPanelVectors; ++v)
-                by_key[i][v] = sum[v], by_replacement[i][v] = other[v];
+                by_key[row][v] = sum[v], by_replacement[row][v] = other[v];
         }
         add_lanes<V>(by_key, total);
         for (int64_t v = 0; v < kPanelVectors; ++v)
@@ -227,8 +225,8 @@ void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token
         back[j] = load<V>(x.removal + first + j * RECEPTANCE_LANES);
     }
     for (int64_t i = 0; i < side; ++i) {
-        const V grad_out = V{} + room.grad_out[i], value = V{} + x.value[i];
-        const V taken = V{} + removed[i], grad_taken = V{} + room.grad_removed[i];
+        const V grad_out = broadcast(room.grad_out[i]), value = broadcast(x.value[i]);
+        const V taken = broadcast(removed[i]), grad_taken = broadcast(room.grad_removed[i]);
         for (int j = 0; j < kWide; ++j) {
             const int64_t at = i * side + first + j * RECEPTANCE_LANES;
             const V s = load<V>(state + at), g = load<V>(room.grad_state + at);
@@ -245,8 +243,8 @@ void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token
         // The state after the token is not at hand, but what it is made of: its product with the
         // gradient of y is that of its three parts.
         V r = add_product(out[j], out[j], fade[j]);
-        r = add_product(r, load<V>(x.replacement + c), V{} + along_removed);
-        r = add_product(r, load<V>(x.key + c), V{} + along_value);
+        r = add_product(r, load<V>(x.replacement + c), broadcast(along_removed));
+        r = add_product(r, load<V>(x.key + c), broadcast(along_value));
         store(room.grads.receptance + c, r);
         store(room.grads.key + c, key[j]);
         store(room.grads.fade + c, add_product(decay[j], decay[j], fade[j]));  // of log_decay
