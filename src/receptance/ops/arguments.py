@@ -63,7 +63,7 @@ class Wkv7Inputs(NamedTuple):
 
 Wkv7Results = tuple[Tensor, Tensor, Tensor]
 """A forward pass of WKV-7 returns the output [B,T,H,N], the state [B,H,N,N] after the last token,
-and the states [B,K,H,N,N] that the backward pass starts from."""
+and the states [K,B,H,N,N] that the backward pass starts from."""
 
 
 class Wkv7BackwardInputs(NamedTuple):
@@ -77,7 +77,7 @@ class Wkv7BackwardInputs(NamedTuple):
     value: Tensor
     removal: Tensor
     replacement: Tensor
-    starts: Tensor  # [B,K,H,N,N], as in Wkv7Results
+    starts: Tensor  # [K,B,H,N,N], as in Wkv7Results
     resets: Tensor | None = None  # [B,T] bool
     lengths: Tensor | None = None  # [B] integers
 

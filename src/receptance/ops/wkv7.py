@@ -101,7 +101,7 @@ def _check(x: Wkv7Inputs) -> None:
 
 
 def _kept_shape(x: Wkv7Inputs, count: int) -> tuple[int, ...]:
-    return (x.state.shape[0], count, *x.state.shape[1:])
+    return (count, *x.state.shape)
 
 
 register(

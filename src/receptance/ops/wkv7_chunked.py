@@ -47,7 +47,7 @@ _Arguments = TypeVar("_Arguments", Wkv7Inputs, Wkv7BackwardInputs)
 
 
 def forward(x: Wkv7Inputs) -> Wkv7Results:
-    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [B,K,H,N,N]."""
+    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N]."""
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
     out, state, starts = _forward(x) if _is_wide(x, x.state) else wkv7_serial.forward(x)
@@ -102,7 +102,7 @@ def _is_wide(x: Wkv7Inputs | Wkv7BackwardInputs, states: Tensor) -> bool:
 
 
 class _Chunks(NamedTuple):
-    """What the matrix form holds of K chunks of n positions: each [B,H,K,n,N] unless noted."""
+    """What the matrix form holds of K chunks of n positions: each [K,B,H,n,N] unless noted."""
 
     # The inputs, in the dtype of the state. Zeros fill up the last chunk.
     r: Tensor
@@ -115,13 +115,13 @@ class _Chunks(NamedTuple):
     fade_before: Tensor
     grow: Tensor
     # For positions that see the state before the chunk and that the state after it sees: 1, else 0.
-    sees_start: Tensor | None  # [B,1,K,n,1]; None where nothing is ever reset
+    sees_start: Tensor | None  # [K,B,1,n,1]; None where nothing is ever reset
     reaches_end: Tensor | None
-    same: Tensor | None  # [B,1,K,n,n]: whether two positions belong to the same document
+    same: Tensor | None  # [K,B,1,n,n]: whether two positions belong to the same document
 
     @property
     def keep(self) -> Tensor:
-        """What the chunk leaves of the state before it: [B,H,K,1,N]."""
+        """What the chunk leaves of the state before it: [K,B,H,1,N]."""
         end = self.fade[..., -1:, :]
         return end if self.sees_start is None else end * self.sees_start[..., -1:, :]
 
@@ -135,7 +135,7 @@ class _Chunks(NamedTuple):
         return x if self.reaches_end is None else x * self.reaches_end
 
     def past(self, products: Tensor, *, now: bool) -> Tensor:
-        """Zero outside the pairs [B,H,K,n,n] in which the second position is seen by the first.
+        """Zero outside the pairs [K,B,H,n,n] in which the second position is seen by the first.
 
         These are the earlier positions of the same document, and with `now` the position itself.
         """
@@ -146,40 +146,37 @@ class _Chunks(NamedTuple):
 class _Products(NamedTuple):
     """The matrices of the module's docstring, for every chunk."""
 
-    r: Tensor  # R [B,H,K,n,N]
+    r: Tensor  # R [K,B,H,n,N]
     a: Tensor
     b: Tensor
     k: Tensor
-    rb: Tensor  # tril(R B^T) [B,H,K,n,n]
+    rb: Tensor  # tril(R B^T) [K,B,H,n,n]
     rk: Tensor
     ak: Tensor  # stril(A K^T)
     inverse: Tensor  # of I - stril(A B^T)
 
 
 def _forward(x: Wkv7Inputs) -> Wkv7Results:
-    c, state = _cut(x, x.state.dtype), x.state
+    c = _cut(x, x.state.dtype)
     m = _products(c)
-    # U = solved + through S^T, and S' = S keep + gain + U^T B.
-    solved, through = m.inverse @ (m.ak @ c.v), m.inverse @ c.from_start(m.a)
-    gain, b = c.v.mT @ c.to_end(m.k), c.to_end(m.b)
-    starts, read = [], []
-    steps = zip(*(part.unbind(2) for part in (solved, through, gain, b, c.keep)), strict=True)
-    for solved_n, through_n, gain_n, b_n, keep_n in steps:
-        starts.append(state)
-        u = torch.baddbmm(solved_n.flatten(0, 1), through_n.flatten(0, 1), state.flatten(0, 1).mT)
-        gained = torch.addcmul(gain_n, state, keep_n).flatten(0, 1)
-        state = torch.baddbmm(gained, u.mT, b_n.flatten(0, 1)).view_as(state)
-        read.append(u.view_as(solved_n))
-    kept, u = torch.stack(starts, dim=2), torch.stack(read, dim=2)
-    out = c.from_start(m.r) @ kept.mT + m.rb @ u + m.rk @ c.v
-    out = _join(out, x.key.shape[1]).to(x.value.dtype)
-    return out, state, kept.transpose(1, 2).contiguous()
+    # U = solved + through S^T, and S' = S keep + gain + U^T B. The first term of each is a tensor
+    # into which the loop adds the rest.
+    u, through = m.inverse @ (m.ak @ c.v), m.inverse @ c.from_start(m.a)
+    b, keep = c.to_end(m.b), c.keep
+    states = torch.cat((x.state[None], c.v.mT @ c.to_end(m.k)))
+    for n in range(len(u)):
+        before, after = states[n], states[n + 1].addcmul_(states[n], keep[n])
+        u[n].flatten(0, 1).baddbmm_(through[n].flatten(0, 1), before.flatten(0, 1).mT)
+        after.flatten(0, 1).baddbmm_(u[n].flatten(0, 1).mT, b[n].flatten(0, 1))
+    starts = states[:-1]
+    out = c.from_start(m.r) @ starts.mT + m.rb @ u + m.rk @ c.v
+    return _join(out, x.key.shape[1]).to(x.value.dtype), states[-1].clone(), starts
 
 
 def _backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
     """The gradients of _forward; z is that of the right side of the triangular system."""
     c, grad_out = _cut(x, x.starts.dtype), _split(x.grad_out.to(x.starts.dtype))
-    m, starts = _products(c), x.starts.transpose(1, 2)
+    m, starts = _products(c), x.starts
     u = m.inverse @ (c.from_start(m.a) @ starts.mT + m.ak @ c.v)
     ends, z, grad_state = _back_through_states(c, m, grad_out, x.grad_state)
 
@@ -208,23 +205,20 @@ def _backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
 def _back_through_states(
     c: _Chunks, m: _Products, grad_out: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the state after every chunk [B,H,K,N,N], z, and that of the first state.
+    """The gradients of the state after every chunk [K,B,H,N,N], z, and that of the first state.
 
     Z = solved + through G^T with G the gradient of the state after the chunk, and the gradient of
-    the state before it is G keep + grad_out^T R + Z^T A.
+    the state before it is G keep + grad_out^T R + Z^T A. The loop is that of _forward, backward.
     """
-    solved = m.inverse.mT @ (m.rb.mT @ grad_out)
+    z = m.inverse.mT @ (m.rb.mT @ grad_out)
     through = m.inverse.mT @ c.to_end(m.b)
-    gain, a = grad_out.mT @ c.from_start(m.r), c.from_start(m.a)
-    ends, found = [], []
-    steps = zip(*(part.unbind(2) for part in (solved, through, gain, a, c.keep)), strict=True)
-    for solved_n, through_n, gain_n, a_n, keep_n in reversed(list(steps)):
-        ends.append(grad)
-        z = torch.baddbmm(solved_n.flatten(0, 1), through_n.flatten(0, 1), grad.flatten(0, 1).mT)
-        gained = torch.addcmul(gain_n, grad, keep_n).flatten(0, 1)
-        grad = torch.baddbmm(gained, z.mT, a_n.flatten(0, 1)).view_as(grad)
-        found.append(z.view_as(solved_n))
-    return torch.stack(ends[::-1], dim=2), torch.stack(found[::-1], dim=2), grad
+    a, keep = c.from_start(m.a), c.keep
+    states = torch.cat((grad_out.mT @ c.from_start(m.r), grad[None]))
+    for n in reversed(range(len(z))):
+        before, after = states[n].addcmul_(states[n + 1], keep[n]), states[n + 1]
+        z[n].flatten(0, 1).baddbmm_(through[n].flatten(0, 1), after.flatten(0, 1).mT)
+        before.flatten(0, 1).baddbmm_(z[n].flatten(0, 1).mT, a[n].flatten(0, 1))
+    return states[1:], z, states[0].clone()
 
 
 def _products(c: _Chunks) -> _Products:
@@ -258,11 +252,11 @@ def _cut(x: Wkv7Inputs | Wkv7BackwardInputs, dtype: torch.dtype) -> _Chunks:
 
 
 def _split(x: Tensor) -> Tensor:
-    """Cut time into chunks, the last filled up with zeros: [B,T,H,N] -> [B,H,K,n,N]."""
+    """Cut time into chunks, the last filled up with zeros: [B,T,H,N] -> [K,B,H,n,N]."""
     x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
-    return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4).contiguous()
+    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
 
 
 def _join(x: Tensor, time: int) -> Tensor:
     """The inverse of _split, without what fills up the last chunk."""
-    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :time].contiguous()
+    return x.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :time].contiguous()

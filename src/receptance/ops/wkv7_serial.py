@@ -29,7 +29,7 @@ def kept_states(time: int) -> int:
 
 
 def forward(x: Wkv7Inputs) -> Wkv7Results:
-    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [B,K,H,N,N].
+    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N].
 
     Inputs beyond a row's length are zero (see wkv7_chunked.without_padding).
     """
@@ -40,7 +40,7 @@ def forward(x: Wkv7Inputs) -> Wkv7Results:
         state, _ = _step(_forget(state, x.resets, t), token)
         outputs.append(_times(state, token[0]))
     out = torch.stack(outputs, dim=1).to(x.value.dtype) if outputs else torch.empty_like(x.value)
-    kept = torch.stack(starts, dim=1) if starts else _no_states(x.state)
+    kept = torch.stack(starts) if starts else _no_states(x.state)
     return out, state.clone(), kept
 
 
@@ -53,7 +53,7 @@ def backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
     grad_state, grads = x.grad_state.clone(), []
     for n in reversed(range(kept_states(len(tokens)))):
         first, last = n * CHUNK, min((n + 1) * CHUNK, len(tokens))
-        states = _replay(x, tokens[first:last], first, x.starts[:, n])
+        states = _replay(x, tokens[first:last], first, x.starts[n])
         for t in reversed(range(first, last)):
             before, after, removed = states[t - first]
             found, grad_state = _step_back(
@@ -126,4 +126,4 @@ def _forget(state: Tensor, resets: Tensor | None, t: int) -> Tensor:
 
 
 def _no_states(state: Tensor) -> Tensor:
-    return state.new_empty(state.shape[0], 0, *state.shape[1:])
+    return state.new_empty(0, *state.shape)
