@@ -38,18 +38,19 @@ struct Head {
         : f(f), b(task / f.heads), h(task % f.heads), side(padded_side(f.size)) {}
 
     int64_t tokens() const { return f.lengths ? f.lengths[b] : f.time; }
-    int64_t chunks() const { return (f.time + kWkv7Chunk - 1) / kWkv7Chunk; }
     bool reset(int64_t t) const { return f.resets && f.resets[b * f.time + t]; }
     // Where the token's N numbers begin in an array [B,T,H,N].
     int64_t at(int64_t t) const { return ((b * f.time + t) * f.heads + h) * f.size; }
-    // Where the state begins in an array [B,H,N,N], and in one [B,K,H,N,N].
+    // Where the state begins in an array [B,H,N,N], and in one [K,B,H,N,N].
     int64_t state() const { return (b * f.heads + h) * f.size * f.size; }
     int64_t start(int64_t chunk) const {
-        return ((b * chunks() + chunk) * f.heads + h) * f.size * f.size;
+        return ((chunk * f.batch + b) * f.heads + h) * f.size * f.size;
     }
 
     template <class S>
     void load_state(const void* from, int64_t offset, S* to) const {
+        // What pads a state is zero times what is beside it, which may have been infinite.
+        if (side != f.size) std::memset(to, 0, side * side * sizeof(S));
         for (int64_t i = 0; i < f.size; ++i)
             std::memcpy(to + i * side, (const S*)from + offset + i * f.size, f.size * sizeof(S));
     }

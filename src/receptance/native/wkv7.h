@@ -23,7 +23,7 @@ struct Wkv7Forward {
     const int64_t* lengths;                                // [B] or null
     void* out;                                             // [B,T,H,N]
     void* state_out;                                       // [B,H,N,N] wide
-    void* starts;                                          // [B,K,H,N,N] wide, for K chunks
+    void* starts;                                          // [K,B,H,N,N] wide, for K chunks
 };
 
 struct Wkv7Backward {
@@ -33,7 +33,7 @@ struct Wkv7Backward {
     const void* receptance;                                // [B,T,H,N]
     const void* log_decay;                                 // [B,T,H,N] wide
     const void *key, *value, *removal, *replacement;       // [B,T,H,N]
-    const void* starts;                                    // [B,K,H,N,N] wide
+    const void* starts;                                    // [K,B,H,N,N] wide
     const bool* resets;                                    // [B,T] or null
     const int64_t* lengths;                                // [B] or null
     void* grad_receptance;                                 // [B,T,H,N]

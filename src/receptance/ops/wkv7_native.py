@@ -26,12 +26,12 @@ def kept_states(time: int) -> int:
 
 
 def forward(x: Wkv7Inputs, instruction_set: str = "") -> Wkv7Results:
-    """Output [B,T,H,N], the final state [B,H,N,N], chunk starts [B,K,H,N,N]."""
+    """Output [B,T,H,N], the final state [B,H,N,N], chunk starts [K,B,H,N,N]."""
     batch, time, heads, size = x.key.shape
     dtype, inner, wide = x.value.dtype, inner_dtype(x.value.dtype), x.state.dtype
     out = torch.empty(x.key.shape, dtype=inner)
     state = torch.empty(batch, heads, size, size, dtype=wide)
-    starts = torch.empty(batch, kept_states(time), heads, size, size, dtype=wide)
+    starts = torch.empty(kept_states(time), batch, heads, size, size, dtype=wide)
     inputs = [
         x.receptance.to(inner).contiguous(),
         x.log_decay.contiguous(),
