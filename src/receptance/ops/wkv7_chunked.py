@@ -199,7 +199,8 @@ def _backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
 
     time, inputs = x.key.shape[1], x[2:8]
     found = zip((r, log_decay, k, v, a, b), inputs, strict=True)
-    return (*(_join(part, time).to(like.dtype) for part, like in found), grad_state)  # type: ignore[return-value]
+    r, log_decay, k, v, a, b = (_join(part, time).to(like.dtype) for part, like in found)
+    return r, log_decay, k, v, a, b, grad_state
 
 
 def _back_through_states(
@@ -253,8 +254,8 @@ def _cut(x: Wkv7Inputs | Wkv7BackwardInputs, dtype: torch.dtype) -> _Chunks:
 
 def _split(x: Tensor) -> Tensor:
     """Cut time into chunks, the last filled up with zeros: [B,T,H,N] -> [K,B,H,n,N]."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
-    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK)).contiguous()
+    return x.view(x.shape[0], -1, CHUNK, *x.shape[2:]).permute(1, 0, 3, 2, 4).contiguous()
 
 
 def _join(x: Tensor, time: int) -> Tensor:

@@ -63,9 +63,11 @@ def backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
             grads.append(found)
     inputs = x[2:8]
     if not grads:
-        return (*map(torch.zeros_like, inputs), grad_state)
+        r, w, k, v, a, b = map(torch.zeros_like, inputs)
+        return r, w, k, v, a, b, grad_state
     parts = (torch.stack(part[::-1], dim=1) for part in zip(*grads, strict=True))
-    return (*(g.to(like.dtype) for g, like in zip(parts, inputs, strict=True)), grad_state)
+    r, w, k, v, a, b = (g.to(like.dtype) for g, like in zip(parts, inputs, strict=True))
+    return r, w, k, v, a, b, grad_state
 
 
 def _tokens(x: Wkv7Inputs | Wkv7BackwardInputs) -> list[Token]:
