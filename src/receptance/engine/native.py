@@ -22,7 +22,7 @@ from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops import native
 from receptance.ops.threads import usable_threads
-from receptance.quantize.packing import KINDS, Packed
+from receptance.quantize.packing import FLOATS, KINDS, Packed, pack
 from receptance.state import State
 
 # The kernels want the length of vectors to be a multiple of this: kBlock in product.h.
@@ -63,7 +63,7 @@ class NativeEngine(NotCopied, EvaluationOnly):
         self._fingerprint = fingerprint
         self._fields = config.architecture.state_fields
         self._initial = initial or _empty_state(config)
-        self._matrices = [matrices[name] for name in config.architecture.layouts(config)]
+        self._matrices = _all_matrices(config, matrices, vectors)
         self._vectors = list(_padded_vectors(config, vectors))
         self._instruction_set = instruction_set
         self._kernels = self._make_kernels()
@@ -213,6 +213,24 @@ def check_supported(config: ModelConfig) -> None:
         )
 
 
+def _all_matrices(
+    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
+) -> list[Packed]:
+    """All matrices in the order of the kernels: embedding, head, and those of each block.
+
+    Factors of low rank become floats of the type that the block's matrices have, or float16 where
+    those are integers.
+    """
+    version = config.architecture
+    found = [matrices["emb.weight"], matrices["head.weight"]]
+    for layer in range(config.num_layers):
+        block = [matrices[f"blocks.{layer}.{name}.weight"] for name in version.matrices]
+        dtype = FLOATS.get(block[0].kind, torch.float16)  # type: ignore[call-overload]
+        factors = (vectors[f"blocks.{layer}.{name}"] for name in version.native_factors)
+        found += [*block, *(pack(x.detach().to(dtype).T, "tiles") for x in factors)]
+    return found
+
+
 def _empty_state(config: ModelConfig) -> State:
     tensors = config.architecture.empty_state(config, 1, torch.empty(0))
     return State(tensors, torch.zeros(1, dtype=torch.int64))
@@ -260,6 +278,7 @@ def _kernels(
         config.vocab_size,
         config.layer_norm_epsilon,
         FINAL_EPSILON,
+        config.architecture.native_numbers(config),
         [v.data_ptr() for v in vectors],
         fields,
         instruction_set,

@@ -233,6 +233,17 @@ class RWKV7(Architecture):
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.w0",)
     decay_center = "att.w0"
+    native_kernel = "Rwkv7"
+    native_vectors = (
+        *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"),
+        *("att.x_r", "att.x_w", "att.x_k", "att.x_v", "att.x_a", "att.x_g", "ffn.x_k"),
+        *("att.w0", "att.a0", "att.v0", "att.k_k", "att.k_a", "att.r_k"),
+        *("att.ln_x.weight", "att.ln_x.bias"),
+    )
+    native_factors = (
+        *("att.w1", "att.w2", "att.a1", "att.a2"),
+        *("att.v1", "att.v2", "att.g1", "att.g2"),
+    )
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
@@ -273,6 +284,10 @@ class RWKV7(Architecture):
             "ffn.key.weight": (hidden, width),
             "ffn.value.weight": (width, hidden),
         }
+
+    def native_numbers(self, sizes: Sizes) -> tuple[float, ...]:
+        """The size of a head, and the epsilon of its norm."""
+        return sizes.extras["head_size"], sizes.extras["group_norm_epsilon"]
 
     def unused(self, sizes: Sizes) -> tuple[str, ...]:
         """The first block's share of its own value in itself."""
