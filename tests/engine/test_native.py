@@ -165,15 +165,17 @@ def test_every_float16_is_widened_as_torch_does():
         assert torch.equal(engine.head(torch.eye(16)), finite.float().T)
 
 
-def test_tokens_may_lie_apart_in_memory():
-    model = make_model()
+@every_version
+def test_tokens_may_lie_apart_in_memory(version):
+    model = make_model(version=version)
     engine, ids = engine_of(model, "float32"), tokens(model.config, 4, 6)
     for part in (ids[:, 2:3], ids[1:2, ::2], ids.T[:1], ids.T[::2]):
         assert torch.equal(engine(part)[0], engine(part.contiguous().clone())[0])
 
 
-def test_states_go_from_one_engine_to_the_other():
-    model = make_model()
+@every_version
+def test_states_go_from_one_engine_to_the_other(version):
+    model = make_model(version=version)
     engine = engine_of(model, "float32")
     ids = tokens(model.config, 2, 12)
     with torch.no_grad():
@@ -189,8 +191,9 @@ def test_states_go_from_one_engine_to_the_other():
 @every_kind
 @pytest.mark.parametrize("where", ["ln1", "ln2"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_not_hidden(kind, where, value):
-    model = make_model()
+@every_version
+def test_what_is_not_finite_is_not_hidden(kind, version, where, value):
+    model = make_model(version=version)
     with torch.no_grad():
         model.get_parameter(f"blocks.1.{where}.bias")[0] = value
     ids = tokens(model.config, 1, 9)
@@ -211,6 +214,36 @@ def test_a_row_that_is_not_finite_harms_no_other(kind, config):
     assert torch.equal(found[1], healthy[1])
     for rows in (1, 2):
         assert torch.equal(engine(ids[:rows])[0], wanted[:rows])
+
+
+def test_tensors_that_no_model_uses_change_nothing():
+    model = make_model(version=7)
+    engine, ids = engine_of(model, "float32"), tokens(model.config, 1, 9)
+    with torch.no_grad():
+        for name in model.config.architecture.unused(model.config):
+            model.get_parameter(name).fill_(torch.nan)
+    assert torch.equal(engine_of(model, "float32")(ids)[0], engine(ids)[0])
+
+
+def test_a_head_that_is_not_finite_harms_no_other_row():
+    """Heads whose state is padded share the memory that they are padded in."""
+    model = make_model(version=7, width=33, head_size=11)
+    engine, ids = engine_of(model, "float32", threads=1), tokens(model.config, 2, 3)
+    _, state = engine(ids)
+    wanted, _ = engine(ids, state)
+    state.tensors["value_by_key"][0, 0, 0, 0, 0] = torch.inf
+    found, _ = engine(ids, state)
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_an_integer_engine_holds_factors_of_low_rank_as_float16():
+    model = make_model(version=7)
+    small, large = (engine_of(model, kind).weight_bytes for kind in ("float16", "int8"))
+    factors = [x for name, x in model.named_parameters() if is_factor(model.config, name)]
+    assert len(factors) == 16
+    matrices = {kind: sum(m.nbytes for m in packed(model, kind).values()) for kind in KINDS}
+    assert small - matrices["float16"] == large - matrices["int8"]
 
 
 # ---- the law, to the bit ------------------------------------------------------------------------
@@ -315,9 +348,7 @@ def test_weights_of_zero_activations_change_nothing(kind, version):
 @every_version
 def test_more_inputs_than_are_listed_at_once(kind, version):
     """ffn.value's nonzero inputs are found kListed at a time (sparse.h)."""
-    config = ModelConfig(
-        version=version, vocab_size=40, width=32, num_layers=1, ffn_width=4100
-    )
+    config = ModelConfig(version=version, vocab_size=40, width=32, num_layers=1, ffn_width=4100)
     model, ids = random_model(config), tokens(config, 2, 6)
     with torch.no_grad():
         wanted = rounded(model, kind)(ids)[0]
@@ -366,9 +397,10 @@ def test_features_of_another_width_are_refused(shape):
         engine.head(torch.ones(1, 16, device="meta"))
 
 
-def test_threads_may_share_an_engine():
+@every_version
+def test_threads_may_share_an_engine(version):
     """One has the kernels at a time; what each gets is what it would have got alone."""
-    engine = engine_of(make_model(), "int8")
+    engine = engine_of(make_model(version=version), "int8")
     ids = [tokens(engine.config, 1, length) for length in (40, 300)]
     wanted = [engine(x)[0] for x in ids]
     with ThreadPoolExecutor(4) as pool:
@@ -376,8 +408,9 @@ def test_threads_may_share_an_engine():
     assert all(torch.equal(one, wanted[n % 2]) for n, one in enumerate(found))
 
 
-def test_no_tokens_leave_the_state_as_it_is():
-    model = make_model()
+@every_version
+def test_no_tokens_leave_the_state_as_it_is(version):
+    model = make_model(version=version)
     engine = engine_of(model, "int4")
     _, state = engine(tokens(model.config, 2, 3))
     logits, after = engine(torch.empty(2, 0, dtype=torch.int64), state)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops import native
 from receptance.ops.threads import usable_threads
-from receptance.quantize.packing import FLOATS, KINDS, Packed, pack
+from receptance.quantize.packing import FLOATS, KINDS, FloatKind, Packed, pack
 from receptance.state import State
 
 # The kernels want the length of vectors to be a multiple of this: kBlock in product.h.
@@ -225,7 +225,7 @@ def _all_matrices(
     found = [matrices["emb.weight"], matrices["head.weight"]]
     for layer in range(config.num_layers):
         block = [matrices[f"blocks.{layer}.{name}.weight"] for name in version.matrices]
-        dtype = FLOATS.get(block[0].kind, torch.float16)  # type: ignore[call-overload]
+        dtype = FLOATS.get(cast(FloatKind, block[0].kind), torch.float16)
         factors = (vectors[f"blocks.{layer}.{name}"] for name in version.native_factors)
         found += [*block, *(pack(x.detach().to(dtype).T, "tiles") for x in factors)]
     return found
@@ -241,8 +241,9 @@ def _padded_vectors(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Itera
     version = config.architecture
     for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"):
         yield _padded(vectors[name])
+    norms = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias")
     for layer in range(config.num_layers):
-        for name in (f"blocks.{layer}.{own}" for own in version.native_vectors):
+        for name in (f"blocks.{layer}.{own}" for own in (*norms, *version.native_vectors)):
             vector = vectors[name].float()
             yield _padded(version.log_decay(vector) if version.is_static_decay(name) else vector)
 
@@ -278,7 +279,7 @@ def _kernels(
         config.vocab_size,
         config.layer_norm_epsilon,
         FINAL_EPSILON,
-        config.architecture.native_numbers(config),
+        [config.extras[name] for name in config.architecture.native_extras],
         [v.data_ptr() for v in vectors],
         fields,
         instruction_set,

@@ -8,9 +8,9 @@ namespace receptance {
 
 struct Rwkv7Layer {
     const float *ln1_weight, *ln1_bias, *ln2_weight, *ln2_bias;
-    const float *mix_r, *mix_w, *mix_k, *mix_v, *mix_a, *mix_g, *channel_mix_k;
+    const float *mix_r, *mix_w, *mix_k, *mix_v, *mix_a, *mix_g;
     const float *w0, *a0, *v0;  // What is added to the products of low rank.
-    const float *k_k, *k_a, *r_k, *norm_weight, *norm_bias;
+    const float *k_k, *k_a, *r_k, *norm_weight, *norm_bias, *channel_mix_k;
     Matrix receptance, key, value, output;  // These have the layout "tiles".
     Matrix ffn_key, ffn_value;              // So has ffn_key; ffn_value has the layout "rows".
     // The factors of the products of low rank, as floats in "tiles". Those of the first layer's
@@ -24,11 +24,11 @@ struct Rwkv7Weights : OuterWeights {
     static constexpr int kNumbers = 2;
     // The order in which Python hands over the weights of a layer.
     static constexpr const float* Layer::*kVectors[] = {
-        &Layer::ln1_weight, &Layer::ln1_bias, &Layer::ln2_weight,  &Layer::ln2_bias,
-        &Layer::mix_r,      &Layer::mix_w,    &Layer::mix_k,       &Layer::mix_v,
-        &Layer::mix_a,      &Layer::mix_g,    &Layer::channel_mix_k, &Layer::w0,
-        &Layer::a0,         &Layer::v0,       &Layer::k_k,         &Layer::k_a,
-        &Layer::r_k,        &Layer::norm_weight, &Layer::norm_bias};
+        &Layer::ln1_weight, &Layer::ln1_bias,    &Layer::ln2_weight, &Layer::ln2_bias,
+        &Layer::mix_r,      &Layer::mix_w,       &Layer::mix_k,      &Layer::mix_v,
+        &Layer::mix_a,      &Layer::mix_g,       &Layer::w0,         &Layer::a0,
+        &Layer::v0,         &Layer::k_k,         &Layer::k_a,        &Layer::r_k,
+        &Layer::norm_weight, &Layer::norm_bias,  &Layer::channel_mix_k};
     static constexpr Matrix Layer::*kMatrices[] = {
         &Layer::receptance, &Layer::key, &Layer::value, &Layer::output, &Layer::ffn_key,
         &Layer::ffn_value,  &Layer::w1,  &Layer::w2,    &Layer::a1,     &Layer::a2,
