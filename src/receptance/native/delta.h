@@ -25,7 +25,10 @@ constexpr int64_t padded_side(int64_t size) { return (size + kPanel - 1) / kPane
 template <class S>
 struct Token {
     const S* receptance;
-    const S* fade;  // w - 1, which has more digits than a w that is close to 1.
+    // What is kept of the state at a token, w, is 1 + fade: close to 1 this has more digits than w.
+    // Only where w can be less than 1/2 it is base + fade, with a base of 0 in those channels.
+    const S* fade;
+    const S* base;  // null where it is 1 everywhere
     const S *key, *value, *removal, *replacement;
 };
 
@@ -116,9 +119,15 @@ inline __attribute__((always_inline)) void for_columns(int64_t side, const Step&
 
 #define RECEPTANCE_COLUMN [&](int64_t v, int64_t i, int64_t c) __attribute__((always_inline))
 
+// x (base + fade), rounded as if base + fade were exact.
+template <bool kBase, class V, class Axis>
+inline V faded(V x, int64_t i, const Axis& base, const Axis& fade) {
+    return add_product(kBase ? x * base[i] : x, x, fade[i]);
+}
+
 // Reads a state and writes the next one, [side][side] each, which may be the same memory. S a goes
 // to removed[side] and, with kOut, y to out[side].
-template <class V, bool kOut, int kBlocks, class S>
+template <class V, bool kOut, bool kBase, int kBlocks, class S>
 void advance_by(const S* from, S* to, int64_t side, const Token<S>& x, S* removed, S* out) {
     PanelSums<V> sums;
     PanelVectors<V> total;
@@ -137,15 +146,14 @@ void advance_by(const S* from, S* to, int64_t side, const Token<S>& x, S* remove
             store(removed + first + v * RECEPTANCE_LANES, total[v]);
 
         const KeyAxis<V, kBlocks, S> receptance(x.receptance), fade(x.fade), key(x.key),
-            replacement(x.replacement);
+            replacement(x.replacement), base(kBase ? x.base : x.fade);
         for (int64_t row = 0; row < kPanel; ++row) {
             const S* s = from + (first + row) * side;
             S* next = to + (first + row) * side;
             const V put_back = broadcast(removed[first + row]), added = broadcast(x.value[first + row]);
             PanelVectors<V> sum{};
             for_columns<kBlocks>(side, RECEPTANCE_COLUMN {
-                const V old = load<V>(s + c);
-                V now = add_product(old, old, fade[i]);
+                V now = faded<kBase>(load<V>(s + c), i, base, fade);
                 now = add_product(now, put_back, replacement[i]);
                 now = add_product(now, added, key[i]);
                 store(next + c, now);
@@ -161,11 +169,13 @@ void advance_by(const S* from, S* to, int64_t side, const Token<S>& x, S* remove
     }
 }
 
-// The same for any side; heads of 64 channels, which almost all models have, have code of their own.
+// The same for any side and base. Heads of 64 channels, which almost all models have, have code of
+// their own.
 template <class V, bool kOut, class S>
 inline void advance(const S* from, S* to, int64_t side, const Token<S>& x, S* removed, S* out) {
-    if (side == 64) advance_by<V, kOut, 4>(from, to, side, x, removed, out);
-    else advance_by<V, kOut, 0>(from, to, side, x, removed, out);
+    if (x.base) advance_by<V, kOut, true, 0>(from, to, side, x, removed, out);
+    else if (side == 64) advance_by<V, kOut, false, 4>(from, to, side, x, removed, out);
+    else advance_by<V, kOut, false, 0>(from, to, side, x, removed, out);
 }
 
 }  // namespace

@@ -172,7 +172,7 @@ struct Rwkv7Worker : PassWorker<Rwkv7Weights, Rwkv7Buffers> {
             const int64_t i = p * b.stride + first;
             const float bonus = prepare(l, first, i, room);
             advance<Float, true>(from, to, side,
-                                 Token<float>{room.receptance, room.fade, room.key, room.value,
+                                 Token<float>{room.receptance, room.fade, nullptr, room.key, room.value,
                                               room.removal, room.replacement},
                                  room.removed, room.out);
             const Moments of(room.out, size, w.norm_epsilon);

@@ -80,24 +80,39 @@ struct Head {
 // A token's vectors in float or double, padded with zeros.
 template <class S>
 struct TokenRoom {
-    S *receptance, *fade, *key, *value, *removal, *replacement;
+    S *receptance, *fade, *base, *key, *value, *removal, *replacement;
 
     TokenRoom() = default;
     TokenRoom(Memory& memory, int64_t side) {
-        for (S** x : {&receptance, &fade, &key, &value, &removal, &replacement})
+        for (S** x : {&receptance, &fade, &base, &key, &value, &removal, &replacement})
             *x = memory.take<S>(side);
     }
     template <class T, class V, class F>
     Token<S> read(const Head<F>& head, int64_t t) const {
         head.template load_vector<V, T>(head.f.receptance, t, receptance);
         head.template load_vector<V, S>(head.f.log_decay, t, fade);
-        for (int64_t c = 0; c < head.side; c += RECEPTANCE_LANES)
-            store(fade + c, expm1_nonpositive(load<V>(fade + c)));
+        const bool strong = split_decay<V>(head.side);
         head.template load_vector<V, T>(head.f.key, t, key);
         head.template load_vector<V, T>(head.f.value, t, value);
         head.template load_vector<V, T>(head.f.removal, t, removal);
         head.template load_vector<V, T>(head.f.replacement, t, replacement);
-        return {receptance, fade, key, value, removal, replacement};
+        return {receptance, fade, strong ? base : nullptr, key, value, removal, replacement};
+    }
+    // Turns the logarithms of decays, in `fade`, into base and fade (see Token); returns whether
+    // the base is 0 anywhere.
+    template <class V>
+    bool split_decay(int64_t side) const {
+        constexpr S kStrong = -0.6875;  // A little less than log(1/2), so that 1 + fade is exact.
+        V lowest{};
+        for (int64_t c = 0; c < side; c += RECEPTANCE_LANES) {
+            const V x = load<V>(fade + c);
+            lowest = x < lowest ? x : lowest;
+            store(base + c, x < kStrong ? V{} : V{} + 1);
+            store(fade + c, x < kStrong ? exp_nonpositive(x) : expm1_nonpositive(x));
+        }
+        for (int i = 0; i < RECEPTANCE_LANES; ++i)
+            if (lowest[i] < kStrong) return true;
+        return false;
     }
 };
 
@@ -215,14 +230,15 @@ void gradients_of_rows(const BackwardRoom<S>& room, int64_t side, const Token<S>
 
 // Sums over the rows, for kWide vectors of columns from `first` on: the gradients of the vectors of
 // the key axis. Carries the gradient of the state to the token before.
-template <class V, int kWide, class S>
+template <class V, int kWide, bool kBase, class S>
 void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token<S>& x,
                           const S* state, const S* removed, S along_removed, S along_value,
                           int64_t first) {
     V out[kWide] = {}, key[kWide] = {}, decay[kWide] = {}, put_back[kWide] = {}, removal[kWide] = {};
-    V fade[kWide], back[kWide];
+    V fade[kWide], base[kWide], back[kWide];
     for (int j = 0; j < kWide; ++j) {
         fade[j] = load<V>(x.fade + first + j * RECEPTANCE_LANES);
+        base[j] = kBase ? load<V>(x.base + first + j * RECEPTANCE_LANES) : V{};
         back[j] = load<V>(x.removal + first + j * RECEPTANCE_LANES);
     }
     for (int64_t i = 0; i < side; ++i) {
@@ -236,19 +252,19 @@ void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token
             decay[j] = add_product(decay[j], g, s);
             put_back[j] = add_product(put_back[j], g, taken);
             removal[j] = add_product(removal[j], s, grad_taken);
-            store(room.grad_state + at, add_product(add_product(g, g, fade[j]), grad_taken, back[j]));
+            store(room.grad_state + at, add_product(faded<kBase>(g, j, base, fade), grad_taken, back[j]));
         }
     }
     for (int j = 0; j < kWide; ++j) {
         const int64_t c = first + j * RECEPTANCE_LANES;
         // The state after the token is not at hand, but what it is made of: its product with the
         // gradient of y is that of its three parts.
-        V r = add_product(out[j], out[j], fade[j]);
+        V r = faded<kBase>(out[j], j, base, fade);
         r = add_product(r, load<V>(x.replacement + c), broadcast(along_removed));
         r = add_product(r, load<V>(x.key + c), broadcast(along_value));
         store(room.grads.receptance + c, r);
         store(room.grads.key + c, key[j]);
-        store(room.grads.fade + c, add_product(decay[j], decay[j], fade[j]));  // of log_decay
+        store(room.grads.fade + c, faded<kBase>(decay[j], j, base, fade));  // of log_decay
         store(room.grads.replacement + c, put_back[j]);
         store(room.grads.removal + c, removal[j]);
     }
@@ -264,12 +280,14 @@ void backward_token(const Head<Wkv7Backward>& head, const BackwardRoom<S>& room,
     else gradients_of_rows<V, 0>(room, side, x);
     const S along_removed = dot<V>(removed, room.grad_out, side);
     const S along_value = dot<V>(x.value, room.grad_out, side);
-    int64_t c = 0;
-    for (; c + kColumnVectors * RECEPTANCE_LANES <= side; c += kColumnVectors * RECEPTANCE_LANES)
-        gradients_of_columns<V, kColumnVectors>(room, side, x, state, removed, along_removed,
-                                                along_value, c);
-    for (; c < side; c += RECEPTANCE_LANES)
-        gradients_of_columns<V, 1>(room, side, x, state, removed, along_removed, along_value, c);
+    for (int64_t c = 0, step; c < side; c += step * RECEPTANCE_LANES) {
+        const bool wide = c + kColumnVectors * RECEPTANCE_LANES <= side && !x.base;
+        step = wide ? kColumnVectors : 1;
+        const auto columns = wide     ? gradients_of_columns<V, kColumnVectors, false, S>
+                             : x.base ? gradients_of_columns<V, 1, true, S>
+                                      : gradients_of_columns<V, 1, false, S>;
+        columns(room, side, x, state, removed, along_removed, along_value, c);
+    }
     head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t);
     head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t);
     head.template store_vector<V, T>(room.grads.key, f.grad_key, t);
