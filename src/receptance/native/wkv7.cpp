@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "delta.h"
@@ -234,6 +235,10 @@ template <class V, int kWide, bool kBase, class S>
 void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token<S>& x,
                           const S* state, const S* removed, S along_removed, S along_value,
                           int64_t first) {
+    // Copies, because a store of floats could change pointers that lie in memory.
+    const S *const grad_out = room.grad_out, *const grad_removed = room.grad_removed;
+    const S* const values = x.value;
+    S* const grad_state = room.grad_state;
     V out[kWide] = {}, key[kWide] = {}, decay[kWide] = {}, put_back[kWide] = {}, removal[kWide] = {};
     V fade[kWide], base[kWide], back[kWide];
     for (int j = 0; j < kWide; ++j) {
@@ -242,17 +247,17 @@ void gradients_of_columns(const BackwardRoom<S>& room, int64_t side, const Token
         back[j] = load<V>(x.removal + first + j * RECEPTANCE_LANES);
     }
     for (int64_t i = 0; i < side; ++i) {
-        const V grad_out = broadcast(room.grad_out[i]), value = broadcast(x.value[i]);
-        const V taken = broadcast(removed[i]), grad_taken = broadcast(room.grad_removed[i]);
+        const V grad = broadcast(grad_out[i]), value = broadcast(values[i]);
+        const V taken = broadcast(removed[i]), grad_taken = broadcast(grad_removed[i]);
         for (int j = 0; j < kWide; ++j) {
             const int64_t at = i * side + first + j * RECEPTANCE_LANES;
-            const V s = load<V>(state + at), g = load<V>(room.grad_state + at);
-            out[j] = add_product(out[j], s, grad_out);
+            const V s = load<V>(state + at), g = load<V>(grad_state + at);
+            out[j] = add_product(out[j], s, grad);
             key[j] = add_product(key[j], g, value);
             decay[j] = add_product(decay[j], g, s);
             put_back[j] = add_product(put_back[j], g, taken);
             removal[j] = add_product(removal[j], s, grad_taken);
-            store(room.grad_state + at, add_product(faded<kBase>(g, j, base, fade), grad_taken, back[j]));
+            store(grad_state + at, add_product(faded<kBase>(g, j, base, fade), grad_taken, back[j]));
         }
     }
     for (int j = 0; j < kWide; ++j) {
@@ -280,14 +285,17 @@ void backward_token(const Head<Wkv7Backward>& head, const BackwardRoom<S>& room,
     else gradients_of_rows<V, 0>(room, side, x);
     const S along_removed = dot<V>(removed, room.grad_out, side);
     const S along_value = dot<V>(x.value, room.grad_out, side);
-    for (int64_t c = 0, step; c < side; c += step * RECEPTANCE_LANES) {
-        const bool wide = c + kColumnVectors * RECEPTANCE_LANES <= side && !x.base;
-        step = wide ? kColumnVectors : 1;
-        const auto columns = wide     ? gradients_of_columns<V, kColumnVectors, false, S>
-                             : x.base ? gradients_of_columns<V, 1, true, S>
-                                      : gradients_of_columns<V, 1, false, S>;
-        columns(room, side, x, state, removed, along_removed, along_value, c);
-    }
+    const auto columns = [&](auto wide, auto base, int64_t c) {
+        gradients_of_columns<V, wide(), base()>(room, side, x, state, removed, along_removed,
+                                                along_value, c);
+    };
+    using One = std::integral_constant<int, 1>;
+    using Wide = std::integral_constant<int, kColumnVectors>;
+    int64_t c = 0;
+    for (; !x.base && c + Wide() * RECEPTANCE_LANES <= side; c += Wide() * RECEPTANCE_LANES)
+        columns(Wide(), std::false_type(), c);
+    for (; !x.base && c < side; c += RECEPTANCE_LANES) columns(One(), std::false_type(), c);
+    for (; c < side; c += RECEPTANCE_LANES) columns(One(), std::true_type(), c);
     head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t);
     head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t);
     head.template store_vector<V, T>(room.grads.key, f.grad_key, t);
