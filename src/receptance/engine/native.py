@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import FINAL_EPSILON
 from receptance.ops import native
 from receptance.ops.threads import usable_threads
-from receptance.quantize.packing import KINDS, Packed
+from receptance.quantize.packing import FLOATS, KINDS, FloatKind, Packed, pack
 from receptance.state import State
 
 # The kernels want the length of vectors to be a multiple of this: kBlock in product.h.
@@ -63,7 +63,7 @@ class NativeEngine(NotCopied, EvaluationOnly):
         self._fingerprint = fingerprint
         self._fields = config.architecture.state_fields
         self._initial = initial or _empty_state(config)
-        self._matrices = [matrices[name] for name in config.architecture.layouts(config)]
+        self._matrices = _all_matrices(config, matrices, vectors)
         self._vectors = list(_padded_vectors(config, vectors))
         self._instruction_set = instruction_set
         self._kernels = self._make_kernels()
@@ -213,6 +213,24 @@ def check_supported(config: ModelConfig) -> None:
         )
 
 
+def _all_matrices(
+    config: ModelConfig, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor]
+) -> list[Packed]:
+    """All matrices in the order of the kernels: embedding, head, and those of each block.
+
+    Factors of low rank become floats of the type that the block's matrices have, or float16 where
+    those are integers.
+    """
+    version = config.architecture
+    found = [matrices["emb.weight"], matrices["head.weight"]]
+    for layer in range(config.num_layers):
+        block = [matrices[f"blocks.{layer}.{name}.weight"] for name in version.matrices]
+        dtype = FLOATS.get(cast(FloatKind, block[0].kind), torch.float16)
+        factors = (vectors[f"blocks.{layer}.{name}"] for name in version.native_factors)
+        found += [*block, *(pack(x.detach().to(dtype).T, "tiles") for x in factors)]
+    return found
+
+
 def _empty_state(config: ModelConfig) -> State:
     tensors = config.architecture.empty_state(config, 1, torch.empty(0))
     return State(tensors, torch.zeros(1, dtype=torch.int64))
@@ -223,8 +241,9 @@ def _padded_vectors(config: ModelConfig, vectors: Mapping[str, Tensor]) -> Itera
     version = config.architecture
     for name in ("blocks.0.ln0.weight", "blocks.0.ln0.bias", "ln_out.weight", "ln_out.bias"):
         yield _padded(vectors[name])
+    norms = ("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias")
     for layer in range(config.num_layers):
-        for name in (f"blocks.{layer}.{own}" for own in version.native_vectors):
+        for name in (f"blocks.{layer}.{own}" for own in (*norms, *version.native_vectors)):
             vector = vectors[name].float()
             yield _padded(version.log_decay(vector) if version.is_static_decay(name) else vector)
 
@@ -260,6 +279,7 @@ def _kernels(
         config.vocab_size,
         config.layer_norm_epsilon,
         FINAL_EPSILON,
+        [config.extras[name] for name in config.architecture.native_extras],
         [v.data_ptr() for v in vectors],
         fields,
         instruction_set,

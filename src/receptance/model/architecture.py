@@ -97,8 +97,13 @@ class Architecture(ABC):
     it layer by layer."""
     native_kernel: ClassVar[str | None] = None
     """The name of the class in the native library that runs this version, if there is one."""
+    native_extras: ClassVar[tuple[str, ...]] = ()
+    """The extras that the native class takes besides the sizes of every model, in its order."""
     native_vectors: ClassVar[tuple[str, ...]] = ()
-    """The vectors of a block that the native class reads, in its order."""
+    """The vectors of a block that the native class reads after those of its norms, in its order."""
+    native_factors: ClassVar[tuple[str, ...]] = ()
+    """The matrices [in,out] of a block that the native class reads as floats whatever the type of
+    the others, in its order: factors of low rank, which are small and sensitive to rounding."""
     gpu_kernels: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
     """The parameters in each field of engine.gpu_weights.GpuLayer; None without such kernels."""
 

@@ -158,7 +158,7 @@ class RWKV4(Architecture):
     static_decay = "att.time_decay"
     native_kernel = "Rwkv4"
     native_vectors = (
-        *("ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias", "att.time_decay", "att.time_first"),
+        *("att.time_decay", "att.time_first"),
         *("att.time_mix_k", "att.time_mix_v", "att.time_mix_r", "ffn.time_mix_k", "ffn.time_mix_r"),
     )
     gpu_kernels = {  # noqa: RUF012 The dict is never changed.

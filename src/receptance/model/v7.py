@@ -219,6 +219,12 @@ def _vector(width: int) -> nn.Parameter:
 
 # ---- the architecture ---------------------------------------------------------------------------
 
+_ATT_MATRICES = ("receptance", "key", "value", "output")
+_RANKS = {"decay": "w", "rate": "a", "value": "v", "gate": "g"}
+_LOW_RANK = tuple(f"{x}{i}" for x in _RANKS.values() for i in (1, 2))
+_SHARES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+_VECTORS = tuple(f"att.{x}" for x in (*_SHARES, "w0", "a0", "v0", "k_k", "k_a"))
+
 
 class RWKV7(Architecture):
     """Version 7 as the rest of the package sees it."""
@@ -233,6 +239,9 @@ class RWKV7(Architecture):
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.w0",)
     decay_center, time_state = "att.w0", "value_by_key"
+    native_kernel, native_extras = "Rwkv7", ("head_size", "group_norm_epsilon")
+    native_vectors = (*_VECTORS, "att.r_k", "att.ln_x.weight", "att.ln_x.bias", "ffn.x_k")
+    native_factors = tuple(f"att.{x}" for x in _LOW_RANK)
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
@@ -285,9 +294,7 @@ class RWKV7(Architecture):
     def forward_flops_per_token(self, sizes: Sizes) -> int:
         """Those of matrices; the recurrence, about 8 N operations per channel, is not in them."""
         bonuses, shapes = sizes.width * sizes.num_layers, self.shapes(sizes)  # r_k is no matrix.
-        unused = sum(
-            math.prod(shapes[name]) for name in self.unused(sizes) if len(shapes[name]) == 2
-        )
+        unused = sum(math.prod(shapes[n]) for n in self.unused(sizes) if len(shapes[n]) == 2)
         return super().forward_flops_per_token(sizes) - 2 * (bonuses + unused)
 
     def log_decay(self, parameter: Tensor) -> Tensor:
@@ -341,10 +348,3 @@ class RWKV7(Architecture):
         centers: dict[str, Tensor | float] = {"w0": 6 * line - 5.5, "weight": 1.0}
         centers |= {"v0": 0.73, "k_k": 0.71, "k_a": 1.02, **dict.fromkeys(_SHARES, 1 - line)}
         return 0.1 * noise + centers.get(own, 0.0)
-
-
-_ATT_MATRICES = ("receptance", "key", "value", "output")
-_RANKS = {"decay": "w", "rate": "a", "value": "v", "gate": "g"}
-_LOW_RANK = tuple(f"{x}{i}" for x in _RANKS.values() for i in (1, 2))
-_SHARES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
-_VECTORS = tuple(f"att.{x}" for x in (*_SHARES, "w0", "a0", "v0", "k_k", "k_a"))

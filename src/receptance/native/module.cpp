@@ -6,15 +6,19 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "parallel.h"
 #include "rwkv4.h"
+#include "rwkv7.h"
 #include "wkv4.h"
+#include "wkv7.h"
 
 namespace nb = nanobind;
 using namespace receptance;
@@ -23,8 +27,13 @@ namespace {
 
 struct InstructionSet {
     const Wkv4Kernels* wkv4;
+    const Wkv7Kernels* wkv7;
+    const ModelKernels* model;
     const Rwkv4Kernels* rwkv4;
+    const Rwkv7Kernels* rwkv7;
 };
+
+#define RECEPTANCE_KERNELS_OF(set) {&wkv4_##set, &wkv7_##set, &model_##set, &rwkv4_##set, &rwkv7_##set}
 
 // The instruction sets that this machine can run, the fastest first.
 std::vector<InstructionSet> runnable() {
@@ -34,14 +43,14 @@ std::vector<InstructionSet> runnable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni"))
-            found.push_back({&wkv4_avx512vnni, &rwkv4_avx512vnni});
-        found.push_back({&wkv4_avx512, &rwkv4_avx512});
+            found.push_back(RECEPTANCE_KERNELS_OF(avx512vnni));
+        found.push_back(RECEPTANCE_KERNELS_OF(avx512));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
-        found.push_back({&wkv4_avx2, &rwkv4_avx2});
+        found.push_back(RECEPTANCE_KERNELS_OF(avx2));
 #endif
-    found.push_back({&wkv4_portable, &rwkv4_portable});
+    found.push_back(RECEPTANCE_KERNELS_OF(portable));
     return found;
 }
 
@@ -61,10 +70,11 @@ T* pointer(uintptr_t address) {
 using Addresses = std::vector<uintptr_t>;
 
 // Python and C++ agree about addresses by their order, so a wrong number of them must not be read.
-void check_count(const char* of, size_t found, size_t wanted) {
+void check_count(const std::string& of, size_t found, size_t wanted,
+                 const char* what = "addresses") {
     if (found != wanted)
-        throw std::invalid_argument(std::string(of) + " takes " + std::to_string(wanted) +
-                                    " addresses and was given " + std::to_string(found));
+        throw std::invalid_argument(of + " takes " + std::to_string(wanted) + " " + what +
+                                    " and was given " + std::to_string(found));
 }
 
 void forward(int64_t batch, int64_t time, int64_t width, int element, int threads,
@@ -93,6 +103,34 @@ void backward(int64_t batch, int64_t time, int64_t width, int element, int threa
     k.backward(f, static_cast<Element>(element), threads);
 }
 
+void wkv7_forward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                  int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv7_forward", p.size(), 12);
+    Wkv7Forward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                  pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                  pointer<void>(p[5]), pointer<void>(p[6]), pointer<bool>(p[7]),
+                  pointer<int64_t>(p[8]), pointer<void>(p[9]), pointer<void>(p[10]),
+                  pointer<void>(p[11])};
+    const Wkv7Kernels& k = *kernels(instruction_set).wkv7;
+    nb::gil_scoped_release release;
+    k.forward(f, static_cast<Element>(element), threads);
+}
+
+void wkv7_backward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                   int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv7_backward", p.size(), 18);
+    Wkv7Backward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                   pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                   pointer<void>(p[5]), pointer<void>(p[6]), pointer<void>(p[7]),
+                   pointer<void>(p[8]), pointer<bool>(p[9]), pointer<int64_t>(p[10]),
+                   pointer<void>(p[11]), pointer<void>(p[12]), pointer<void>(p[13]),
+                   pointer<void>(p[14]), pointer<void>(p[15]), pointer<void>(p[16]),
+                   pointer<void>(p[17])};
+    const Wkv7Kernels& k = *kernels(instruction_set).wkv7;
+    nb::gil_scoped_release release;
+    k.backward(f, static_cast<Element>(element), threads);
+}
+
 // ---- whole models -------------------------------------------------------------------------------
 
 using MatrixFields = std::tuple<int, int64_t, int64_t, int64_t, uintptr_t, uintptr_t>;
@@ -103,47 +141,54 @@ Matrix matrix(const MatrixFields& f) {
             pointer<const uint16_t>(params)};
 }
 
+const Rwkv4Kernels& kernels_of(const InstructionSet& set, const Rwkv4Weights&) { return *set.rwkv4; }
+const Rwkv7Kernels& kernels_of(const InstructionSet& set, const Rwkv7Weights&) { return *set.rwkv7; }
+
 // A model's weights, which Python owns, and memory to work in. Only one call at a time may use it.
-class Rwkv4 {
+template <class Weights>
+class NativeModel {
 public:
-    Rwkv4(int64_t width, int64_t ffn_width, int64_t vocab_size, float epsilon, float final_epsilon,
-          const Addresses& vectors, const std::vector<MatrixFields>& matrices,
-          const std::string& instruction_set)
-        : kernels_(*kernels(instruction_set).rwkv4) {
+    NativeModel(int64_t width, int64_t ffn_width, int64_t vocab_size, float epsilon,
+                float final_epsilon, const std::vector<double>& numbers, const Addresses& vectors,
+                const std::vector<MatrixFields>& matrices, const std::string& instruction_set)
+        : model_(*kernels(instruction_set).model),
+          kernels_(kernels_of(kernels(instruction_set), weights_)) {
         check_weights(vectors.size(), matrices.size());
+        check_count(Weights::kName, numbers.size(), Weights::kNumbers, "numbers");
         auto vector = vectors.begin();
         auto fields = matrices.begin();
         const auto next = [&] { return pointer<const float>(*vector++); };
         const auto next_matrix = [&] { return matrix(*fields++); };
-        weights_ = {width, ffn_width, vocab_size, epsilon, final_epsilon, {}, {}, 0, 0, 0, 0, {}};
+        weights_.width = width;
+        weights_.ffn_width = ffn_width;
+        weights_.vocab_size = vocab_size;
+        weights_.epsilon = epsilon;
+        weights_.final_epsilon = final_epsilon;
+        weights_.set_numbers(numbers);
         weights_.embedding = next_matrix();
         weights_.head = next_matrix();
         for (const float** v : {&weights_.ln0_weight, &weights_.ln0_bias, &weights_.ln_out_weight,
                                 &weights_.ln_out_bias})
             *v = next();
         while (vector != vectors.end()) {
-            LayerWeights l;
-            for (const float** v :
-                 {&l.ln1_weight, &l.ln1_bias, &l.ln2_weight, &l.ln2_bias, &l.log_decay, &l.bonus,
-                  &l.time_mix_k, &l.time_mix_v, &l.time_mix_r, &l.channel_mix_k, &l.channel_mix_r})
-                *v = next();
-            for (Matrix* m : {&l.key, &l.value, &l.receptance, &l.output, &l.ffn_key,
-                              &l.ffn_receptance, &l.ffn_value})
-                *m = next_matrix();
-            weights_.layers.push_back(l);
+            typename Weights::Layer layer;
+            for (const auto v : Weights::kVectors) layer.*v = next();
+            for (const auto m : Weights::kMatrices) layer.*m = next_matrix();
+            weights_.layers.push_back(layer);
         }
     }
 
-    // Runs a pass; returns how many inputs of the ffn.value matrices were not zero.
+    // Runs a pass; returns how many inputs of the ffn.value matrices were not zero. The addresses
+    // are those of starts, tokens, resets, the parts of the state before the pass, those after it,
+    // and the features.
     int64_t features(int64_t rows, int64_t positions, const Addresses& p, int threads) {
-        check_count("Rwkv4.features", p.size(), 14);
-        const auto parts = [&](int first) {
-            return StateParts{pointer<float>(p[first]), pointer<float>(p[first + 1]),
-                              pointer<float>(p[first + 2]), pointer<float>(p[first + 3]),
-                              pointer<float>(p[first + 4])};
-        };
+        constexpr int kParts = Weights::kParts;
+        check_count(Weights::kName + std::string(".features"), p.size(), 4 + 2 * kParts);
         Pass pass{rows, positions, pointer<int64_t>(p[0]), pointer<int64_t>(p[1]),
-                  pointer<bool>(p[2]), parts(3), parts(8), pointer<float>(p[13]), 0};
+                  pointer<bool>(p[2]), {}, pointer<float>(p[3 + 2 * kParts]), 0};
+        for (int part = 0; part < kParts; ++part)
+            pass.state.push_back({pointer<float>(p[3 + part]), pointer<float>(p[3 + kParts + part]),
+                                  weights_.part_size(part)});
         nb::gil_scoped_release release;
         kernels_.features(weights_, pass, features_, threads);
         return pass.nonzero;
@@ -151,27 +196,40 @@ public:
 
     void head(int64_t count, uintptr_t features, uintptr_t logits, int threads) {
         nb::gil_scoped_release release;
-        kernels_.head(weights_, pointer<float>(features), count, pointer<float>(logits), head_,
-                      threads);
+        model_.head(weights_, pointer<float>(features), count, pointer<float>(logits), head_,
+                    threads);
+    }
+
+    static void bind(nb::module_& m) {
+        nb::class_<NativeModel>(m, Weights::kName)
+            .def(nb::init<int64_t, int64_t, int64_t, float, float, const std::vector<double>&,
+                          const Addresses&, const std::vector<MatrixFields>&, const std::string&>())
+            .def("features", &NativeModel::features)
+            .def("head", &NativeModel::head);
     }
 
 private:
     static void check_weights(int64_t vectors, int64_t matrices) {
-        const int64_t layers = (vectors - kOtherVectors) / kLayerVectors;
-        if (vectors == kOtherVectors + layers * kLayerVectors &&
-            matrices == kOtherMatrices + layers * kLayerMatrices)
+        const int64_t layer_vectors = std::size(Weights::kVectors);
+        const int64_t layer_matrices = std::size(Weights::kMatrices);
+        const int64_t layers = (vectors - kOuterVectors) / layer_vectors;
+        if (vectors == kOuterVectors + layers * layer_vectors &&
+            matrices == kOuterMatrices + layers * layer_matrices)
             return;
-        const auto numbers = [](int64_t other, int64_t layer) {
-            return std::to_string(other) + " and " + std::to_string(layer) + " per layer";
+        const auto numbers = [](int64_t outer, int64_t layer) {
+            return std::to_string(outer) + " and " + std::to_string(layer) + " per layer";
         };
         throw std::invalid_argument(
-            "Rwkv4 takes vectors (" + numbers(kOtherVectors, kLayerVectors) + ") and matrices (" +
-            numbers(kOtherMatrices, kLayerMatrices) + ") and was given " +
+            std::string(Weights::kName) + " takes vectors (" + numbers(kOuterVectors, layer_vectors) +
+            ") and matrices (" + numbers(kOuterMatrices, layer_matrices) + ") and was given " +
             std::to_string(vectors) + " vectors and " + std::to_string(matrices) + " matrices");
     }
 
-    const Rwkv4Kernels& kernels_;
-    Rwkv4Weights weights_;
+    static constexpr int64_t kOuterVectors = 4, kOuterMatrices = 2;  // Those of OuterWeights.
+
+    Weights weights_{};
+    const ModelKernels& model_;
+    const decltype(kernels_of(std::declval<InstructionSet>(), std::declval<Weights>()))& kernels_;
     Workspace features_, head_;
 };
 
@@ -184,7 +242,7 @@ double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
     nb::gil_scoped_release release;
     for (int repeat = 0; repeat < 7; ++repeat) {
         const auto begin = std::chrono::steady_clock::now();
-        sum = kernels("").rwkv4->read(data, bytes, threads);
+        sum = kernels("").model->read(data, bytes, threads);
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         best = std::max(best, bytes / took.count() / 1e9);
     }
@@ -195,6 +253,7 @@ double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
 
 NB_MODULE(_native, m) {
     m.attr("CHUNK") = kChunk;
+    m.attr("WKV7_CHUNK") = kWkv7Chunk;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const InstructionSet& k : runnable()) names.emplace_back(k.wkv4->name);
@@ -203,10 +262,9 @@ NB_MODULE(_native, m) {
     m.def("shares_torch_threads", [] { return shared_openmp() != nullptr; });
     m.def("wkv4_forward", &forward);
     m.def("wkv4_backward", &backward);
-    nb::class_<Rwkv4>(m, "Rwkv4")
-        .def(nb::init<int64_t, int64_t, int64_t, float, float, const Addresses&,
-                      const std::vector<MatrixFields>&, const std::string&>())
-        .def("features", &Rwkv4::features)
-        .def("head", &Rwkv4::head);
+    m.def("wkv7_forward", &wkv7_forward);
+    m.def("wkv7_backward", &wkv7_backward);
+    NativeModel<Rwkv4Weights>::bind(m);
+    NativeModel<Rwkv7Weights>::bind(m);
     m.def("read_bandwidth", &read_bandwidth);
 }

@@ -12,7 +12,7 @@
 #include <algorithm>
 
 #include "parallel.h"
-#include "rwkv4.h"
+#include "model.h"
 #include "vector.h"
 
 namespace receptance {

@@ -280,7 +280,7 @@ struct Piece {
         const int64_t outputs = round_up(w.outputs, kColumns);
         const bfloat16* scale = (const bfloat16*)w.params + number * outputs * (four ? 2 : 1) + column;
         const Float unit = broadcast(row.scales[first / kBlock]);
-        const Float sum = broadcast(four ? row.sums[number] : 0);
+        const Float sum = broadcast(four ? row.sums[number] : 0.0f);
         y += column;
         // The parameters of the next piece are too few cache lines in a row for hardware
         // prefetching.

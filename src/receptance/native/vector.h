@@ -25,6 +25,7 @@ using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
 using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // Two in each lane.
 using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
+using Long = int64_t __attribute__((vector_size(8 * RECEPTANCE_LANES)));
 
 struct bfloat16 {
     uint16_t bits;
@@ -52,14 +53,20 @@ inline Float minus_abs(Float x) { return (Float)((Int)x | INT32_MIN); }
 
 inline Double minus_abs(Double x) { return x > 0 ? -x : x; }
 
-// Returns e^x for x <= 0, accurate to 2 units in the last place, and 0 where float32 would be
-// subnormal. The range is reduced by ln 2 in two parts; the coefficients are those of Cephes' expf.
-// They are summed in pairs, because the loops that use this are limited by the length of the chain
-// of operations and not by their number. A NaN stays NaN.
-inline Float exp_nonpositive(Float x) {
+constexpr float kLowestPower = -87.0f;  // e to less than this is subnormal in float32.
+
+// e^x as scale * p, for base = 1, or e^x - 1 as scale * p + (scale - 1), for base = 0.
+struct Power {
+    Float scale, p;
+};
+
+// Takes e^x apart for x <= 0; what is lower than kLowestPower counts as that, and a NaN stays NaN.
+// The range is reduced by ln 2 in two parts; the coefficients are those of Cephes' expf. They are
+// summed in pairs, because the loops that use this are limited by the length of the chain of
+// operations and not by their number.
+inline Power power_of_e(Float x, float base) {
     constexpr float kShift = 12582912.0f;  // 1.5 * 2^23; adding it rounds to an integer.
-    constexpr float kLowest = -87.0f;
-    const Float clamped = max(Float{} + kLowest, x);
+    const Float clamped = max(Float{} + kLowestPower, x);
     const Float shifted = clamped * 1.44269504088896341f + kShift;
     const Float n = shifted - kShift;
     const Float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -67,9 +74,15 @@ inline Float exp_nonpositive(Float x) {
     const Float low = r * 1.6666665459e-1f + 5.0000001201e-1f;
     const Float middle = r * 8.3334519073e-3f + 4.1665795894e-2f;
     const Float high = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    const Float p = (high * (r2 * r2) + (middle * r2 + low)) * r2 + (r + 1.0f);
-    const Int exponent = ((Int)shifted - (0x4B400000 - 127)) << 23;
-    return x < kLowest ? Float{} : p * (Float)exponent;
+    const Float p = (high * (r2 * r2) + (middle * r2 + low)) * r2 + (r + base);
+    return {(Float)(((Int)shifted - (0x4B400000 - 127)) << 23), p};
+}
+
+// Returns e^x for x <= 0, accurate to 2 units in the last place, and 0 where float32 would be
+// subnormal. A NaN stays NaN.
+inline Float exp_nonpositive(Float x) {
+    const Power e = power_of_e(x, 1.0f);
+    return x < kLowestPower ? Float{} : e.p * e.scale;
 }
 
 inline Double exp_nonpositive(Double x) {
@@ -77,15 +90,29 @@ inline Double exp_nonpositive(Double x) {
     return x;
 }
 
+// Returns e^x - 1 for x <= 0, with as many digits where x is close to 0. A NaN stays NaN.
+inline Float expm1_nonpositive(Float x) {
+    const Power e = power_of_e(x, 0.0f);
+    return e.p * e.scale + (e.scale - 1);
+}
+
+inline Double expm1_nonpositive(Double x) {
+    for (int i = 0; i < RECEPTANCE_LANES; ++i) x[i] = std::expm1(x[i]);
+    return x;
+}
+
+// The number that a vector holds in every lane, and the vector of places that shuffles its lanes.
 template <class V>
 struct Scalar;
 template <>
 struct Scalar<Float> {
     using type = float;
+    using Places = Int;
 };
 template <>
 struct Scalar<Double> {
     using type = double;
+    using Places = Long;
 };
 
 // Copies a vector of T, or only its first elements. Whole vectors have a copy of their own, because
@@ -139,6 +166,8 @@ inline Float add_product(Float sum, Float a, Float b) {
 #endif
 }
 
+inline Double add_product(Double sum, Double a, Double b) { return sum + a * b; }
+
 // Returns sum plus, in every lane, the products of the two pairs of integers there.
 inline Int add_products(Int sum, Pairs a, Pairs b) {
 #if defined(__AVX512VNNI__)
@@ -179,6 +208,7 @@ inline Int to_nearest(Float x) {
 
 // Subtracting zero changes no number, and so the compiler omits it; adding zero would change -0.
 inline Float broadcast(float x) { return x - Float{}; }
+inline Double broadcast(double x) { return x - Double{}; }
 
 inline Pairs broadcast_pair(const int16_t* two) {
     int32_t both;

@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace receptance {
 
 // The forward pass keeps the state before every kChunk tokens for the backward pass.
 constexpr int64_t kChunk = 32;
-
-enum class Element { float32, float64, bfloat16 };
 
 // All pointers are to contiguous memory. Those marked "wide" point to float, or to double where the
 // elements are float64; the others point to elements.
