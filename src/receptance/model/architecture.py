@@ -51,8 +51,8 @@ class Sizes(Protocol):
         ...
 
     @property
-    def extras(self) -> Mapping[str, int]:
-        """The sizes that only this version has, by name."""
+    def extras(self) -> Mapping[str, float]:
+        """The sizes and epsilons that only this version has, by name."""
         ...
 
 
@@ -88,6 +88,8 @@ class Architecture(ABC):
     """The parameters of a block that are never narrower than float32."""
     static_decay: ClassVar[str | None] = None
     """The parameter of a block that alone sets the decay of its channels, if there is one."""
+    decay_center: ClassVar[str | None] = None
+    """The parameter of a block around which the decay of its channels varies, if it does."""
     native_kernel: ClassVar[str | None] = None
     """The name of the class in the native library that runs this version, if there is one."""
     native_vectors: ClassVar[tuple[str, ...]] = ()
@@ -130,9 +132,18 @@ class Architecture(ABC):
         """Whether this is the official name of a parameter that `log_decay` takes."""
         return self.static_decay is not None and name.endswith(f".{self.static_decay}")
 
+    def is_decay(self, name: str) -> bool:
+        """Whether a parameter sets a decay, or the center of one; `log_decay` takes both."""
+        center = self.decay_center
+        return self.is_static_decay(name) or (center is not None and name.endswith(f".{center}"))
+
+    def unused(self, sizes: Sizes) -> tuple[str, ...]:
+        """The official names of tensors that files hold and no model uses or trains."""
+        return ()
+
     def log_decay(self, parameter: Tensor) -> Tensor:
-        """The logarithm of the decay per token, never positive, of the parameter `static_decay`."""
-        raise NotImplementedError(f"RWKV-{self.number} has no static decay")
+        """The logarithm of the decay per token, never positive, of a parameter of `is_decay`."""
+        raise NotImplementedError(f"RWKV-{self.number} has no parameter of a decay")
 
     def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
         """Whether weight decay acts on a parameter, as it does on matrices."""
@@ -140,8 +151,11 @@ class Architecture(ABC):
 
     # ---- sizes ---------------------------------------------------------------------------------
 
-    def default_extras(self, width: int) -> dict[str, int]:
-        """The sizes that only this version has, with their usual values."""
+    def default_extras(self, width: int) -> Mapping[str, float]:
+        """The sizes and epsilons that only this version has, with their usual values.
+
+        A size is an int and an epsilon a float, of which a configuration may have others.
+        """
         return {}
 
     def default_ffn_width(self, width: int) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.model.architecture import Architecture, Shape, Sizes
-from receptance.model.parts import Linear, Reading, mix, token_shift
+from receptance.model.parts import Linear, Reading, depth_fractions, mix, token_shift
 from receptance.ops import WKVState, wkv4
 
 
@@ -78,7 +78,7 @@ class TimeMix(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Set the starting values, drawing the orthogonal matrix from the generator."""
-        early, late = _depth_fractions(*self.depth)
+        early, late = depth_fractions(*self.depth)
         width = self.time_decay.numel()
         channel = torch.arange(width, dtype=torch.float64)
         fraction = channel / max(width - 1, 1)
@@ -121,7 +121,7 @@ class ChannelMix(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Set the starting values, drawing the orthogonal matrix from the generator."""
-        early, _ = _depth_fractions(*self.depth)
+        early, _ = depth_fractions(*self.depth)
         width = self.time_mix_k.shape[-1]
         share = torch.arange(width, dtype=torch.float64) / width
         self.time_mix_k[0, 0] = share**early
@@ -138,11 +138,6 @@ class ChannelMix(nn.Module):
 def log_decay(time_decay: Tensor) -> Tensor:
     """The w of equation 16: the logarithm of the decay per token, never positive."""
     return -time_decay.exp()
-
-
-def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
-    """Two measures of a layer's depth: one falls from 1 to about 0, one rises from 0 to 1."""
-    return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
 
 
 # ---- the architecture ---------------------------------------------------------------------------
