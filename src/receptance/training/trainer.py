@@ -145,7 +145,7 @@ class Trainer:
         scales: dict[str, float] = {}
         self.parameters: dict[str, Tensor] = {}
         if adapter is None:
-            self.parameters.update(model.named_parameters())
+            self.parameters.update((n, x) for n, x in model.named_parameters() if x.requires_grad)
             scales = model.learning_rate_scales() if options.layerwise_rates else {}
         else:
             self.parameters.update(adapter.tensors())
