@@ -21,9 +21,9 @@ from receptance.atomic import written
 from receptance.config import ModelConfig
 from receptance.errors import one_line
 from receptance.formats.files import check_file
-from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize, quantize
+from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize
 from receptance.formats.names import infer_config, some, tensor_shapes
-from receptance.formats.writing import chunks, pieces
+from receptance.formats.writing import blocks, pieces
 from receptance.model.architecture import Shape
 from receptance.model.v4 import log_decay
 
@@ -317,12 +317,5 @@ def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> No
     file.write(struct.pack(f"<{tensor.dim()}i", *tensor.shape[::-1]))
     file.write(label)
     plain = stored in FLOATS
-    file.writelines(pieces(name, tensor, FLOATS[stored]) if plain else _blocks(name, tensor, kind))
+    file.writelines(pieces(name, tensor, FLOATS[stored]) if plain else blocks(name, tensor, kind))
 
-
-def _blocks(name: str, tensor: Tensor, kind: Stored) -> Iterator[memoryview]:
-    try:
-        for values in chunks(tensor):
-            yield quantize(values.float().numpy(), kind).data
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be written as {kind}: {error}") from None
