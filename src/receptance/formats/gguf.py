@@ -1,8 +1,7 @@
 """Files of llama.cpp (GGUF) with a model of RWKV-7: read tensor by tensor, and written so.
 
 Names, types and keys are those that llama.cpp's own conversion writes (conversion/rwkv.py) and its
-quantization keeps (src/llama-quant.cpp). The gguf package writes headers and knows the blocks of
-256 values; gguf_header.py says why it does not read headers.
+quantization keeps (src/llama-quant.cpp).
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from receptance.atomic import written
 from receptance.config import ModelConfig
 from receptance.errors import one_line
 from receptance.formats.files import check_file
-from receptance.formats.ggml import BLOCK, KINDS, Bytes, Floats, block_bytes, dequantize
+from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize
 from receptance.formats.gguf_header import (
     ALIGNMENT,
     FLOATS,
     MAGIC,
-    SUPER_BYTES,
     Entry,
     read_header,
 )
+from receptance.formats.gguf_package import super_blocks, write_header
 from receptance.formats.gguf_tokenizer import Field, has_tokenizer, read_tokenizer, tokenizer_fields
 from receptance.formats.names import some, tensor_shapes
 from receptance.formats.names_ggml import (
@@ -59,8 +58,6 @@ _EPSILONS = 1e-5, 64e-5  # of layer norms, and of the norm of heads, which llama
 _CONTEXT = 1 << 20  # what llama.cpp writes for models that have no limit
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # LlamaFileType of gguf
 _QUANTIZATION_VERSION = 2
-# This many blocks of 256 values are handled at a time, so that intermediate results stay small.
-_AT_ONCE = 1 << 12
 
 
 class GGUFFile(Mapping[str, Tensor]):
@@ -159,7 +156,7 @@ class GGUFFile(Mapping[str, Tensor]):
             return torch.from_numpy(values).view(TORCH[entry.kind])
         known = entry.kind in KINDS
         return torch.from_numpy(
-            dequantize(data, entry.kind) if known else _super_blocks(data, entry.kind)
+            dequantize(data, entry.kind) if known else super_blocks(data, entry.kind)
         )
 
 
@@ -195,21 +192,6 @@ def open_gguf(path: str | Path) -> GGUFFile:
 def read_gguf(path: str | Path) -> dict[str, Tensor]:
     """Read all tensors of a GGUF file, as `open_gguf` gives them."""
     return dict(open_gguf(path))
-
-
-def _super_blocks(data: Bytes, kind: str) -> Floats:
-    """The values of whole blocks of 256 values: [bytes] -> [values] float32."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize as of_package
-
-    step = SUPER_BYTES[kind] * _AT_ONCE
-    # Scales that are not finite are passed on, for the checks of the weights to find.
-    with np.errstate(invalid="ignore", over="ignore"):
-        parts = [
-            of_package(data[at : at + step][None], GGMLQuantizationType[kind])[0]
-            for at in range(0, len(data), step)
-        ]
-    return np.concatenate(parts)
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -268,7 +250,12 @@ def write_gguf(
         check_gguf(config, kind)
     plan = _plan(config, kinds)
     with one_line(path), written(path) as file:
-        _write_header(Path(file.name), config, plan, tokenizer)
+        write_header(
+            Path(file.name),
+            _name(config),
+            _fields(config, plan, tokenizer),
+            {name: (x.kind, x.shape, x.size) for name, x in plan.items()},
+        )
         file.seek(0, os.SEEK_END)
         for planned in plan.values():
             _pad(file)
@@ -290,8 +277,10 @@ class _Planned:
     def size(self) -> int:
         """The size of the data in bytes."""
         count = math.prod(self.shape)
-        return count // BLOCK * block_bytes(self.kind) if self.kind in KINDS else (
-            count * FLOATS[self.kind].itemsize
+        return (
+            count // BLOCK * block_bytes(self.kind)
+            if self.kind in KINDS
+            else (count * FLOATS[self.kind].itemsize)
         )
 
 
@@ -312,33 +301,6 @@ def _plan(config: ModelConfig, kinds: Mapping[str, str]) -> dict[str, _Planned]:
         if place.row is not None:
             planned.shape = joined_shape(len(planned.sources), shape)
     return plan
-
-
-def _write_header(
-    path: Path, config: ModelConfig, plan: Mapping[str, _Planned], tokenizer: Tokenizer | None
-) -> None:
-    """Write everything that stands before the data of the tensors."""
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    writer = GGUFWriter(path, _name(config))
-    for key, value in _fields(config, plan, tokenizer).items():
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
-        add |= {float: writer.add_float32, list: writer.add_array}
-        add[type(value)](key, value)
-    for stored, planned in plan.items():
-        writer.add_tensor_info(
-            stored,
-            planned.shape,
-            np.dtype(np.float32),  # raw_dtype is the type, and this one is not looked at.
-            planned.size,
-            GGMLQuantizationType[planned.kind],
-        )
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
 
 
 def _fields(

@@ -35,12 +35,16 @@ _MAX_AXES = 4
 
 _STRING, _LIST, _BOOL = 8, 9, 7
 _NUMBERS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "?"},
+    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "<u1"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
 _SIZES = {code: np.dtype(kind).itemsize for code, kind in _NUMBERS.items()}
 
-FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<i2")}
+FLOATS: dict[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<i2"),
+}
 """The numpy types of the stored types that are no blocks; BF16 has none of its own."""
 _TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K",
           11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}  # fmt: skip
@@ -234,7 +238,7 @@ def _read_values(cursor: _Cursor, count: int) -> dict[str, _Value]:
     return values
 
 
-# ---- tensors --------------------------------------------------------------------------------------
+# ---- tensors ------------------------------------------------------------------------------------
 
 
 def _read_entries(cursor: _Cursor, count: int, alignment: int) -> dict[str, Entry]:
@@ -262,9 +266,7 @@ def _size(name: str, code: int, shape: Shape) -> tuple[str, int]:
     """The type of a tensor, and the size of its data in bytes."""
     if code not in _TYPES:
         known = ", ".join(_TYPES.values())
-        raise ValueError(
-            f"its tensor {some([name])} is of type {code}; this release reads {known}"
-        )
+        raise ValueError(f"its tensor {some([name])} is of type {code}; this release reads {known}")
     kind, count = _TYPES[code], math.prod(shape)
     if min(shape) < 1:
         raise ValueError(f"its tensor {some([name])} has the shape {shape}; it is damaged")

@@ -63,8 +63,10 @@ def tokenizer_fields(tokenizer: Tokenizer | None, vocab_size: int) -> dict[str, 
     """
     if tokenizer is None:
         return {_MODEL: _NONE}
-    named = _bpe(tokenizer, vocab_size) if isinstance(tokenizer, BPETokenizer) else (
-        _world(tokenizer, vocab_size)
+    named = (
+        _bpe(tokenizer, vocab_size)
+        if isinstance(tokenizer, BPETokenizer)
+        else (_world(tokenizer, vocab_size))
     )
     end = tokenizer.end_of_text
     return {
@@ -139,7 +141,9 @@ def _bpe(tokenizer: BPETokenizer, vocab_size: int) -> dict[str, Field]:
 def _cuts_like_gpt2(spec: dict[str, Any]) -> bool:
     cut = spec.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
-    return len(steps) == 1 and steps[0].get("type") == "ByteLevel" and steps[0].get("use_regex", True)
+    return (
+        len(steps) == 1 and steps[0].get("type") == "ByteLevel" and steps[0].get("use_regex", True)
+    )
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -120,12 +120,22 @@ def official_shape(place: Place, shape: Shape) -> Shape:
     return shape[::-1] if place.turned else shape
 
 
+def is_matrix(name: str) -> bool:
+    """Whether rwkv.cpp takes a tensor of two axes for a matrix, which the bonus is not."""
+    return not name.endswith(f".{_BONUS}")
+
+
+def ggmf_joined_shape(rows: int, shape: Shape) -> Shape:
+    """The shape in a file of rwkv.cpp of vectors that are joined: [rows,1,C]."""
+    return rows, 1, shape[-1]
+
+
 def joined_shape(rows: int, shape: Shape) -> Shape:
     """The shape in a GGUF file of vectors that are joined: [rows,1,1,C]."""
     return rows, 1, 1, shape[-1]
 
 
-# ---- what GGUF files say beside the tensors -------------------------------------------------------
+# ---- what GGUF files say beside the tensors -----------------------------------------------------
 
 Number = Callable[[str], int | float | None]
 """Gives the number that a file has under a key, without the prefix of its architecture."""
@@ -166,7 +176,9 @@ def gguf_config(version: int, shapes: Mapping[str, Shape], number: Number) -> Mo
         raise ValueError(
             f"its key {_HEAD_SIZE} is {head_size}; the width, {width}, must be a multiple of it"
         )
-    bonuses = [name for name, shape in shapes.items() if name.endswith(f".{_BONUS}") and shape == (width,)]
+    bonuses = [
+        name for name, shape in shapes.items() if name.endswith(f".{_BONUS}") and shape == (width,)
+    ]
     heads = dict.fromkeys(bonuses, (width // head_size, head_size))
     config = infer_config(dict(shapes) | _unused(shapes, width, number(_VALUE_RANK)) | heads)
     for key, size in gguf_sizes(config).items():
