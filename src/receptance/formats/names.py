@@ -22,6 +22,8 @@ from receptance.model.versions import VERSIONS, architecture
 # The version of files that nothing marks as another one.
 _UNMARKED = 4
 
+TIME_STATE = "blocks.{}.att.time_state"
+"""The name of a layer's tensor in the official files of learned states."""
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

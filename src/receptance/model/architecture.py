@@ -80,6 +80,8 @@ class Architecture(ABC):
     """
     layer_state: ClassVar[type[Any]]
     """The NamedTuple of the tensors in one layer's state, each [B,...]; see `empty_layer`."""
+    operator: ClassVar[str | None] = None
+    """The name of the recurrence in receptance.ops, whose backends the model can be told to use."""
     matrices: ClassVar[Mapping[str, Layout]]
     """The matrices of a block that are packed and quantized, and the layout of each."""
     residual_outputs: ClassVar[tuple[str, ...]]
@@ -90,6 +92,9 @@ class Architecture(ABC):
     """The parameter of a block that alone sets the decay of its channels, if there is one."""
     decay_center: ClassVar[str | None] = None
     """The parameter of a block around which the decay of its channels varies, if it does."""
+    time_state: ClassVar[str | None] = None
+    """The only tensor of `learnable_state`, [L,...], if the official files of learned states have
+    it layer by layer."""
     native_kernel: ClassVar[str | None] = None
     """The name of the class in the native library that runs this version, if there is one."""
     native_vectors: ClassVar[tuple[str, ...]] = ()

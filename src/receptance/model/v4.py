@@ -146,7 +146,7 @@ def log_decay(time_decay: Tensor) -> Tensor:
 class RWKV4(Architecture):
     """Version 4 as the rest of the package sees it."""
 
-    number = 4
+    number, operator = 4, "wkv4"
     time_mix, channel_mix, layer_state = TimeMix, ChannelMix, LayerState
     matrices = {  # noqa: RUF012 The dict is never changed.
         **dict.fromkeys(("att.key", "att.value", "att.receptance", "att.output"), "tiles"),

@@ -223,7 +223,7 @@ def _vector(width: int) -> nn.Parameter:
 class RWKV7(Architecture):
     """Version 7 as the rest of the package sees it."""
 
-    number = 7
+    number, operator = 7, "wkv7"
     time_mix, channel_mix, layer_state = TimeMix, ChannelMix, LayerState
     matrices = {  # noqa: RUF012 The dict is never changed.
         **dict.fromkeys(("att.receptance", "att.key", "att.value", "att.output"), "tiles"),
@@ -232,14 +232,14 @@ class RWKV7(Architecture):
     }
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.w0",)
-    decay_center = "att.w0"
+    decay_center, time_state = "att.w0", "value_by_key"
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
         factors = {"decay": 2.5, "rate": 2.5, "value": 1.7, "gate": 5.0}
         ranks = {f"{x}_rank": max(32, 32 * round(f * width**0.5 / 32)) for x, f in factors.items()}
-        head_size = min(_HEAD_SIZE, width)
-        return {"head_size": head_size, **ranks, "group_norm_epsilon": GROUP_NORM_EPSILON}
+        fixed = {"head_size": min(_HEAD_SIZE, width), "group_norm_epsilon": GROUP_NORM_EPSILON}
+        return ranks | fixed
 
     def check(self, sizes: Sizes) -> None:
         """The width is a number of whole heads."""
@@ -250,22 +250,25 @@ class RWKV7(Architecture):
             )
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-        """Ranks and the size of a head are read from shapes; files do not hold the epsilons."""
-        block = "blocks.0.att."
-        ranks = {f"{name}_rank": shapes[f"{block}{x}1"][-1] for name, x in _RANKS.items()}
-        head_size = shapes[f"{block}r_k"][-1]
-        return super().infer(shapes) | {"extras": {"head_size": head_size, **ranks}}
+        """Ranks and the size of a head are read from shapes; files do not hold the epsilons.
+
+        Some files lack the unused tensors of the first block.
+        """
+        extras = {"head_size": shapes["blocks.0.att.r_k"][-1]}
+        for name, x in _RANKS.items():
+            found = (shapes.get(f"blocks.{layer}.att.{x}1") for layer in (0, 1))
+            extras |= {f"{name}_rank": shape[-1] for shape in found if shape}
+        return super().infer(shapes) | {"extras": extras}
 
     def block_shapes(self, sizes: Sizes, layer: int) -> dict[str, Shape]:
         """The shapes of RWKV-v7/train_temp/src/model.py in RWKV-LM."""
         width, hidden, extras = sizes.width, sizes.ffn_width, sizes.extras
         head_size = int(extras["head_size"])
-        found: dict[str, Shape] = dict.fromkeys(_VECTORS, (1, 1, width))
-        for name, x in _RANKS.items():
-            rank = int(extras[f"{name}_rank"])
-            found |= {f"att.{x}1": (width, rank), f"att.{x}2": (rank, width)}
+        ranks = {x: int(extras[f"{name}_rank"]) for name, x in _RANKS.items()}
         return {
-            **found,
+            **dict.fromkeys(_VECTORS, (1, 1, width)),
+            **{f"att.{x}1": (width, rank) for x, rank in ranks.items()},
+            **{f"att.{x}2": (rank, width) for x, rank in ranks.items()},
             "att.r_k": (width // head_size, head_size),
             **{f"att.{x}.weight": (width, width) for x in _ATT_MATRICES},
             **dict.fromkeys(("att.ln_x.weight", "att.ln_x.bias"), (width,)),

@@ -32,6 +32,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "wkv7": {"chunked": wkv7_chunked},
 }
 """The kernels of every operator, by name. The reference belongs to each and is not listed."""
+OPERATORS = tuple(KERNELS)
+"""The names of all operators."""
 
 
 def available_backends(device: torch.device | str = "cpu", operator: str = "wkv4") -> list[str]:

@@ -298,8 +298,8 @@ class StartOptions:
 def learning_rate(step: int, options: TrainOptions, clock: float = 0.0) -> float:
     """The rate of a step counted from 0: warm-up, constant, decay.
 
-    The formula is that of RWKV-v4neo's trainer.py, or has the cosine of RWKV-v7's. clock is the share of a time limit that is used
-    up; the decay follows it if it is ahead of the steps.
+    The formula is that of RWKV-v4neo's trainer.py, or has the cosine of RWKV-v7's. clock is the
+    share of a time limit that is used up; the decay follows it if it is ahead of the steps.
     """
     warmup, constant = options.warmup_steps, options.constant_steps
     span = max(1, options.total_steps - constant - warmup)
