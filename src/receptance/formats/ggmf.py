@@ -63,6 +63,7 @@ class GGMFFile(Mapping[str, Tensor]):
 
     Quantized tensors come as float32, others in their own dtype. Tensors that lie aligned in the
     file stay mapped to it, so it must not change while they are used; the others are copied.
+    Tensors that files may lack because no model uses them are zeros.
     """
 
     def __init__(self, path: Path, data: Bytes) -> None:
@@ -84,9 +85,13 @@ class GGMFFile(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor once it is read; the tensor is not read for this."""
+        if name not in self._places:
+            return torch.float32
         return FLOATS.get(self._entries[self._places[name].stored].kind, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self._places:
+            return torch.zeros(self._shapes[name])
         place = self._places[name]
         entry = self._entries[place.stored]
         data = self._data[entry.offset : entry.offset + entry.size]
@@ -103,13 +108,13 @@ class GGMFFile(Mapping[str, Tensor]):
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._shapes)
 
     def _check_sizes(self) -> None:
         found = [self.config.vocab_size, self.config.width, self.config.num_layers]

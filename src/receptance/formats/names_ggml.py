@@ -7,6 +7,7 @@ python/convert_pytorch_to_ggml.py in rwkv.cpp. rwkv.cpp has official names for e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -105,18 +106,16 @@ def places(
 
 
 def official_shape(place: Place, shape: Shape) -> Shape:
-    """The shape of a tensor, given that of the stored one; vectors have one axis.
+    """The shape of a tensor, given that of the stored one.
 
-    ValueError if the stored one cannot hold it.
+    ValueError if the stored one does not join the right number of vectors.
     """
     if place.row is not None:
-        if shape[0] != len(_SHARES):
+        if shape[0] != len(_SHARES) or math.prod(shape) != len(_SHARES) * shape[-1]:
             raise ValueError(
                 f"{place.stored} has the shape {shape}; it must join {len(_SHARES)} vectors"
             )
-        shape = shape[1:]
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
+        return shape[-1:]
     return shape[::-1] if place.turned else shape
 
 
