@@ -123,4 +123,6 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
     if format_ == "ggmf" and dtype == "bfloat16":
         raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which is exact")
     if format_ not in _BLOCKS and dtype in KINDS:
-        raise ValueError(f'only files of llama.cpp (format="gguf") and of rwkv.cpp hold {dtype}')
+        raise ValueError(
+            f'only files of rwkv.cpp (format="ggmf") and llama.cpp (format="gguf") hold {dtype}'
+        )

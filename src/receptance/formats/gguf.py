@@ -80,7 +80,7 @@ class GGUFFile(Mapping[str, Tensor]):
             )
         if (self.fields.number(_SPLITS) or 1) != 1:
             raise ValueError(
-                "it is one part of several; join them with llama.cpp's `llama-gguf-split --merge`"
+                "it is one part of several; join them with llama-gguf-split of llama.cpp"
             )
         self._entries: Mapping[str, Entry] = entries
         version = ARCHITECTURES[self.architecture]
