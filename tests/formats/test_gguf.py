@@ -55,37 +55,41 @@ def whole(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("gguf") / "x.gguf", tokenizer=ByteTokenizer())
 
 
+OUTSIDE = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm",
+           "head": "output"}  # fmt: skip
+INSIDE = {"ln1": "attn_norm", "ln2": "attn_norm_2", "att.ln_x": "time_mix_ln",
+          "ffn.key": "channel_mix_key", "ffn.value": "channel_mix_value"}  # fmt: skip
+INSIDE |= {f"att.{x}": f"time_mix_{x}" for x in ("receptance", "key", "value", "output")}
+
+
 def theirs(model: Model) -> dict[str, np.ndarray]:
-    """The tensors of the first file format of Hugging Face as conversion/rwkv.py renames them."""
-    found: dict[str, Tensor] = {}
+    """The tensors as llama.cpp's conversion/rwkv.py renames them and turns them over."""
     state = {n: x.detach().float() for n, x in model.state_dict().items()}
-    outside = {"emb": "token_embd", "blocks.0.ln0": "token_embd_norm", "ln_out": "output_norm"}
-    for module, name in (outside | {"head": "output"}).items():
-        for kind in ("weight", "bias"):
-            if (tensor := state.get(f"{module}.{kind}")) is not None:
-                found[f"{name}.{kind}"] = tensor
+    modules = {f"blocks.{n}.{x}": f"blk.{n}.{y}" for n in range(model.config.num_layers)
+               for x, y in INSIDE.items()}  # fmt: skip
+    found = {
+        f"{name}.{kind}": state[f"{module}.{kind}"]
+        for module, name in (OUTSIDE | modules).items()
+        for kind in ("weight", "bias")
+        if f"{module}.{kind}" in state
+    }
     for n in range(model.config.num_layers):
-        block = {x.removeprefix(f"blocks.{n}."): t for x, t in state.items() if f"blocks.{n}." in x}
-        put = lambda name, tensor, n=n: found.update({f"blk.{n}.{name}": tensor})  # noqa: E731
-        for kind in ("weight", "bias"):
-            put(f"attn_norm.{kind}", block[f"ln1.{kind}"])
-            put(f"attn_norm_2.{kind}", block[f"ln2.{kind}"])
-            put(f"time_mix_ln.{kind}", block[f"att.ln_x.{kind}"])
-        shares = torch.stack([block[f"att.x_{x}"] for x in SHARES])
-        put("time_mix_lerp_fused.weight", shares)
-        for name in ("receptance", "key", "value", "output"):
-            put(f"time_mix_{name}.weight", block[f"att.{name}.weight"])
-        for x in "wavg":
-            y = "a" if (x, n) == ("v", 0) else x
-            for i in "012" if x != "g" else "12":
-                tensor = block[f"att.{y}{i}"].squeeze()
-                put(f"time_mix_{x}{i}.weight", tensor.T if i != "0" else tensor)
-        for name in ("k_k", "k_a", "r_k"):
-            put(f"time_mix_{name}.weight", block[f"att.{name}"].flatten())
-        put("channel_mix_lerp_k.weight", block["ffn.x_k"].squeeze())
-        for name in ("key", "value"):
-            put(f"channel_mix_{name}.weight", block[f"ffn.{name}.weight"])
+        found |= {f"blk.{n}.{name}.weight": x for name, x in vectors(state, n).items()}
     return {name: np.ascontiguousarray(x.numpy()) for name, x in found.items()}
+
+
+def vectors(state: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """What is not a module of its own in a block."""
+    att = f"blocks.{layer}.att."
+    found = {f"time_mix_{x}": state[f"{att}{x}"].flatten() for x in ("k_k", "k_a", "r_k")}
+    found["time_mix_lerp_fused"] = torch.stack([state[f"{att}x_{x}"] for x in SHARES])
+    found["channel_mix_lerp_k"] = state[f"blocks.{layer}.ffn.x_k"].squeeze()
+    for name in ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2"):
+        # In the first block llama.cpp has others for those that no model uses.
+        source = name.replace("v", "a") if layer == 0 else name
+        tensor = state[f"{att}{source}"]
+        found[f"time_mix_{name}"] = tensor.mT if tensor.dim() == 2 else tensor.flatten()
+    return found
 
 
 def by_the_package(path: Path, model: Model = MODEL, **changed: object) -> Path:
@@ -186,17 +190,13 @@ def test_what_llama_cpp_cannot_run_is_not_written(tmp_path):
     sizes = {"vocab_size": 4, "width": 32, "num_layers": 1, "version": 7}
     with pytest.raises(ValueError, match=r"group_norm_epsilon is 1e-05, and llama.cpp always"):
         check_gguf(ModelConfig(**sizes, extras={"group_norm_epsilon": 1e-5}), None)
-    with pytest.raises(
-        ValueError, match=r"Q4_0 wants widths that are multiples of 32; these are 8"
-    ):
+    with pytest.raises(ValueError, match=r"Q4_0 wants widths that are multiples of 32"):
         check_gguf(ModelConfig(**sizes | {"width": 8}), "Q4_0")
     model = make_model(256, width=64, layers=1, version=7)
     with torch.no_grad():
         model.head.weight[3, 5] = 1e6
     for kind in ("F16", "Q4_0"):
-        with pytest.raises(
-            ValueError, match=r"head.weight (has values too large|cannot be written)"
-        ):
+        with pytest.raises(ValueError, match=r"head.weight (has values too|cannot be)"):
             write(tmp_path / "x.gguf", model, kind)
         model.head.weight.data[3, 5] = 1e9
     assert list(tmp_path.iterdir()) == []
@@ -326,10 +326,10 @@ HOSTILE = {
     "another version": (header(version=1), "GGUF file version 1; this release reads"),
     "the other order of bytes": (header(version=3 << 24), "the other order of bytes"),
     "two keys": (header((ARCHITECTURE, ARCHITECTURE)), "two keys 'general.architecture'"),
-    "an unknown value": (header((key("a", 77, b""),)), "key 'a' has a value of the unknown type 77"),
+    "an unknown value": (header((key("a", 77, b""),)), "a value of the unknown type 77"),
     "a long text": (header((key("a", 8, struct.pack("<Q", 1 << 63)),)), "cut short"),
     "a long key": (header((struct.pack("<Q", 1 << 50),)), "a name of 1125899906842624 bytes"),
-    **{f"a list {n}": (header((key("a", 9, x),)), "damaged|claims|type 9") for n, x in LISTS.items()},
+    **{f"a list {n}": (header((key("a", 9, x),)), "cut short|claims|9") for n, x in LISTS.items()},
     "two tensors": (header(tensors=(info("a", (1,)), info("a", (1,), 0, 32))), "two tensors named"),
     "tensors in each other": (
         header(tensors=(info("a", (9,)), info("b", (4,), 0, 32))), "tensors 'a' and 'b' overlap"),
@@ -342,7 +342,7 @@ HOSTILE = {
     "no values": (header(tensors=(info("a", (0, 1 << 62)),)), "has the shape"),
     "no axes": (header(tensors=(info("a", ()),)), "has 0 axes"),
     "many axes": (header(tensors=(info("a", (1,) * 9),)), "has 9 axes"),
-    "an unknown type": (header(tensors=(info("a", (4,), 99),)), "of type 99; this release reads F32"),
+    "an unknown type": (header(tensors=(info("a", (4,), 99),)), "type 99; this release reads F32"),
     "half a block": (header(tensors=(info("a", (33,), 8),)), "Q8_0 and has rows of 33 values"),
     "half a large block": (header(tensors=(info("a", (32,), 12),)), "multiple of 256"),
     "no power of two": (
