@@ -250,10 +250,7 @@ class RWKV7(Architecture):
             )
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-        """Ranks and the size of a head are read from shapes; files do not hold the epsilons.
-
-        Some files lack the unused tensors of the first block.
-        """
+        """Read ranks and the size of a head; some files lack the unused tensors of block 0."""
         extras = {"head_size": shapes["blocks.0.att.r_k"][-1]}
         for name, x in _RANKS.items():
             found = (shapes.get(f"blocks.{layer}.att.{x}1") for layer in (0, 1))
@@ -286,12 +283,8 @@ class RWKV7(Architecture):
         return super().is_weight_decayed(name, shape) and name.endswith(".weight")
 
     def forward_flops_per_token(self, sizes: Sizes) -> int:
-        """Two operations per weight of a matrix that is multiplied with, as for other versions.
-
-        The recurrence, which takes about 8 N operations per channel, is not in it.
-        """
-        bonuses = sizes.width * sizes.num_layers  # r_k has two axes and is no matrix.
-        shapes = self.shapes(sizes)
+        """Those of matrices; the recurrence, about 8 N operations per channel, is not in them."""
+        bonuses, shapes = sizes.width * sizes.num_layers, self.shapes(sizes)  # r_k is no matrix.
         unused = sum(
             math.prod(shapes[name]) for name in self.unused(sizes) if len(shapes[name]) == 2
         )
@@ -302,8 +295,15 @@ class RWKV7(Architecture):
         return log_decay(parameter)
 
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
-        """TODO"""
-        return element_bytes * 30.0 * sizes.width
+        """About 17 vectors of C in the type of activations, and two of the decay in float32.
+
+        There are also one of F, those of all ranks, and a state for every 16 positions.
+        """
+        width, extras = sizes.width, sizes.extras
+        ranks = sum(int(extras[f"{name}_rank"]) for name in _RANKS)
+        narrow = (16 + (element_bytes < 4) + 14 * inputs) * width + (1 + inputs) * sizes.ffn_width
+        wide_vectors = (2 + inputs) * width + int(extras["head_size"]) * width / 16
+        return element_bytes * (narrow + ranks) + 4 * wide_vectors
 
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
         """Two vectors of C, and a square matrix for each head."""

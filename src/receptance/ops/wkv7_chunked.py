@@ -38,8 +38,9 @@ from receptance.ops.wkv7_serial import CHUNK, kept_states
 
 __all__ = ["CHUNK", "STRONGEST", "backward", "forward", "kept_states"]
 
-# The largest |log_decay| of the matrix form: e^{-g} stays below e^64, and float32 ends at e^88.
-STRONGEST = 64 / CHUNK
+# The largest |log_decay| of the matrix form. e^{-g} then stays below e^32, and float32 would allow
+# e^88; but the gradient of log_decay is a difference, which loses digits as decays grow.
+STRONGEST = 32 / CHUNK
 # Up to so many tokens take less time one by one.
 FEW = 3
 
