@@ -1,5 +1,6 @@
 """RWKV-7 from format to format: the names, transposes and joined tensors of each undone by it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from receptance.conversion.converting import Report, convert
 from receptance.conversion.source import open_source
 from receptance.conversion.target import Target
 from receptance.formats import read_pth
-from receptance.tokenizer import ByteTokenizer, Tokenizer
+from receptance.tokenizer import ByteTokenizer, Tokenizer, WorldTokenizer
 
 BPE = small_bpe()
 FORMATS = {"pth": "x.pth", "hf": "x", "st": "x.st", "safetensors": "x.safetensors",
@@ -113,6 +114,27 @@ def test_the_tokenizer_is_in_the_file_and_not_beside_it(tmp_path):
     turn(path, tmp_path / "1/x.gguf")
     assert {x.name for x in (tmp_path / "1").iterdir()} == {"x.gguf", "tokenizer.json"}
     assert load(tmp_path / "1/x.gguf")[1].fingerprint == BPE.fingerprint
+
+
+def test_world_models_of_the_hub_and_back(tmp_path):
+    """Their repositories hold the vocabulary, and code that nobody has to run here."""
+    vocabulary = "".join(f"{n + 1} {bytes([n])!r} 1\n" for n in range(256)) + "257 '\\n\\n' 2\n"
+    tokenizer = WorldTokenizer(vocabulary.encode())
+    model = make_model(258, width=64, version=7)
+    path = official(model, tmp_path / "0/model.pth", tokenizer)
+    turn(path, tmp_path / "hub", format="hf")
+    assert (tmp_path / "hub/rwkv_vocab_v20230424.txt").read_text() == vocabulary
+    (tmp_path / "hub/hf_rwkv_tokenizer.py").write_text("raise SystemExit")
+    (tmp_path / "hub/added_tokens.json").write_text('{"<|rwkv_tokenizer_end_of_text|>": 0}')
+    about = {"tokenizer_class": "RwkvTokenizer", "eos_token": "<|rwkv_tokenizer_end_of_text|>",
+             "auto_map": {"AutoTokenizer": ["hf_rwkv_tokenizer.RwkvTokenizer", None]}}  # fmt: skip
+    (tmp_path / "hub/tokenizer_config.json").write_text(json.dumps(about))
+    assert load(tmp_path / "hub")[1].fingerprint == tokenizer.fingerprint
+    (tmp_path / "1").mkdir()
+    turn(tmp_path / "hub", tmp_path / "1/x.gguf")
+    turn(tmp_path / "1/x.gguf", tmp_path / "1/back.pth")
+    for name in ("x.gguf", "back.pth"):
+        assert load(tmp_path / "1" / name)[1].same_as(tokenizer)
 
 
 def test_what_cannot_be_written_is_told_before_anything_is(tmp_path):

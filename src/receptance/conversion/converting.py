@@ -39,7 +39,13 @@ from receptance.storage.directories import Draft, existing
 from receptance.storage.manifest import MANIFEST, sync, write_manifest
 from receptance.storage.pairing import found_tokenizer
 from receptance.tokenizer import Tokenizer
-from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, find_tokenizer
+from receptance.tokenizer.files import (
+    BPE_CONFIG,
+    BPE_FILE,
+    WORLD_FILE,
+    WORLD_PUBLISHED,
+    find_tokenizer,
+)
 
 PASSES = 5
 """The number of times that values are read: three times from the source, twice from the copy."""
@@ -156,6 +162,9 @@ def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> Non
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, target: Target) -> None:
     names = tokenizer.save(folder)
+    if target.format == "hf" and WORLD_FILE in names:
+        # Packages for transformers, and llama.cpp, look for the published name alone.
+        (folder / WORLD_FILE).rename(folder / WORLD_PUBLISHED)
     if target.format == "hf" and BPE_FILE in names:
         file = folder / BPE_CONFIG
         own = json.loads(file.read_bytes()) if BPE_CONFIG in names else {}
