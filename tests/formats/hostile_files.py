@@ -23,15 +23,17 @@ from receptance.data.binidx import binidx_writer
 from receptance.data.ondisk import npy_writer
 from receptance.data.tokens import TokenFiles, close_folder
 from receptance.formats.ggmf import write_ggmf
+from receptance.formats.gguf import open_gguf, stored_kinds, write_gguf
 from receptance.formats.names_hf import to_hf
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage import checkpoint
 from receptance.storage.manifest import MANIFEST, plain_files, seal_file, write_manifest
 from receptance.storage.quantized import About, read_quantized, write_quantized
-from receptance.tokenizer import ByteTokenizer, load_tokenizer
+from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 MODEL = make_model(19, width=8, layers=1)
 WHOLE = make_model(256, width=8, layers=1)
+SEVEN = make_model(300, width=8, layers=1, version=7)
 WHOSE = MODEL.fingerprint()
 WORLD = "".join(f"{n + 1} {bytes([n])!r} 1\n" for n in range(256)) + "257 'ab' 2\n"
 
@@ -71,6 +73,12 @@ def transformers(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {"model_type": "rwkv", "hidden_size": 8, "layer_norm_epsilon": 1e-5}
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+def of_llama_cpp(folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    config = SEVEN.config
+    kinds = stored_kinds(config, dict.fromkeys(config.architecture.layouts(config), "F32"))
+    write_gguf(folder / "m.gguf", config, SEVEN.state_dict(), kinds, tokenizer)
 
 
 def own(folder: Path) -> None:
@@ -140,6 +148,18 @@ KINDS = {
         "m.bin",
         lambda folder: formats.read(folder / "m.bin"),
     ),
+    "rwkv.cpp 7": Kind(
+        lambda folder: write_ggmf(folder / "m.bin", SEVEN.config, SEVEN.state_dict(), "FP16"),
+        "m.bin",
+        lambda folder: formats.read(folder / "m.bin"),
+    ),
+    "llama.cpp": Kind(of_llama_cpp, "m.gguf", formats.read, header=4000),
+    "tokenizer of llama.cpp": Kind(
+        lambda folder: of_llama_cpp(folder, small_bpe()),
+        "m.gguf",
+        lambda folder: open_gguf(folder / "m.gguf").tokenizer(),
+        header=10_000,
+    ),
     "transformers config": Kind(transformers, "config.json", formats.read),
     "transformers index": Kind(transformers, "model.safetensors.index.json", formats.read),
     "checkpoint config": Kind(own, "config.json", sealed(checkpoint.load)),
@@ -170,7 +190,7 @@ KINDS = {
     "npy": Kind(npy, "x.npy", lambda folder: TokenFiles.open(folder / "x.npy")),
     "corpus": Kind(corpus, "data.json", TokenFiles.open),
 }
-LOOKED_AT = ("pth", "legacy pth", "safetensors", "rwkv.cpp", "transformers config")
+LOOKED_AT = ("pth", "legacy pth", "safetensors", "rwkv.cpp", "llama.cpp", "transformers config")
 LOOKED_AT += ("checkpoint config", "quantized config", "state", "adapter")
 KINDS |= {
     f"inspect {name}": Kind(

@@ -49,10 +49,13 @@ def test_what_cannot_be_read_is_told(tmp_path, official, refusal):
     assert "absent; models of the Hugging Face hub are written hf:owner/name" in refusal(
         read, tmp_path / "absent"
     )
-    (tmp_path / "weights.gguf").touch()
-    assert "weights are read from .pth, .pt, .bin, .safetensors" in refusal(
-        read, tmp_path / "weights.gguf"
+    (tmp_path / "weights.onnx").touch()
+    assert "weights are read from .pth, .pt, .bin, .safetensors, .st, .gguf files" in refusal(
+        read, tmp_path / "weights.onnx"
     )
+    (tmp_path / "weights.gguf").touch()
+    assert "the file is empty" in refusal(read, tmp_path / "weights.gguf")
+    (tmp_path / "weights.gguf").unlink()
     assert "found neither" in refusal(read, tmp_path)
     assert "File name too long" in refusal(read, tmp_path / ("x" * 500))
     torch.save({name: value.long() for name, value in official.items()}, tmp_path / "long.pth")

@@ -171,12 +171,6 @@ def test_a_missing_tensor_is_named():
         infer_config(shapes)
 
 
-def test_no_rwkv_cpp_file_is_written(tmp_path):
-    torch.save(MODEL.state_dict(), tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"this release writes no rwkv\.cpp file of RWKV-7"):
-        convert(open_source(tmp_path / "m.pth"), Target(path=tmp_path / "m.bin", format="ggmf"))
-
-
 def test_inspect_shows_the_centers_of_decays(tmp_path):
     torch.save(MODEL.state_dict(), tmp_path / "m.pth")
     found = inspect(tmp_path / "m.pth")

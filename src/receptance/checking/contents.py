@@ -19,6 +19,7 @@ from receptance.config import ModelConfig
 from receptance.formats import hf, hub, read_pth, read_safetensors
 from receptance.formats.files import check_file, reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf
+from receptance.formats.gguf import is_gguf, open_gguf
 from receptance.formats.names import conform, marked_version
 from receptance.formats.names_hf import to_official
 from receptance.storage import quantized
@@ -28,7 +29,7 @@ from receptance.storage.opening import ADAPTER_FILE, Opened, is_run, look, open_
 
 _TRAINING = "training.json"
 _PICKLES = (b"PK\x03\x04", b"\x80")
-_WEIGHTS = ("*.pth", "*.pt", "*.bin", "*.safetensors", "*.st")
+_WEIGHTS = ("*.pth", "*.pt", "*.bin", "*.safetensors", "*.st", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Contents:
     stored: str | None = None
     """The type of the weights in the file; None if it is that of the tensors."""
     tokenizer: str | None = None
-    """The kind of the tokenizer in the directory; None if the directory does not say it."""
+    """The kind of the tokenizer in the directory or file; None if it does not say it."""
     about: str | None = None
     """Further information for the reader, such as the step of a checkpoint."""
     named: Path = Path()
@@ -188,6 +189,8 @@ def _in_file(path: Path) -> Contents:
         )
     if is_ggmf(path):
         return _rwkv_cpp(path)
+    if is_gguf(path):
+        return _gguf(path)
     format_, tensors = _read(path)
     contents = Contents(path, "weights", format_, (path,), tensors)
     if format_ == "safetensors" and (own := _own(contents, _metadata(path))) is not None:
@@ -219,6 +222,22 @@ def _rwkv_cpp(path: Path) -> Contents:
         config=file.config,
         version=f"RWKV-{file.config.version}",
         stored=", ".join(sorted(file.kinds)),
+    )
+
+
+def _gguf(path: Path) -> Contents:
+    file = open_gguf(path)
+    tokenizer = file.tokenizer()
+    return Contents(
+        path,
+        "weights",
+        f"GGUF file of {file.architecture}",
+        (path,),
+        file,
+        config=file.config,
+        version=f"RWKV-{file.config.version}",
+        stored=", ".join(sorted(file.kinds)),
+        tokenizer=None if tokenizer is None else tokenizer.kind,
     )
 
 

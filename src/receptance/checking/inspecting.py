@@ -203,7 +203,7 @@ def _sizes(contents: Contents) -> tuple[int | None, int | None, int | None]:
 def _tokenizer(contents: Contents, vocabulary: int | None) -> str:
     """The tokenizer that the directory names, or else the usual one for such a vocabulary."""
     if contents.tokenizer is not None:
-        return f"{contents.tokenizer}, in the directory"
+        return f"{contents.tokenizer}, in the {'directory' if contents.path.is_dir() else 'file'}"
     if vocabulary is None:
         return "not known"
     guess = _USUAL_TOKENIZERS.get(vocabulary, f"not known: one of {vocabulary} ids")

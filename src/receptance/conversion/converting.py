@@ -27,14 +27,9 @@ from receptance.conversion.source import Note, Source, Streamed, open_source
 from receptance.conversion.target import DIRECTORIES, Target
 from receptance.errors import one_line
 from receptance.formats import hf
-from receptance.formats.ggmf import (
-    check_ggmf,
-    decay_parameter,
-    stored_decay,
-    stored_kind,
-    write_ggmf,
-)
+from receptance.formats.ggmf import check_ggmf, decay_parameter, stored_decay, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
+from receptance.formats.gguf import check_gguf, write_gguf
 from receptance.formats.names import some
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
@@ -44,12 +39,20 @@ from receptance.storage.directories import Draft, existing
 from receptance.storage.manifest import MANIFEST, sync, write_manifest
 from receptance.storage.pairing import found_tokenizer
 from receptance.tokenizer import Tokenizer
-from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, find_tokenizer
+from receptance.tokenizer.files import (
+    BPE_CONFIG,
+    BPE_FILE,
+    WORLD_FILE,
+    WORLD_PUBLISHED,
+    find_tokenizer,
+)
 
 PASSES = 5
 """The number of times that values are read: three times from the source, twice from the copy."""
 
 _USUAL_EPSILON = 1e-5
+# The formats of which the tokenizer is a part.
+_WITH_TOKENIZER = ("receptance", "gguf")
 
 # The largest difference of a logit, relative to the largest logit, that a type of the copy allows:
 # a quantized type, a narrower float type, and a type that holds the source exactly.
@@ -104,8 +107,10 @@ def check(source: Source, target: Target) -> None:
         hf.check_hf(config)
     if target.format == "ggmf":
         check_ggmf(config)
+    if target.format == "gguf":
+        check_gguf(config, target.dtype)
     if target.format not in DIRECTORIES:
-        _check_beside(source, target.path.parent)
+        _check_beside(source, target)
 
 
 # ---- steps --------------------------------------------------------------------------------------
@@ -145,16 +150,21 @@ def _write(source: Source, target: Target, path: Path, tensors: Streamed) -> Non
         write_description(source.config, path, source.tokenizer)
     elif target.format == "ggmf":
         write_ggmf(path, source.config, tensors, target.kind(source))
+    elif target.format == "gguf":
+        write_gguf(path, source.config, tensors, target.kinds(source), source.tokenizer)
     elif target.format == "pth":
         write_pth(path, layout, tensors)
     else:
         write_safetensors(path, layout, ordered)
-    if source.tokenizer is not None and target.format != "receptance":
+    if source.tokenizer is not None and target.format not in _WITH_TOKENIZER:
         _write_tokenizer(folder, source.tokenizer, target)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, target: Target) -> None:
     names = tokenizer.save(folder)
+    if target.format == "hf" and WORLD_FILE in names:
+        # Packages for transformers, and llama.cpp, look for the published name alone.
+        (folder / WORLD_FILE).rename(folder / WORLD_PUBLISHED)
     if target.format == "hf" and BPE_FILE in names:
         file = folder / BPE_CONFIG
         own = json.loads(file.read_bytes()) if BPE_CONFIG in names else {}
@@ -204,19 +214,18 @@ def _limit(source: Source, target: Target) -> float:
 def _same(source: Source, target: Target) -> Same:
     """A comparison of each tensor with its copy: exact, or near for quantized tensors."""
     layout, version = target.layout(source), source.config.architecture
-    # Directories of transformers have no place for them.
-    dropped = version.unused(source.config) if target.format == "hf" else ()
+    # Directories of transformers have no place for them, and llama.cpp wants others instead.
+    dropped = version.unused(source.config) if target.format in ("hf", "gguf") else ()
+    kinds = target.kinds(source) if target.format in ("gguf", "ggmf") else {}
 
     def same(name: str, there: Tensor, here: Tensor) -> bool:
         if name in dropped:
             return True
-        dtype, shape = layout[name]
-        if target.format == "ggmf":
-            stored = stored_kind(name, shape, target.kind(source))
-            if stored in KINDS:
-                return near(there, here, BLOCK, _STEPS[stored])
-            if version.is_static_decay(name):
-                there = decay_parameter(stored_decay(there), name)
+        dtype, _ = layout[name]
+        if (stored := kinds.get(name)) in _STEPS:
+            return near(there, here, BLOCK, _STEPS[stored])
+        if target.format == "ggmf" and version.is_static_decay(name):
+            there = decay_parameter(stored_decay(there), name)
         return equal(there, here, dtype)
 
     return same
@@ -253,14 +262,15 @@ def _check_absent(path: Path) -> None:
         raise ValueError(f"{path} exists; give another name")
 
 
-def _check_beside(source: Source, folder: Path) -> None:
+def _check_beside(source: Source, target: Target) -> None:
     """ValueError when a file must not be added to the folder.
 
     It would damage a checkpoint, or be read with the tokenizer of another model.
     """
+    folder = target.path.parent
     if (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} is a checkpoint, which takes no more files; write elsewhere")
-    if source.tokenizer is None or not folder.is_dir():
+    if source.tokenizer is None or target.format in _WITH_TOKENIZER or not folder.is_dir():
         return
     beside = find_tokenizer(folder, source.config.vocab_size)
     found = found_tokenizer(beside, source.config)

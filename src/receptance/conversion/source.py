@@ -16,6 +16,7 @@ from receptance import formats
 from receptance.config import ModelConfig
 from receptance.formats import hf
 from receptance.formats.ggmf import GGMFFile
+from receptance.formats.gguf import GGUFFile
 from receptance.formats.pth import is_mapped
 from receptance.formats.rescaling import Unscaled, looks_rescaled
 from receptance.storage.checkpoint import read_opened, read_tensors
@@ -116,7 +117,7 @@ def _own(
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    if isinstance(tensors, GGMFFile):
+    if isinstance(tensors, GGMFFile | GGUFFile):
         return {name: tensors.dtype(name) for name in tensors}
     return {name: tensor.dtype for name, tensor in tensors.items()}
 

@@ -9,14 +9,13 @@ from typing import Literal, cast, get_args
 import torch
 
 from receptance.conversion.source import Source
-from receptance.formats import ggmf
+from receptance.formats import ggmf, gguf
 from receptance.formats.ggmf import Stored, stored_kind
 from receptance.formats.ggml import KINDS
 from receptance.formats.names import tensor_shapes
 from receptance.formats.writing import Schema
-from receptance.model.architecture import Shape
 
-Format = Literal["pth", "hf", "st", "safetensors", "ggmf", "receptance"]
+Format = Literal["pth", "hf", "st", "safetensors", "gguf", "ggmf", "receptance"]
 Dtype = Literal["float32", "bfloat16", "float16", "Q8_0", "Q4_0"]
 
 _SUFFIXES: dict[str, Format] = {
@@ -24,8 +23,11 @@ _SUFFIXES: dict[str, Format] = {
     ".pt": "pth",
     ".st": "st",
     ".safetensors": "safetensors",
+    ".gguf": "gguf",
     ".bin": "ggmf",
 }
+_BLOCKS = ("gguf", "ggmf")  # formats that hold quantized blocks
+_FLOATS = {**ggmf.FLOATS, **gguf.TORCH}
 DIRECTORIES = ("hf", "receptance")
 """The formats that are directories."""
 
@@ -61,15 +63,32 @@ class Target:
         narrow = self.dtype == "float16" or (self.dtype is None and matrices == {torch.float16})
         return "FP16" if narrow else "FP32"
 
+    def kinds(self, source: Source) -> dict[str, str]:
+        """The stored type of each tensor, in a format that holds quantized blocks."""
+        shapes = tensor_shapes(source.config)
+        if self.format == "ggmf":
+            kind = self.kind(source)
+            return {n: stored_kind(n, shape, kind, source.config) for n, shape in shapes.items()}
+        assert self.format == "gguf"
+        matrices = {name: self._matrix_kind(source.dtypes[name]) for name in shapes}
+        return gguf.stored_kinds(source.config, matrices)
+
+    def _matrix_kind(self, own: torch.dtype) -> str:
+        """The type of a matrix of a GGUF file; what is wider than float32 becomes that."""
+        if self.dtype in KINDS:
+            return str(self.dtype)
+        wanted = own if self.dtype is None else getattr(torch, self.dtype)
+        return next((kind for kind, dtype in gguf.TORCH.items() if dtype == wanted), "F32")
+
     def layout(self, source: Source) -> Schema:
         """Name, type and shape of each tensor to write; quantized tensors count as float32."""
         shapes = tensor_shapes(source.config)
-        return {name: (self._dtype(source, name, shape), shape) for name, shape in shapes.items()}
+        if self.format in _BLOCKS:
+            kinds = self.kinds(source)
+            return {n: (_FLOATS.get(kinds[n], torch.float32), x) for n, x in shapes.items()}
+        return {name: (self._dtype(source, name), shape) for name, shape in shapes.items()}
 
-    def _dtype(self, source: Source, name: str, shape: Shape) -> torch.dtype:
-        if self.format == "ggmf":
-            stored = stored_kind(name, shape, self.kind(source))
-            return ggmf.FLOATS.get(stored, torch.float32)
+    def _dtype(self, source: Source, name: str) -> torch.dtype:
         own = source.dtypes[name]
         if self.dtype is None:
             return own
@@ -103,5 +122,7 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
         raise ValueError(f"there is no dtype {dtype!r}; choose of {', '.join(get_args(Dtype))}")
     if format_ == "ggmf" and dtype == "bfloat16":
         raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which is exact")
-    if format_ != "ggmf" and dtype in KINDS:
-        raise ValueError(f'only files of rwkv.cpp (format="ggmf") hold {dtype}')
+    if format_ not in _BLOCKS and dtype in KINDS:
+        raise ValueError(
+            f'only files of rwkv.cpp (format="ggmf") and llama.cpp (format="gguf") hold {dtype}'
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from receptance.config import ModelConfig
 from receptance.formats import hf, hub
 from receptance.formats.files import reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf, read_ggmf
+from receptance.formats.gguf import is_gguf, open_gguf, read_gguf
 from receptance.formats.names import conform, infer_config
 from receptance.formats.names_hf import is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
+from receptance.tokenizer import Tokenizer
 from receptance.tokenizer.files import find_tokenizer
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "infer_config",
     "read",
     "read_ggmf",
+    "read_gguf",
     "read_pth",
     "read_safetensors",
 ]
@@ -35,7 +38,8 @@ _READERS = {
     ".safetensors": read_safetensors,
     ".st": read_safetensors,
 }
-_SUFFIXES = ", ".join(_READERS)
+_GGUF = ".gguf"
+_SUFFIXES = ", ".join((*_READERS, _GGUF))
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ class Weights:
     tensors: Mapping[str, Tensor]
     """The tensors by official name, in official shapes and the file's dtypes.
 
-    They stay mapped to the file where that is possible. A tensor of an rwkv.cpp file
-    is made anew each time that it is asked for.
+    They stay mapped to the file where that is possible. A tensor of a GGUF file or of one of
+    rwkv.cpp is made anew each time that it is asked for.
     """
-    tokenizer: Path | None
-    """The tokenizer's file beside the weights, if there is one."""
+    tokenizer: Path | Callable[[], Tokenizer | None] | None
+    """The tokenizer's file beside the weights, or a call that makes the one inside their file."""
     source: Path
     """The file or directory that the tensors came from."""
 
@@ -58,8 +62,9 @@ class Weights:
 def read(source: str | Path, *, revision: str | None = None) -> Weights:
     """The weights in a file, a directory or a model of the Hugging Face hub.
 
-    Files are .pth, .pt, .bin, .safetensors, .st, and those of rwkv.cpp, whatever their suffix.
-    Directories are those of transformers, and those with a single .pth, .safetensors or .st file.
+    Files are .pth, .pt, .bin, .safetensors, .st, and those of llama.cpp (GGUF) and rwkv.cpp,
+    whatever their suffix. Directories are those of transformers, and those with a single .pth,
+    .safetensors, .st or .gguf file.
     A Path is never looked for on the hub, a str only if `hub.means_hub` says so; `revision` is for
     hub models alone. ValueError says what was found instead and what to do.
     """
@@ -85,13 +90,13 @@ def _read_path(path: Path, revision: str | None) -> Weights:
 def _read_directory(directory: Path) -> Weights:
     if (directory / "config.json").is_file():
         return _weights(hf.read_hf(directory), directory)
-    suffixes = ".pth", ".safetensors", ".st"
+    suffixes = ".pth", ".safetensors", ".st", _GGUF
     files = sorted(path for path in directory.iterdir() if path.suffix in suffixes)
     if len(files) != 1:
         found = ", ".join(path.name for path in files[:3]) + ", ..." * (len(files) > 3)
         raise ValueError(
-            f"{directory}: wanted a config.json or a single .pth, .safetensors or .st file in it; "
-            f"found {found or 'neither'}"
+            f"{directory}: wanted a config.json or a single .pth, .safetensors, .st or .gguf "
+            f"file in it; found {found or 'neither'}"
         )
     return _read_file(files[0])
 
@@ -107,6 +112,8 @@ def _read_file(path: Path) -> Weights:
     if is_ggmf(path):
         file = open_ggmf(path)
         return Weights(file.config, file, find_tokenizer(path.parent, file.config.vocab_size), path)
+    if is_gguf(path) or path.suffix == _GGUF:
+        return _gguf(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
@@ -116,6 +123,12 @@ def _read_file(path: Path) -> Weights:
         return _weights(hf.complete(path.parent, fields, tensors), path)
     config, official = conform(tensors, path)
     return Weights(config, official, find_tokenizer(path.parent, config.vocab_size), path)
+
+
+def _gguf(path: Path) -> Weights:
+    file = open_gguf(path)
+    beside = find_tokenizer(path.parent, file.config.vocab_size)
+    return Weights(file.config, file, file.tokenizer if file.has_tokenizer else beside, path)
 
 
 def _weights(found: hf.HFWeights, source: Path) -> Weights:

@@ -9,7 +9,7 @@ _SOMETHING_ELSE = {
     b"<!DOCTYPE": "a web page, not weights: download the file itself",
     b"<!doctype": "a web page, not weights: download the file itself",
     b"<html": "a web page, not weights: download the file itself",
-    b"GGUF": "a GGUF file, which this release does not read",
+    b"GGUF": "a GGUF file; read it with formats.read",
     b"fmgg": "an rwkv.cpp file; read it with formats.read",
     b"lmgg": "an rwkv.cpp (ggml) file, which this release does not read",
 }

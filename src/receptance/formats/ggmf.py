@@ -1,17 +1,16 @@
 """Files of rwkv.cpp, versions 100 and 101: a header, then one tensor after another.
 
 The layout is that of docs/FILE_FORMAT.md of rwkv.cpp. Shapes are stored in reverse, [1,1,C]
-as vectors, and in place of the parameter of a decay its -exp, which is what the recurrence uses.
+as vectors, and in place of the parameter of RWKV-4's decay its -exp, which is what the recurrence
+uses. names_ggml.py says which tensors of RWKV-7 are joined or transposed.
 """
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,9 +20,29 @@ from receptance.atomic import written
 from receptance.config import ModelConfig
 from receptance.errors import one_line
 from receptance.formats.files import check_file
-from receptance.formats.ggml import BLOCK, KINDS, Bytes, block_bytes, dequantize, quantize
-from receptance.formats.names import infer_config, some, tensor_shapes
-from receptance.formats.writing import chunks, pieces
+from receptance.formats.ggmf_header import FLOATS as _NUMPY
+from receptance.formats.ggmf_header import (
+    HEADER,
+    MAGIC,
+    TENSOR,
+    TYPES,
+    VERSIONS,
+    Entry,
+    read_entries,
+    read_header,
+)
+from receptance.formats.ggml import BLOCK, KINDS, Bytes, dequantize
+from receptance.formats.names import infer_config, tensor_shapes
+from receptance.formats.names_ggml import (
+    Place,
+    ggmf_joined_shape,
+    ggmf_version,
+    in_ggmf,
+    is_matrix,
+    official_shape,
+    places,
+)
+from receptance.formats.writing import blocks, pieces
 from receptance.model.architecture import Shape
 from receptance.model.v4 import log_decay
 
@@ -33,28 +52,10 @@ Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
 FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
 """The torch types of those stored types that are not blocks of quantized values."""
 
-_MAGIC = b"fmgg"  # "ggmf" as a little-endian number
-_VERSIONS = (100, 101)
-_HEADER = struct.Struct("<4s5i")  # magic, version, vocabulary, width, layers, type
-_TENSOR = struct.Struct("<3i")  # axes, bytes of the name, type
-_MAX_AXES = 3
-_MAX_NAME = 256
-_MAX_TENSORS = 10_000  # RWKV-4 14B has 726
-_FLOATS: dict[str, np.dtype] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
-_TYPES = {0: "FP32", 1: "FP16", 2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
-_CODES = {name: code for code, name in _TYPES.items()}
+_GROUP_NORM_EPSILON = 64e-5  # rwkv.cpp has it built in for RWKV-7.
+_CODES = {name: code for code, name in TYPES.items()}
 # The matrices that rwkv.cpp's own quantization leaves as they are.
 _NOT_QUANTIZED = ("emb.weight", "head.weight")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """The place of a tensor in the file, its type and its shape."""
-
-    kind: str
-    shape: Shape
-    offset: int
-    size: int
 
 
 class GGMFFile(Mapping[str, Tensor]):
@@ -62,15 +63,18 @@ class GGMFFile(Mapping[str, Tensor]):
 
     Quantized tensors come as float32, others in their own dtype. Tensors that lie aligned in the
     file stay mapped to it, so it must not change while they are used; the others are copied.
+    Tensors that files may lack because no model uses them are zeros.
     """
 
     def __init__(self, path: Path, data: Bytes) -> None:
         self.path = path
         self._data = data
-        self.version, *self._sizes = _read_header(data)
-        self._entries = dict(_read_entries(data, self.version))
-        shapes = {name: entry.shape for name, entry in self._entries.items()}
-        self.config = infer_config(shapes)
+        self.version, *self._sizes = read_header(data)
+        self._entries = dict(read_entries(data, self.version))
+        self._places = _find(self._entries)
+        self.config = infer_config(
+            {n: official_shape(x, self._entries[x.stored].shape) for n, x in self._places.items()}
+        )
         self._shapes = tensor_shapes(self.config)
         self._check_sizes()
 
@@ -81,28 +85,36 @@ class GGMFFile(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a tensor once it is read; the tensor is not read for this."""
-        return FLOATS.get(self._entries[name].kind, torch.float32)
+        if name not in self._places:
+            return torch.float32
+        return FLOATS.get(self._entries[self._places[name].stored].kind, torch.float32)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        if name not in self._places:
+            return torch.zeros(self._shapes[name])
+        place = self._places[name]
+        entry = self._entries[place.stored]
         data = self._data[entry.offset : entry.offset + entry.size]
-        if entry.kind in _FLOATS:
-            values = np.require(data.view(_FLOATS[entry.kind]), requirements="A")
+        if entry.kind in _NUMPY:
+            values = np.require(data.view(_NUMPY[entry.kind]), requirements="A")
         else:
-            values = dequantize(data, entry.kind, old=self.version == _VERSIONS[0])
-        tensor = torch.from_numpy(values).view(self._shapes[name])
+            values = dequantize(data, entry.kind, old=self.version == VERSIONS[0])
+        tensor, shape = torch.from_numpy(values), self._shapes[name]
+        if place.row is not None:
+            tensor = tensor.view(entry.shape[0], -1)[place.row]
+        tensor = tensor.view(shape[::-1]).mT.contiguous() if place.turned else tensor.view(shape)
         if self.config.architecture.is_static_decay(name):
             return decay_parameter(tensor, f"{self.path}: {name}")
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._shapes)
 
     def _check_sizes(self) -> None:
         found = [self.config.vocab_size, self.config.width, self.config.num_layers]
@@ -118,19 +130,20 @@ def is_ggmf(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def check_ggmf(config: ModelConfig) -> None:
-    """ValueError if files of rwkv.cpp are not written for this version."""
-    if config.architecture.static_decay is None:
+    """ValueError if rwkv.cpp would compute something else than this model."""
+    if (epsilon := config.extras.get("group_norm_epsilon")) not in (None, _GROUP_NORM_EPSILON):
         raise ValueError(
-            f"this release writes no rwkv.cpp file of RWKV-{config.version}; choose another format"
+            f"the group_norm_epsilon is {epsilon}, and rwkv.cpp always takes {_GROUP_NORM_EPSILON};"
+            " use another format"
         )
 
 
 def open_ggmf(path: str | Path) -> GGMFFile:
-    """The RWKV-4 model in a file of rwkv.cpp; only the headers are read now.
+    """The model in a file of rwkv.cpp, RWKV-4 or RWKV-7; only the headers are read now.
 
     ValueError, starting with the path, when it is no such file, damaged, or of another version.
     """
@@ -141,7 +154,7 @@ def open_ggmf(path: str | Path) -> GGMFFile:
         ours = False
     if not ours:
         check_file(path)
-        raise ValueError(f"{path}: this is no file of rwkv.cpp; those begin with {_MAGIC!r}")
+        raise ValueError(f"{path}: this is no file of rwkv.cpp; those begin with {MAGIC!r}")
     try:
         # Mode "c" maps the file privately: torch wants memory it may write to, and the file stays.
         return GGMFFile(path, np.memmap(path, mode="c"))
@@ -167,90 +180,21 @@ def write_ggmf(
     _check_kind(config, kind)
     with one_line(path), written(path) as file:
         sizes = config.vocab_size, config.width, config.num_layers
-        file.write(_HEADER.pack(_MAGIC, _VERSIONS[-1], *sizes, _CODES[kind]))
-        for name, shape in tensor_shapes(config).items():
-            tensor = _checked(tensors, name, shape)
-            if config.architecture.is_static_decay(name):
-                tensor = stored_decay(tensor)
-            _write_tensor(file, name, tensor, kind)
+        file.write(HEADER.pack(MAGIC, VERSIONS[-1], *sizes, _CODES[kind]))
+        for stored, names in _stored_names(config).items():
+            _write_tensor(file, stored, names, config, tensors, kind)
 
 
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def _read_header(data: Bytes) -> list[int]:
-    """The version, and the sizes: vocabulary, width and layers."""
-    if len(data) < _HEADER.size:
-        _cut_short()
-    _, version, *sizes, code = _HEADER.unpack_from(data.data)
-    if version not in _VERSIONS:
-        raise ValueError(
-            f"it is of rwkv.cpp's file version {version}; this release reads "
-            f"{' and '.join(map(str, _VERSIONS))}"
-        )
-    _check_type(code, "the file")
-    return [version, *sizes]
-
-
-def _read_entries(data: Bytes, version: int) -> Iterator[tuple[str, _Entry]]:
-    offset, seen = _HEADER.size, set()
-    while offset < len(data):
-        name, entry = _read_entry(data, offset, version)
-        if name in seen:
-            raise ValueError(f"it has two tensors named {some([name])}; it is damaged")
-        seen.add(name)
-        if len(seen) > _MAX_TENSORS:
-            raise ValueError(f"it has more than {_MAX_TENSORS} tensors, more than any RWKV model")
-        yield name, entry
-        offset = entry.offset + entry.size
-
-
-def _read_entry(data: Bytes, offset: int, version: int) -> tuple[str, _Entry]:
-    if offset + _TENSOR.size > len(data):
-        _cut_short()
-    axes, length, code = _TENSOR.unpack_from(data.data, offset)
-    offset += _TENSOR.size
-    if not 1 <= axes <= _MAX_AXES or not 1 <= length <= _MAX_NAME:
-        raise ValueError(
-            f"where a tensor should begin it has {axes} axes and a name of {length} bytes; "
-            "it is damaged or cut short"
-        )
-    if offset + 4 * axes + length > len(data):
-        _cut_short()
-    shape = struct.unpack_from(f"<{axes}i", data.data, offset)[::-1]
-    offset += 4 * axes
-    name = data[offset : offset + length].tobytes().decode("utf-8", errors="replace")
-    offset += length
-    size = _size(name, code, shape, version)
-    if offset + size > len(data):
-        _cut_short()
-    return name, _Entry(_TYPES[code], shape, offset, size)
-
-
-def _size(name: str, code: int, shape: Shape, version: int) -> int:
-    """The size of a tensor's data in bytes."""
-    _check_type(code, f"its tensor {some([name])}")
-    if min(shape) < 1:
-        raise ValueError(f"its tensor {some([name])} has the shape {shape}; it is damaged")
-    kind, count = _TYPES[code], math.prod(shape)
-    if kind in _FLOATS:
-        return count * _FLOATS[kind].itemsize
-    if shape[-1] % BLOCK:
-        raise ValueError(
-            f"its tensor {some([name])} is {kind} and has rows of {shape[-1]} values; they must "
-            f"be a multiple of {BLOCK}"
-        )
-    return count // BLOCK * block_bytes(kind, old=version == _VERSIONS[0])
-
-
-def _check_type(code: int, what: str) -> None:
-    if code not in _TYPES:
-        known = ", ".join(f"{code} {name}" for code, name in _TYPES.items())
-        raise ValueError(f"{what} is of type {code}; this release reads {known}")
-
-
-def _cut_short() -> NoReturn:
-    raise ValueError("it ends in the middle of a tensor: cut short or damaged; get it again")
+def _find(entries: Mapping[str, Entry]) -> dict[str, Place]:
+    """The place of each tensor of a model, by official name."""
+    version = ggmf_version(entries)
+    if version is None:
+        return {name: Place(name) for name in entries}
+    layers = len({name.split(".")[1] for name in entries if name.startswith("blocks.")})
+    return places(entries, version, layers, in_ggmf)
 
 
 def decay_parameter(stored: Tensor, what: str) -> Tensor:
@@ -298,31 +242,52 @@ def _checked(tensors: Mapping[str, Tensor], name: str, shape: Shape) -> Tensor:
     return tensor.reshape(-1) if vector else tensor.reshape(shape)
 
 
+def stored_kind(name: str, shape: Shape, kind: Stored, config: ModelConfig) -> Stored:
+    """The type of a tensor of an official name in a file of this kind.
+
+    Of the tensors with two axes only matrices are quantized, without embedding and head; those of
+    low rank are FP16 then. Everything else is FP32.
+    """
+    if len(shape) != 2 or not is_matrix(name):
+        return "FP32"
+    kept = name in _NOT_QUANTIZED or name not in config.architecture.layouts(config)
+    return "FP16" if kind in KINDS and kept else kind
+
+
+def _stored_names(config: ModelConfig) -> dict[str, list[str]]:
+    """The names of the tensors to write, with the official names of those that each joins."""
+    found: dict[str, list[str]] = {}
+    for name in tensor_shapes(config):
+        found.setdefault(in_ggmf(name, config.version).stored, []).append(name)
+    return found
+
+
+def _write_tensor(
+    file: BinaryIO,
+    stored: str,
+    names: list[str],
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    kind: Stored,
+) -> None:
+    shapes, place = tensor_shapes(config), in_ggmf(names[0], config.version)
+    parts = [_checked(tensors, name, shapes[name]) for name in names]
+    if config.architecture.is_static_decay(names[0]):
+        parts = [stored_decay(parts[0])]
+    shape = tuple(parts[0].shape)
+    shape = shape[::-1] if place.turned else shape
+    shape = shape if place.row is None else ggmf_joined_shape(len(parts), shape)
+    own, label = stored_kind(names[0], shapes[names[0]], kind, config), stored.encode()
+    file.write(TENSOR.pack(len(shape), len(label), _CODES[own]))
+    file.write(struct.pack(f"<{len(shape)}i", *shape[::-1]))
+    file.write(label)
+    for part in parts:
+        part = part.mT if place.turned else part
+        plain = own in FLOATS
+        file.writelines(pieces(stored, part, FLOATS[own]) if plain else blocks(stored, part, own))
+
+
 def stored_decay(parameter: Tensor) -> Tensor:
     """The -exp that a file holds in place of the parameter of decays: [C] -> [C] float32."""
     # float64 makes the result the same on every machine, so that a reader can invert it.
     return log_decay(parameter.double()).float()
-
-
-def stored_kind(name: str, shape: Shape, kind: Stored) -> Stored:
-    """The type of a tensor in a file of this kind; every tensor that is no matrix is FP32."""
-    if len(shape) != 2:
-        return "FP32"
-    return "FP16" if kind in KINDS and name in _NOT_QUANTIZED else kind
-
-
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, kind: Stored) -> None:
-    stored, label = stored_kind(name, tensor.shape, kind), name.encode()
-    file.write(_TENSOR.pack(tensor.dim(), len(label), _CODES[stored]))
-    file.write(struct.pack(f"<{tensor.dim()}i", *tensor.shape[::-1]))
-    file.write(label)
-    plain = stored in FLOATS
-    file.writelines(pieces(name, tensor, FLOATS[stored]) if plain else _blocks(name, tensor, kind))
-
-
-def _blocks(name: str, tensor: Tensor, kind: Stored) -> Iterator[memoryview]:
-    try:
-        for values in chunks(tensor):
-            yield quantize(values.float().numpy(), kind).data
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be written as {kind}: {error}") from None

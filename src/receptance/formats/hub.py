@@ -16,7 +16,7 @@ from receptance.tokenizer.files import PATTERNS
 PREFIX = "hf:"
 """The prefix of a hub name; it is required where the name could also be a path."""
 
-_SUFFIXES = ("pth", "pt", "bin", "safetensors", "st")
+_SUFFIXES = ("pth", "pt", "bin", "safetensors", "st", "gguf")
 # The forms are checked here because names become parts of addresses and of paths in the cache.
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _FILE = rf"(?:[^/\\@\s.][^/\\@\x00-\x1f]*/)*[^/\\@\s.][^/\\@\x00-\x1f]*\.(?:{'|'.join(_SUFFIXES)})"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from receptance.formats.ggml import quantize
 from receptance.model.architecture import Shape
 
 Schema = Mapping[str, tuple[torch.dtype, Shape]]
@@ -34,3 +35,15 @@ def pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview
                 "choose another dtype="
             )
         yield converted.contiguous().view(torch.uint8).numpy().data
+
+
+def blocks(name: str, tensor: Tensor, kind: str) -> Iterator[memoryview]:
+    """The bytes of the values as quantized blocks of ggml, in pieces of some megabytes.
+
+    ValueError when a block has values that are not finite, or too large for its scale.
+    """
+    try:
+        for values in chunks(tensor):
+            yield quantize(values.float().numpy(), kind).data
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be written as {kind}: {error}") from None

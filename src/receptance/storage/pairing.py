@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,14 @@ def tokenizer_in(directory: Path, about: Any) -> Tokenizer | None:
     return None if about == _NO_TOKENIZER else stored_tokenizer(directory, about)
 
 
-def found_tokenizer(file: Path | None, config: ModelConfig) -> Tokenizer | None:
-    """Load the tokenizer from the file found beside weights, if there is such a file.
+def found_tokenizer(
+    file: Path | Callable[[], Tokenizer | None] | None, config: ModelConfig
+) -> Tokenizer | None:
+    """Load the tokenizer from the file found beside weights, or make the one inside theirs.
 
     Weights with 256 ids get the byte tokenizer if no file was found, or one that does not fit.
     """
-    found = None if file is None else load_tokenizer(file)
+    found = load_tokenizer(file) if isinstance(file, Path) else file and file()
     own = ByteTokenizer()
     if config.vocab_size == own.vocab_size and (found is None or not _fits(found, config)):
         return own

@@ -35,6 +35,11 @@ class Tokenizer(ABC):
         """The number of ids that decode. An embedding may have more rows, as padding."""
         return len(self._tokens)
 
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file that defines this tokenizer."""
+        return self._content
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the kind, of the defining file's bytes and of the choices, in hexadecimal.
