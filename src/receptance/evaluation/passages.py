@@ -1,0 +1,236 @@
+"""The losses of texts of any lengths, read with carried state, many of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from receptance.engine.base import Engine
+from receptance.inference.reading import check_weights, empty_state, padded
+from receptance.inference.transfer import upload
+from receptance.model.inputs import check_ids
+from receptance.state import State
+
+Key = tuple[int, int]
+"""The number of a document, and that of the passage in it."""
+
+# Up to so many passages are read side by side, by calls of so many positions in all.
+_ROWS = {"cpu": 16}
+_POSITIONS = {"cpu": 512}
+_ROWS_ELSEWHERE, _POSITIONS_ELSEWHERE = 64, 8192
+# The logits of so many positions are in memory at once.
+_HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens that are read from an empty state, and which of them are predicted for what sum.
+
+    Prediction i is that of tokens[i + 1], after all of tokens[: i + 1]. The sum number b is that of
+    the predictions edges[b] to edges[b + 1] - 1; those before the first edge are not counted.
+    """
+
+    key: Key
+    tokens: NDArray[np.int32]
+    """[N + 1]"""
+    edges: Sequence[int]
+    """Increasing, the last of them at most N."""
+
+
+@dataclass
+class _Row:
+    passage: Passage
+    at: int = 0
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        self._edges = np.asarray(self.passage.edges)
+        self.sums = np.concatenate([self.sums, np.zeros(len(self._edges) - 1 - len(self.sums))])
+
+    @property
+    def end(self) -> int:
+        """The number of predictions that are made."""
+        return int(self._edges[-1])
+
+    def add(self, losses: NDArray[np.float64]) -> None:
+        """Count the losses of the next predictions [n]."""
+        places = np.arange(self.at, self.at + len(losses))
+        buckets = np.searchsorted(self._edges, places, side="right") - 1
+        counted = (buckets >= 0) & (buckets < len(self.sums))
+        np.add.at(self.sums, buckets[counted], losses[counted])
+        self.at += len(losses)
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Passages in the middle of which reading stopped, with all that is needed to go on."""
+
+    state: State
+    """A row for each passage."""
+    keys: list[Key]
+    at: list[int]
+    """How many predictions were made of each."""
+    sums: list[list[float]]
+    """Its sums so far, without zeros at the end."""
+
+
+class Reader:
+    """Reads passages, as many at a time as fit, and returns the sums of each that has ended.
+
+    Each result is that of the passage read alone, up to rounding. The passages come from an
+    iterator that is asked when a row is free, so a corpus need not fit into memory. `unfinished`
+    goes on with passages where an earlier reader stopped; they have to come from the iterator.
+    """
+
+    def __init__(
+        self, engine: Engine, passages: Iterable[Passage], unfinished: Unfinished | None = None
+    ) -> None:
+        check_weights(engine)
+        self._engine, self._passages = engine, iter(passages)
+        kind = engine.device.type
+        self._capacity = _ROWS.get(kind, _ROWS_ELSEWHERE)
+        self._positions = _POSITIONS.get(kind, _POSITIONS_ELSEWHERE)
+        self._empty = empty_state(engine)
+        self._rows: list[_Row] = []
+        self._state: State | None = None
+        self._resumed = {} if unfinished is None else _by_key(unfinished)
+
+    @torch.no_grad()
+    def step(self) -> Iterator[tuple[Key, NDArray[np.float64]]] | None:
+        """Read on in all rows; the passages that ended with their sums [edges - 1] in nats.
+
+        None when all passages have been read. ValueError for a token that the model does not know.
+        """
+        self._fill()
+        if not self._rows:
+            return None
+        count = max(1, self._positions // len(self._rows))
+        pieces = [self._piece(row, count) for row in self._rows]
+        losses = self._losses(pieces)
+        for row, found in zip(self._rows, losses, strict=True):
+            row.add(found)
+        ended = [row for row in self._rows if row.at >= row.end]
+        self._keep([i for i, row in enumerate(self._rows) if row.at < row.end])
+        return iter([(row.passage.key, row.sums) for row in ended])
+
+    @property
+    def unfinished(self) -> Unfinished | None:
+        """Where reading stands; None if no passage is in the middle."""
+        if self._state is None or not self._rows:
+            return None
+        return Unfinished(
+            self._state,
+            [row.passage.key for row in self._rows],
+            [row.at for row in self._rows],
+            [np.trim_zeros(row.sums, "b").tolist() for row in self._rows],
+        )
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions were made of the passages that are in the middle."""
+        return sum(row.at for row in self._rows)
+
+    def _fill(self) -> None:
+        """Give free rows to the passages that come next."""
+        coming = list(islice(self._passages, self._capacity - len(self._rows)))
+        if not coming:
+            return
+        states = [] if self._state is None else [self._state]
+        for passage in coming:
+            check_ids(torch.from_numpy(passage.tokens), self._engine.config.vocab_size)
+            row, state = self._resumed.get(passage.key, ((0, []), self._empty))
+            self._rows.append(_Row(passage, row[0], np.asarray(row[1], np.float64)))
+            states.append(state)
+        self._state = State.cat(states)
+
+    def _keep(self, index: list[int]) -> None:
+        if len(index) < len(self._rows):
+            assert self._state is not None
+            self._rows = [self._rows[i] for i in index]
+            self._state = self._state.rows(index) if index else None
+
+    def _piece(self, row: _Row, count: int) -> Tensor:
+        """The tokens of the next predictions, inputs and targets together: int64 [n + 1]."""
+        end = min(row.at + count, row.end)
+        return torch.from_numpy(row.passage.tokens[row.at : end + 1].astype(np.int64))
+
+    def _losses(self, pieces: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+        engine = self._engine
+        tokens, sizes = padded([piece[:-1] for piece in pieces])
+        lengths = None if sizes is None else upload(torch.tensor(sizes), engine.device)
+        with engine.evaluating():
+            features, self._state = engine.features(
+                upload(tokens, engine.device), self._state, lengths=lengths
+            )
+            counts = [len(piece) - 1 for piece in pieces]
+            read = torch.cat([row[:count] for row, count in zip(features, counts, strict=True)])
+            targets = upload(torch.cat([piece[1:] for piece in pieces]), engine.device)
+            losses = torch.cat(
+                [
+                    F.cross_entropy(engine.head(x).float(), y, reduction="none")
+                    for x, y in zip(
+                        read.split(_HEAD_CHUNK), targets.split(_HEAD_CHUNK), strict=True
+                    )
+                ]
+            )
+        return np.split(losses.double().cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def read_all(
+    engine: Engine,
+    passages: Iterable[Passage],
+    progress: Callable[[int], object] = lambda predictions: None,
+) -> dict[Key, NDArray[np.float64]]:
+    """The sums of all passages by key; progress is told how many predictions were made in all."""
+    found: dict[Key, NDArray[np.float64]] = {}
+    lengths: dict[Key, int] = {}
+    done = 0
+
+    def watched() -> Iterator[Passage]:
+        for passage in passages:
+            lengths[passage.key] = passage.edges[-1]
+            yield passage
+
+    reader = Reader(engine, watched())
+    while (ended := reader.step()) is not None:
+        for key, sums in ended:
+            found[key] = sums
+            done += lengths.pop(key)
+        progress(done + reader.predictions)
+    return found
+
+
+def _by_key(unfinished: Unfinished) -> Mapping[Key, tuple[tuple[int, list[float]], State]]:
+    places = zip(unfinished.at, unfinished.sums, strict=True)
+    return {
+        key: (place, unfinished.state.rows(row))
+        for row, (key, place) in enumerate(zip(unfinished.keys, places, strict=True))
+    }
+
+
+def carried(key: Key, tokens: ArrayLike, edges: Sequence[int] | None = None) -> Passage:
+    """A passage that is read as a whole, with carried state; tokens [N + 1] begin with a start."""
+    found = np.asarray(tokens, np.int32)
+    return Passage(key, found, [0, len(found) - 1] if edges is None else edges)
+
+
+def windows(document: int, tokens: ArrayLike, length: int) -> Iterator[Passage]:
+    """Passages of at most `length` predictions each, as published perplexities have them.
+
+    tokens [N + 1] begin with a start. Each token is predicted once. A window begins with the last
+    token of the one before it, and the last window is as long as the others: it reads again what it
+    does not count. This is `get_rolling_token_windows` of lm-evaluation-harness 0.4.13 with a
+    context_len of 1.
+    """
+    found = np.asarray(tokens, np.int32)
+    for number, start in enumerate(range(0, len(found) - 1, length)):
+        end = min(start + length, len(found) - 1)
+        begin = max(0, end - length) if number else 0
+        yield Passage((document, number), found[begin : end + 1], [start - begin, end - begin])
