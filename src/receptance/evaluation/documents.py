@@ -77,14 +77,19 @@ def read_documents(
             number += 1
 
 
-def encoded(number: int, text: Iterable[bytes], tokenizer: Tokenizer) -> Document | None:
-    """A text in pieces as a document; None if it has no token."""
+def encoded(
+    number: int, text: Iterable[bytes], tokenizer: Tokenizer, *, strict: bool = True
+) -> Document | None:
+    """A text in pieces as a document; None if it has no token.
+
+    ValueError if it has to be UTF-8 (`strict`, except for a tokenizer of bytes) and is not.
+    """
     ids: list[NDArray[np.int32]] = []
     size = characters = words = 0
     # Words that a piece cuts in two are counted once, because pieces end at white space.
     for chunk in chunks(text):
         ids.append(np.asarray(tokenizer.encode(chunk), np.int32))
-        known = _decoded(chunk, number, tokenizer)
+        known = _decoded(chunk, number, strict and tokenizer.kind != "bytes")
         size, characters = size + len(chunk), characters + len(known)
         words += len(re.split(r"\s+", known)) - (words > 0)
     tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
@@ -105,9 +110,9 @@ def _texts(files: Iterable[File], text_field: str) -> Iterator[Iterable[bytes]]:
                     raise ValueError(f"{row.where()}: {error}") from None
 
 
-def _decoded(chunk: bytes, number: int, tokenizer: Tokenizer) -> str:
+def _decoded(chunk: bytes, number: int, strict: bool) -> str:
     try:
-        return chunk.decode("utf-8", "replace" if tokenizer.kind == "bytes" else "surrogatepass")
+        return chunk.decode("utf-8", "surrogatepass" if strict else "replace")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"document {number + 1} is not UTF-8: it has the byte 0x{chunk[error.start]:02x}; save "

@@ -50,7 +50,8 @@ def read_split(
         )
     names = list(sizes)
     begin = sum(sizes[name] for name in names[: names.index(split)])
-    document = encoded(0, _blocks(path, begin, sizes[split]), tokenizer)
+    # A split may begin and end inside of a character of UTF-8.
+    document = encoded(0, _blocks(path, begin, sizes[split]), tokenizer, strict=False)
     assert document is not None
     return document
 

@@ -63,6 +63,11 @@ def ratio(sums: ArrayLike, sizes: ArrayLike, what: str = "documents") -> Estimat
     return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}")
 
 
+def exponential(nats: float) -> float:
+    """A perplexity of a mean loss in nats, at most about 1e304: a new model may be that bad."""
+    return math.exp(min(nats, 700.0))
+
+
 def student_quantile(degrees: int) -> float:
     """The quantile of level 0.975 of Student's distribution, to three digits.
 

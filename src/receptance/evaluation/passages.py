@@ -185,26 +185,22 @@ class Reader:
 
 def read_all(
     engine: Engine,
-    passages: Iterable[Passage],
-    progress: Callable[[int], object] = lambda predictions: None,
-) -> dict[Key, NDArray[np.float64]]:
-    """The sums of all passages by key; progress is told how many predictions were made in all."""
-    found: dict[Key, NDArray[np.float64]] = {}
-    lengths: dict[Key, int] = {}
-    done = 0
+    passages: Sequence[Passage],
+    found: Callable[[Key, NDArray[np.float64]], object],
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Read passages; found is told the sums of each, and progress the predictions, done and in all.
 
-    def watched() -> Iterator[Passage]:
-        for passage in passages:
-            lengths[passage.key] = passage.edges[-1]
-            yield passage
-
-    reader = Reader(engine, watched())
+    ValueError for a token that the model does not know.
+    """
+    lengths = {passage.key: int(passage.edges[-1]) for passage in passages}
+    done, total = 0, sum(lengths.values())
+    reader = Reader(engine, passages)
     while (ended := reader.step()) is not None:
         for key, sums in ended:
-            found[key] = sums
-            done += lengths.pop(key)
-        progress(done + reader.predictions)
-    return found
+            done += lengths[key]
+            found(key, sums)
+        progress(done + reader.predictions, total)
 
 
 def _by_key(unfinished: Unfinished) -> Mapping[Key, tuple[tuple[int, list[float]], State]]:

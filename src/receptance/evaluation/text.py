@@ -12,7 +12,7 @@ import numpy as np
 
 from receptance.engine.base import Engine
 from receptance.evaluation.documents import Document
-from receptance.evaluation.intervals import Estimate, ratio
+from receptance.evaluation.intervals import Estimate, exponential, ratio
 from receptance.evaluation.passages import Passage, carried, windows
 from receptance.evaluation.results import Figure, Subject
 from receptance.evaluation.scoring import Scores
@@ -106,8 +106,8 @@ def figures(scores: Scores, model: str) -> list[Figure]:
     estimates: list[tuple[str, str, Estimate]] = [
         ("bits per byte", "bits", ratio(bits, scores.bytes)),
         ("bits per character", "bits", ratio(bits, scores.characters)),
-        ("perplexity per token", "", ratio(nats, scores.tokens).map(_exp)),
-        ("perplexity per word", "", ratio(nats, scores.words).map(_exp)),
+        ("perplexity per token", "", ratio(nats, scores.tokens).map(exponential)),
+        ("perplexity per word", "", ratio(nats, scores.words).map(exponential)),
     ]
     return [
         Figure(
@@ -137,7 +137,3 @@ def details(scores: Scores) -> dict[str, Any]:
             "nats": scores.nats.tolist(),
         }
     return about
-
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # An untrained model may have words of thousands of nats.
