@@ -36,10 +36,8 @@ NOTE = (
 _BLOCK = 1 << 20
 
 
-def read_split(
-    path: Path, split: Split, tokenizer: Tokenizer, sizes: dict[Split, int] = SIZES
-) -> Document:
-    """A split of the file as one document. ValueError unless the file has the size of enwik8."""
+def check(path: Path, sizes: dict[Split, int] = SIZES) -> None:
+    """ValueError unless there is a file with the size of enwik8."""
     wanted = sum(sizes.values())
     if not path.is_file():
         raise ValueError(f"no file {path}; enwik8 is read from a local file")
@@ -48,6 +46,13 @@ def read_split(
             f"{path} has {found:,} bytes and enwik8 has {wanted:,}; unpack enwik8.zip, or give "
             "another file with text="
         )
+
+
+def read_split(
+    path: Path, split: Split, tokenizer: Tokenizer, sizes: dict[Split, int] = SIZES
+) -> Document:
+    """A split of the file as one document. ValueError unless the file has the size of enwik8."""
+    check(path, sizes)
     names = list(sizes)
     begin = sum(sizes[name] for name in names[: names.index(split)])
     # A split may begin and end inside of a character of UTF-8.

@@ -9,11 +9,9 @@ import contextlib
 import difflib
 import functools
 import json
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 from receptance.data.templates import Message, Template, find_template
@@ -35,7 +33,9 @@ except ImportError as error:
 
 from receptance.engine.base import Engine
 from receptance.evaluation.answers import Answers, Encoded, Progress, ToContinue, request_key
+from receptance.evaluation.intervals import resampled_error
 from receptance.evaluation.journal import Journal
+from receptance.evaluation.lambada import local_task
 from receptance.evaluation.quiet import own_random_numbers, replaced, silent
 from receptance.evaluation.tasks import TaskOptions, TaskRun
 from receptance.tokenizer import Tokenizer
@@ -46,19 +46,6 @@ _REMEMBERED = 64
 _RESAMPLES = 1000
 # The harness seeds Python with the first and all else with the second, unless it is told otherwise.
 _SEEDS = (0, 1234)
-# The task lambada_openai of the harness, for a file in place of the data set of the hub.
-_LAMBADA: dict[str, Any] = {
-    "task": "lambada_openai",
-    "output_type": "loglikelihood",
-    "test_split": "test",
-    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-    "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-    "metric_list": [
-        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-    ],
-    "metadata": {"version": 1.0},
-}
 # Loggers that would write to the terminal.
 _LOGGERS = ("lm_eval", "datasets", "huggingface_hub", "transformers")
 
@@ -269,10 +256,8 @@ def _specs(options: TaskOptions) -> dict[str, tuple[TaskManager, str | dict[str,
     """
     folders = [str(path) for path in options.include_path]
     own = TaskManager(include_path=folders, include_defaults=False)
-    if options.lambada is not None:
-        local = {_LAMBADA["task"]: (own, _LAMBADA | _local(options.lambada))}
-    else:
-        local = {}
+    lambada = [] if options.lambada is None else [local_task(options.lambada)]
+    local = {task["task"]: (own, task) for task in lambada}
     manager = own
     if not all(name in local or _matching(name, own) for name in options.tasks):
         manager = TaskManager(include_path=folders, include_defaults=True)
@@ -283,13 +268,6 @@ def _specs(options: TaskOptions) -> dict[str, tuple[TaskManager, str | dict[str,
             raise ValueError(_unknown(name, manager, options))
         found |= {each: local.get(each, (manager, each)) for each in matching}
     return found
-
-
-def _local(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"no file {file}; lambada is a .jsonl file with a field text")
-    data = {"test": str(file.resolve())}
-    return {"dataset_path": "json", "dataset_kwargs": {"data_files": data}}
 
 
 def _matching(name: str, manager: TaskManager) -> list[str]:
@@ -355,18 +333,9 @@ def _tame() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(evaluator, "get_git_commit_hash", lambda: None))
         stack.enter_context(replaced(evaluator, "add_env_info", _add_versions))
-        stack.enter_context(replaced(metrics, "bootstrap_stderr", _resampled))
+        stack.enter_context(replaced(metrics, "bootstrap_stderr", resampled_error))
         yield
 
 
 def _add_versions(results: dict[str, Any]) -> None:
     results["lm_eval_version"] = metadata.version("lm_eval")
-
-
-def _resampled(
-    metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int
-) -> float:
-    """The standard error of a metric over resamples, drawn as the harness draws them."""
-    generator = random.Random(0)
-    drawn = (generator.choices(values, k=len(values)) for _ in range(max(2, iters)))
-    return stdev(map(metric, drawn))

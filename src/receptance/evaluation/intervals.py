@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,7 +26,7 @@ class Estimate:
     high: float | None
     """Both ends are None if there are fewer than two documents, which tell nothing of others."""
     interval: str
-    """What the interval is, such as "95 % over 120 documents"; empty if there is none."""
+    """What the interval is, such as "95 % over 120 documents, Student's t"; empty without one."""
 
     def map(self, function: Callable[[float], float]) -> Estimate:
         """The estimate of a monotonic function of the number; its interval maps with it."""
@@ -60,7 +63,19 @@ def ratio(sums: ArrayLike, sizes: ArrayLike, what: str = "documents") -> Estimat
     spread = float(np.square(tops - value * bottoms).sum())
     error = math.sqrt(count / (count - 1) * spread) / float(bottoms.sum())
     reach = student_quantile(count - 1) * error
-    return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}")
+    return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}, Student's t")
+
+
+def resampled_error(
+    metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int
+) -> float:
+    """The standard error of a metric over resamples of its values, drawn from a fixed seed.
+
+    It has the arguments of `bootstrap_stderr` of lm-evaluation-harness.
+    """
+    generator = random.Random(0)
+    drawn = (generator.choices(values, k=len(values)) for _ in range(max(2, iters)))
+    return stdev(map(metric, drawn))
 
 
 def exponential(nats: float) -> float:

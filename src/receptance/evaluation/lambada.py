@@ -19,6 +19,19 @@ from receptance.evaluation.results import Figure
 from receptance.tokenizer import Tokenizer
 
 _WHAT = "examples"
+# The task lambada_openai of lm-evaluation-harness 0.4.13 without its data set.
+_TASK: dict[str, Any] = {
+    "task": "lambada_openai",
+    "output_type": "loglikelihood",
+    "test_split": "test",
+    "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
+    "doc_to_target": "{{' '+text.split(' ')[-1]}}",
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+    ],
+    "metadata": {"version": 1.0},
+}
 
 
 def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
@@ -53,6 +66,14 @@ def _example(line: bytes, where: str) -> tuple[str, str]:
     if not before.strip() or not word:
         raise ValueError(f"{where}: {text[:40]!r} has no last word behind a space")
     return before, space + word
+
+
+def local_task(file: Path) -> dict[str, Any]:
+    """The harness's task lambada_openai on a local file. ValueError if there is no such file."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}; lambada is a .jsonl file with a field text")
+    data = {"test": str(file.resolve())}
+    return _TASK | {"dataset_path": "json", "dataset_kwargs": {"data_files": data}}
 
 
 def score_lambada(
