@@ -21,9 +21,10 @@ def show_result(console: Console, result: Result) -> None:
         console.print(_figures_table(result.figures))
     if result.curves:
         console.print(_curves_table(result))
-    for interval in dict.fromkeys(x.interval for x in (*result.figures, *result.curves)):
-        if interval:
-            say(console, f"- interval: {interval}")
+    intervals = [figure.interval for figure in result.figures]
+    intervals += [curve.interval for curve in result.curves]
+    for interval in filter(None, dict.fromkeys(intervals)):
+        say(console, f"- interval: {interval}")
     for model, details in result.details.items():
         if details.get("paper"):
             console.print(_paper_table(model, details["paper"]))
@@ -50,10 +51,17 @@ def _figures_table(figures: Sequence[Figure]) -> Table:
         parts.append(figure.name)
         if "prefix" in about:
             parts.append(f"prefix {about['prefix']}")
-        reach = "" if figure.low is None else f"{figure.low:.4f} to {figure.high:.4f}"
-        value = f"{figure.value:.4f} {figure.unit}".rstrip()
+        known = figure.low is not None and figure.high is not None
+        reach = f"{_number(figure.low)} to {_number(figure.high)}" if known else ""
+        value = f"{_number(figure.value)} {figure.unit}".rstrip()
         table.add_row(str(figure.model), ", ".join(parts), value, reach)
     return table
+
+
+def _number(value: float | None) -> str:
+    """Four decimals, or four digits of a number that is large."""
+    assert value is not None
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def _curves_table(result: Result) -> Table:
