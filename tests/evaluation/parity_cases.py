@@ -1,4 +1,4 @@
-"""The harness's own class over transformers' models, and an engine of ours over the same weights."""
+"""The harness's own class over transformers' models, and our engines over the same weights."""
 
 from __future__ import annotations
 

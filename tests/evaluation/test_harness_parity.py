@@ -68,7 +68,9 @@ def instances(kind: str, arguments) -> list[Instance]:
 def test_log_likelihoods(pair):
     engine, theirs, _ = pair
     requests = instances("loglikelihood", PAIRS)
-    compare(ours(engine).loglikelihood(requests), theirs.loglikelihood(requests))
+    found, wanted = ours(engine).loglikelihood(requests), theirs.loglikelihood(requests)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in wanted], atol=BOUND, rtol=1e-6)
 
 
 def test_log_likelihoods_in_windows(pair):
@@ -101,8 +103,3 @@ def test_greedy_continuations(pair):
     # One row at a time: a batch of transformers' RWKV would read its padding.
     theirs.batch_size_per_gpu = 1
     assert ours(engine).generate_until(requests) == theirs.generate_until(requests)
-
-
-def compare(found, wanted) -> None:
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
-    np.testing.assert_allclose([x for x, _ in found], [x for x, _ in wanted], atol=BOUND, rtol=1e-6)

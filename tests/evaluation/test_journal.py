@@ -1,4 +1,4 @@
-"""Journals: what was added is there again, a torn line is not, and nothing else is taken for one."""
+"""Journals: what was added is there again, a torn line is not, and other files are refused."""
 
 from __future__ import annotations
 

@@ -103,6 +103,13 @@ class Options:
     """Write the result to this JSON file, and keep what is computed beside it meanwhile."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
+    def __post_init__(self) -> None:
+        least = {"limit": 1, "positions": 2, "max_length": 1}
+        for name, smallest in {**least, "num_fewshot": 0, "samples": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+
     @property
     def kind(self) -> str:
         """What is measured, by the name of its option."""
@@ -124,7 +131,6 @@ def check(options: Options) -> None:
     if len(set(names_of(options.models))) < len(options.models):
         raise ValueError("a model is named twice; name each once")
     _check_kind(options)
-    _check_numbers(options)
     if options.plot is not None:
         check_picture(expanded(options.plot))
     if options.out is not None:
@@ -150,13 +156,6 @@ def _check_kind(options: Options) -> None:
         )
     if options.kind in ("tasks", "preset") and len(options.prefix) > 1:
         raise ValueError("tasks have one --prefix; repeat the command for another")
-
-
-def _check_numbers(options: Options) -> None:
-    for name, least in (("limit", 1), ("samples", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
 
 
 def names_of(models: Sequence[str]) -> list[str]:

@@ -230,7 +230,7 @@ def _evaluate(model: EngineLM, tasks: list[Any], options: TaskOptions) -> dict[s
 
 def _load(options: TaskOptions, progress: Progress) -> tuple[list[Any], dict[str, str]]:
     """The tasks and groups, and the reasons why others are missing."""
-    specs = _specs(options)
+    specs = _specs(options, progress)
     found: list[Any] = []
     missing: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -249,7 +249,9 @@ def _load(options: TaskOptions, progress: Progress) -> tuple[list[Any], dict[str
     return found, missing
 
 
-def _specs(options: TaskOptions) -> dict[str, tuple[TaskManager, str | dict[str, Any]]]:
+def _specs(
+    options: TaskOptions, progress: Progress
+) -> dict[str, tuple[TaskManager, str | dict[str, Any]]]:
     """What each name is loaded from, and by which index.
 
     Only if a name is not among the user's own tasks, those of the harness are indexed.
@@ -260,6 +262,7 @@ def _specs(options: TaskOptions) -> dict[str, tuple[TaskManager, str | dict[str,
     local = {task["task"]: (own, task) for task in lambada}
     manager = own
     if not all(name in local or _matching(name, own) for name in options.tasks):
+        progress("indexing the harness's tasks", 0, 0)
         manager = TaskManager(include_path=folders, include_defaults=True)
     found: dict[str, tuple[TaskManager, str | dict[str, Any]]] = {}
     for name in options.tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -44,28 +44,33 @@ class Passage:
     """Increasing, the last of them at most N."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Row:
     passage: Passage
-    at: int = 0
-    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    edges: NDArray[np.int64]
+    at: int
+    sums: NDArray[np.float64]
 
-    def __post_init__(self) -> None:
-        self._edges = np.asarray(self.passage.edges)
-        self.sums = np.concatenate([self.sums, np.zeros(len(self._edges) - 1 - len(self.sums))])
+    @classmethod
+    def begin(cls, passage: Passage, at: int = 0, sums: Sequence[float] = ()) -> _Row:
+        """A row that has made `at` predictions, with its first sums so far."""
+        edges = np.asarray(passage.edges, np.int64)
+        missing = np.zeros(len(edges) - 1 - len(sums))
+        return cls(passage, edges, at, np.concatenate([np.asarray(sums, np.float64), missing]))
 
     @property
     def end(self) -> int:
         """The number of predictions that are made."""
-        return int(self._edges[-1])
+        return int(self.edges[-1])
 
-    def add(self, losses: NDArray[np.float64]) -> None:
-        """Count the losses of the next predictions [n]."""
+    def after(self, losses: NDArray[np.float64]) -> _Row:
+        """The row with the losses of the next predictions [n] counted."""
         places = np.arange(self.at, self.at + len(losses))
-        buckets = np.searchsorted(self._edges, places, side="right") - 1
+        buckets = np.searchsorted(self.edges, places, side="right") - 1
         counted = (buckets >= 0) & (buckets < len(self.sums))
-        np.add.at(self.sums, buckets[counted], losses[counted])
-        self.at += len(losses)
+        sums = self.sums.copy()
+        np.add.at(sums, buckets[counted], losses[counted])
+        return replace(self, at=self.at + len(losses), sums=sums)
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,8 @@ class Reader:
         self._capacity = _ROWS.get(kind, _ROWS_ELSEWHERE)
         self._positions = _POSITIONS.get(kind, _POSITIONS_ELSEWHERE)
         self._empty = empty_state(engine)
-        self._rows: list[_Row] = []
-        self._state: State | None = None
+        # Both change in one assignment: whatever interrupts a step, they belong together.
+        self._standing: tuple[list[_Row], State | None] = [], None
         self._resumed = {} if unfinished is None else _by_key(unfinished)
 
     @torch.no_grad()
@@ -109,65 +114,63 @@ class Reader:
         None when all passages have been read. ValueError for a token that the model does not know.
         """
         self._fill()
-        if not self._rows:
+        rows, before = self._standing
+        if not rows:
             return None
-        count = max(1, self._positions // len(self._rows))
-        pieces = [self._piece(row, count) for row in self._rows]
-        losses = self._losses(pieces)
-        for row, found in zip(self._rows, losses, strict=True):
-            row.add(found)
-        ended = [row for row in self._rows if row.at >= row.end]
-        self._keep([i for i, row in enumerate(self._rows) if row.at < row.end])
-        return iter([(row.passage.key, row.sums) for row in ended])
+        count = max(1, self._positions // len(rows))
+        losses, state = self._losses([self._piece(row, count) for row in rows], before)
+        rows = [row.after(found) for row, found in zip(rows, losses, strict=True)]
+        going = [i for i, row in enumerate(rows) if row.at < row.end]
+        kept = state if len(going) == len(rows) else state.rows(going)
+        self._standing = [rows[i] for i in going], kept
+        return iter([(row.passage.key, row.sums) for row in rows if row.at >= row.end])
 
     @property
     def unfinished(self) -> Unfinished | None:
         """Where reading stands; None if no passage is in the middle."""
-        if self._state is None or not self._rows:
+        rows, state = self._standing
+        if state is None or not rows:
             return None
         return Unfinished(
-            self._state,
-            [row.passage.key for row in self._rows],
-            [row.at for row in self._rows],
-            [np.trim_zeros(row.sums, "b").tolist() for row in self._rows],
+            state,
+            [row.passage.key for row in rows],
+            [row.at for row in rows],
+            [np.trim_zeros(row.sums, "b").tolist() for row in rows],
         )
 
     @property
     def predictions(self) -> int:
         """How many predictions were made of the passages that are in the middle."""
-        return sum(row.at for row in self._rows)
+        return sum(row.at for row in self._standing[0])
 
     def _fill(self) -> None:
         """Give free rows to the passages that come next."""
-        coming = list(islice(self._passages, self._capacity - len(self._rows)))
+        rows, before = self._standing
+        coming = list(islice(self._passages, self._capacity - len(rows)))
         if not coming:
             return
-        states = [] if self._state is None else [self._state]
+        states = [] if before is None else [before]
         for passage in coming:
             check_ids(torch.from_numpy(passage.tokens), self._engine.config.vocab_size)
-            row, state = self._resumed.get(passage.key, ((0, []), self._empty))
-            self._rows.append(_Row(passage, row[0], np.asarray(row[1], np.float64)))
+            (at, sums), state = self._resumed.get(passage.key, ((0, []), self._empty))
+            rows = [*rows, _Row.begin(passage, at, sums)]
             states.append(state)
-        self._state = State.cat(states)
-
-    def _keep(self, index: list[int]) -> None:
-        if len(index) < len(self._rows):
-            assert self._state is not None
-            self._rows = [self._rows[i] for i in index]
-            self._state = self._state.rows(index) if index else None
+        self._standing = rows, State.cat(states)
 
     def _piece(self, row: _Row, count: int) -> Tensor:
         """The tokens of the next predictions, inputs and targets together: int64 [n + 1]."""
         end = min(row.at + count, row.end)
         return torch.from_numpy(row.passage.tokens[row.at : end + 1].astype(np.int64))
 
-    def _losses(self, pieces: Sequence[Tensor]) -> list[NDArray[np.float64]]:
+    def _losses(
+        self, pieces: Sequence[Tensor], before: State | None
+    ) -> tuple[list[NDArray[np.float64]], State]:
         engine = self._engine
         tokens, sizes = padded([piece[:-1] for piece in pieces])
         lengths = None if sizes is None else upload(torch.tensor(sizes), engine.device)
         with engine.evaluating():
-            features, self._state = engine.features(
-                upload(tokens, engine.device), self._state, lengths=lengths
+            features, state = engine.features(
+                upload(tokens, engine.device), before, lengths=lengths
             )
             counts = [len(piece) - 1 for piece in pieces]
             read = torch.cat([row[:count] for row, count in zip(features, counts, strict=True)])
@@ -180,7 +183,7 @@ class Reader:
                     )
                 ]
             )
-        return np.split(losses.double().cpu().numpy(), np.cumsum(counts)[:-1])
+        return np.split(losses.double().cpu().numpy(), np.cumsum(counts)[:-1]), state
 
 
 def read_all(

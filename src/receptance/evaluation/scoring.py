@@ -104,7 +104,6 @@ class _Run:
             self._ends[passage.key] = int(passage.edges[-1])
             return False
         self._bytes += self.weights.pop(passage.key) * int(passage.edges[-1])
-        self.progress(self._bytes)
         return True
 
     def read(self, passages: Iterable[Passage]) -> None:
