@@ -186,7 +186,7 @@ class TestMistakes:
     def test_missing_data(self, folder, tmp_path):
         text = CHOICE.format(name="lost", kind="json", data=tmp_path / "none.jsonl")
         (tmp_path / "lost.yaml").write_text(text)
-        with pytest.raises(ValueError, match="task lost cannot be loaded") as refused:
+        with pytest.raises(ValueError, match="task lost: it cannot be loaded") as refused:
             run(tmp_path, "lost")
         assert "\n" not in str(refused.value)
 
@@ -194,7 +194,7 @@ class TestMistakes:
         text = (folder / "mine.yaml").read_text().replace("question", "qestion")
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(
-            ValueError, match=r"task mine cannot be loaded: .*'qestion' is undefined"
+            ValueError, match=r"task mine: it cannot be loaded ..*'qestion' is undefined"
         ) as refused:
             run(tmp_path, "mine")
         assert "\n" not in str(refused.value)
@@ -284,3 +284,30 @@ harness.run_tasks(make_model(300), small_bpe(300), options)
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_tasks_without_data_are_left_out_with_their_reasons(folder, tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        text = CHOICE.format(name=name, kind="json", data=folder / "data.jsonl")
+        (tmp_path / f"{name}.yaml").write_text(text)
+    load = harness.TaskManager.load
+
+    def unreachable(self, tasks):
+        if tasks == ["there"]:
+            raise ConnectionError("no network")
+        return load(self, tasks)
+
+    monkeypatch.setattr(harness.TaskManager, "load", unreachable)
+    found = run(tmp_path, "there", "here", skip_missing=True, limit=2)
+    assert found.results["results"].keys() == {"here"}
+    assert found.missing.keys() == {"there"} and "cannot be reached" in found.missing["there"]
+    with pytest.raises(ValueError, match="task there: the data set is on the hub"):
+        run(tmp_path, "there", "here")
+    with pytest.raises(ValueError, match="no task can be loaded; there: "):
+        run(tmp_path, "there", skip_missing=True)
+
+
+def test_the_interval_of_a_perplexity_is_positive():
+    results = {"results": {"t": {"perplexity,none": 20.0, "perplexity_stderr,none": 30.0}}}
+    (found,) = figures(results, "m")
+    assert 0 < found.low < 20 < found.high

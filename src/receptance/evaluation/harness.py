@@ -239,13 +239,14 @@ def _load(options: TaskOptions, progress: Progress) -> tuple[list[Any], dict[str
             try:
                 found += _outermost(manager.load([spec]))
             except Exception as error:
-                missing[name] = _why(name, error)
+                missing[name] = _why(error)
                 if not options.skip_missing:
-                    raise ValueError(missing[name]) from error
+                    raise ValueError(f"task {name}: {missing[name]}") from error
                 if isinstance(error, ConnectionError):  # Each attempt would take half a minute.
                     _go_offline(stack)
     if not found:
-        raise ValueError(f"no task can be loaded; {next(iter(missing.values()))}")
+        name, reason = next(iter(missing.items()))
+        raise ValueError(f"no task can be loaded; {name}: {reason}")
     return found, missing
 
 
@@ -305,13 +306,14 @@ def _outermost(loaded: Mapping[str, Any]) -> list[Task | Group]:
     return [each for name, each in every if name not in inside]
 
 
-def _why(name: str, error: Exception) -> str:
+def _why(error: Exception) -> str:
+    """Why a task cannot be loaded."""
     if isinstance(error, ConnectionError):
         return (
-            f"task {name} wants a data set of the hub, which cannot be reached: {_said(error)}; "
-            "give a local copy with a YAML file of your own"
+            "the data set is on the hub, which cannot be reached; give a local copy with a YAML "
+            "file of your own"
         )
-    return f"task {name} cannot be loaded: {_said(error)}"
+    return f"it cannot be loaded ({_said(error)})"
 
 
 def _said(error: Exception) -> str:

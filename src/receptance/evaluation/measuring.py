@@ -194,7 +194,9 @@ def measure_tasks(
         )
     found = Found(tasks.figures(run.results, model.name))
     found.notes = [f"{model.name}: {options.protocol}", f"{model.name}: {_spared(run)}"]
-    found.notes += [f"left out: {reason}" for reason in run.missing.values()]
+    for reason in dict.fromkeys(run.missing.values()):
+        names = ", ".join(name for name, why in run.missing.items() if why == reason)
+        found.notes.append(f"left out: {names}: {reason}")
     results = {name: value for name, value in run.results.items() if name != "samples"}
     if samples:
         results["samples"] = tasks.some_samples(run.results, samples)

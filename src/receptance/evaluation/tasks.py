@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from receptance.data.templates import find_template
+from receptance.evaluation.intervals import exponential
 from receptance.evaluation.prefixes import PREFIXES, Prefix, prefix_ids
 from receptance.evaluation.results import Figure
 from receptance.tokenizer import ByteTokenizer
@@ -107,7 +108,7 @@ def _figure(
     value: float,
     error: Any,
 ) -> Figure:
-    known = isinstance(error, int | float)
+    low, high = _interval(name, value, error) if isinstance(error, int | float) else (None, None)
     count = results.get("n-samples", {}).get(task, {}).get("effective")
     about = {
         "task": task,
@@ -121,11 +122,19 @@ def _figure(
         name=name,
         value=value,
         model=model,
-        low=value - _REACH * error if known else None,
-        high=value + _REACH * error if known else None,
-        interval=f"95 %, {_REACH} standard errors over documents" if known else "",
+        low=low,
+        high=high,
+        interval="" if low is None else f"95 %, {_REACH} standard errors over documents",
         about=about,
     )
+
+
+def _interval(name: str, value: float, error: float) -> tuple[float, float]:
+    """The ends of an interval; that of a perplexity is one of its logarithm, so it is positive."""
+    if name.endswith("perplexity") and value > 0:
+        factor = exponential(_REACH * error / value)
+        return value / factor, value * factor
+    return value - _REACH * error, value + _REACH * error
 
 
 def some_samples(results: Mapping[str, Any], count: int) -> dict[str, list[dict[str, Any]]]:
