@@ -53,7 +53,8 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, "cpu-10min", "one-gpu", "tiny-python"}
+    others = {"cpu-10min", "one-gpu", "tiny-python", "enwik8-6", "enwik8-12"}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *others}
 
 
 @pytest.mark.parametrize("name", recipe_names())
