@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ def test_ctrl_c_keeps_what_was_computed(model, text, monkeypatch):
     assert not list(text.glob("*.progress*"))
 
 
+def test_without_the_harness_one_line_says_what_to_install(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "receptance.evaluation.harness", raising=False)
+    monkeypatch.delattr("receptance.evaluation.harness", raising=False)
+    done = call("evaluate", model / "ours", "--tasks", "piqa")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "pip install 'receptance[evaluate]'" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -142,6 +152,7 @@ def test_ctrl_c_keeps_what_was_computed(model, text, monkeypatch):
         ("ours --lambada b.txt", "line 1"),
         ("ours --tasks t.yaml", "no file t.yaml"),
         ("ours --tasks a --prefix newline --prefix token-0", "tasks have one --prefix"),
+        ("ours --tasks a --lambada b.txt", "add --tasks lambada_openai"),
         ("none --text b.txt", "none"),
     ],
 )

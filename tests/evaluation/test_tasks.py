@@ -125,7 +125,7 @@ def test_windows_of_a_length(folder):
     short, whole = run(folder, "read", max_length=6), run(folder, "read")
     bits = "bits_per_byte,none"
     assert short.results["results"]["read"][bits] != whole.results["results"]["read"][bits]
-    with pytest.raises(ValueError, match="take longer windows"):
+    with pytest.raises(ValueError, match="set max_length to more"):
         run(folder, "continue", max_length=4)
 
 

@@ -154,6 +154,9 @@ def _check_kind(options: Options) -> None:
             "--positions reads each document by itself with carried state; leave out --whole and "
             "--max-length"
         )
+    reads_file = options.preset is not None or "lambada_openai" in options.tasks
+    if options.lambada is not None and options.kind == "tasks" and not reads_file:
+        raise ValueError("no task reads the file of --lambada; add --tasks lambada_openai")
     if options.kind in ("tasks", "preset") and len(options.prefix) > 1:
         raise ValueError("tasks have one --prefix; repeat the command for another")
 

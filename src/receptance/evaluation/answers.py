@@ -111,8 +111,8 @@ class Answers:
             return Request(context, rest)
         if len(rest) > self.max_length:
             raise ValueError(
-                f"a continuation has {len(rest)} tokens and max_length is {self.max_length}; take "
-                "longer windows"
+                f"a continuation has {len(rest)} tokens, and windows {self.max_length}; set "
+                "max_length to more"
             )
         return Request(context[-(self.max_length + 1 - len(rest)) :], rest)
 
@@ -174,8 +174,8 @@ class Answers:
             most = self.max_length - options.max_tokens
             if most < 1:
                 raise ValueError(
-                    f"task {text.task} generates {options.max_tokens} tokens and max_length is "
-                    f"{self.max_length}; take longer windows"
+                    f"task {text.task} generates {options.max_tokens} tokens, and windows have "
+                    f"{self.max_length}; set max_length to more"
                 )
             ids = ids[-most:]
         return Continuation(ids, options, text.task)

@@ -57,7 +57,7 @@ class TaskOptions:
         prefix_ids(self.prefix, ByteTokenizer())
         for path in self.include_path:
             if not path.is_dir():
-                raise ValueError(f"include_path is {path}, which is no folder of tasks")
+                raise ValueError(f"no folder {path}; set include_path to one with tasks in YAML")
 
     @property
     def protocol(self) -> str:
