@@ -1,4 +1,4 @@
-"""Pictures of a run's losses and of a model's decays, drawn with matplotlib."""
+"""Pictures of losses and of a model's decays, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -68,6 +69,38 @@ def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> Non
     axes.set_xlabel("channels, those that remember longest first")
     axes.set_ylabel("kept from a token to the next, exp(-w)")
     axes.legend(fontsize="x-small", ncols=2)
+    axes.grid(alpha=0.3)
+    _save(figure, picture)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve, and the ends of the interval around each of its points."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+def draw_lines(lines: Sequence[Line], picture: Path, *, x: str, y: str, title: str = "") -> None:
+    """Draw curves over each other, with the place x on a logarithmic scale of base 2, as a PNG.
+
+    x and y are the names of the axes. ValueError if a file that is not a PNG is in the way, or if
+    matplotlib is not installed.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    for line in lines:
+        (drawn,) = axes.plot(line.x, line.y, "o-", label=line.label, markersize=3)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize="small")
+    axes.legend()
     axes.grid(alpha=0.3)
     _save(figure, picture)
 

@@ -60,7 +60,7 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
-    others = {"cpu-10min", "one-gpu", "tiny-python"}
+    others = {"cpu-10min", "one-gpu", "tiny-python", "enwik8-6", "enwik8-12"}
     assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *others}
 
 

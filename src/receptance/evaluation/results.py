@@ -113,7 +113,7 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Write the result as JSON. ValueError if something else than a result is at path."""
-        check_replaceable(path, "the result", "a result", _is_result)
+        check_replaceable(path, "the result", "a result", is_result)
         content = {"format": FORMAT, "schema": SCHEMA, **dataclasses.asdict(self)}
         with written(path) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -147,6 +147,7 @@ def versions(*packages: str) -> dict[str, str]:
     return found | {name: metadata.version(name) for name in ("torch", *packages)}
 
 
-def _is_result(path: Path) -> bool:
+def is_result(path: Path) -> bool:
+    """Whether the file at path looks like a result; OSError if it cannot be read."""
     with path.open("rb") as file:
         return FORMAT.encode() in file.read(100)

@@ -1,0 +1,105 @@
+"""Means and ratios over documents, with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+_LEVEL = 0.975
+# The normal distribution's quantile of that level.
+_NORMAL = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+    """Both ends are None if there are fewer than two documents, which tell nothing of others."""
+    interval: str
+    """What the interval is, such as "95 % over 120 documents, Student's t"; empty without one."""
+
+    def map(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate of a monotonic function of the number; its interval maps with it."""
+        if self.low is None or self.high is None:
+            return Estimate(function(self.value), None, None, self.interval)
+        low, high = sorted((function(self.low), function(self.high)))
+        return Estimate(function(self.value), low, high, self.interval)
+
+
+def mean(values: ArrayLike, what: str = "documents") -> Estimate:
+    """The mean of one value for each document [N], with Student's interval."""
+    found = np.asarray(values, np.float64)
+    return ratio(found, np.ones_like(found), what)
+
+
+def ratio(sums: ArrayLike, sizes: ArrayLike, what: str = "documents") -> Estimate:
+    """The sum of all documents' sums [N] over the sum of their sizes [N].
+
+    Nats and bytes, for example, give nats per byte, in which a long document counts for more. The
+    standard error is that of a ratio estimator: documents are drawn, and the ratio is linear in
+    them near its value (the delta method); Student's quantile makes 95 % of it. ValueError without
+    documents or with a total size of 0.
+    """
+    tops, bottoms = np.asarray(sums, np.float64), np.asarray(sizes, np.float64)
+    if tops.shape != bottoms.shape or tops.ndim != 1:
+        raise ValueError(
+            f"{list(tops.shape)} sums for {list(bottoms.shape)} sizes; wanted [N] both"
+        )
+    if not bottoms.sum() > 0:
+        raise ValueError("nothing to average: there are no documents with anything in them")
+    count, value = len(tops), float(tops.sum() / bottoms.sum())
+    if count < 2:
+        return Estimate(value, None, None, "")
+    spread = float(np.square(tops - value * bottoms).sum())
+    error = math.sqrt(count / (count - 1) * spread) / float(bottoms.sum())
+    reach = student_quantile(count - 1) * error
+    return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}, Student's t")
+
+
+def resampled_error(
+    metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int
+) -> float:
+    """The standard error of a metric over resamples of its values, drawn from a fixed seed.
+
+    It has the arguments of `bootstrap_stderr` of lm-evaluation-harness.
+    """
+    generator = random.Random(0)
+    drawn = (generator.choices(values, k=len(values)) for _ in range(max(2, iters)))
+    return stdev(map(metric, drawn))
+
+
+def exponential(nats: float) -> float:
+    """A perplexity of a mean loss in nats, at most about 1e304: a new model may be that bad."""
+    return math.exp(min(nats, 700.0))
+
+
+def student_quantile(degrees: int) -> float:
+    """The quantile of level 0.975 of Student's distribution, to three digits.
+
+    It is exact for 1 and 2 degrees of freedom; for more it is the expansion of Cornish and Fisher
+    around the normal distribution (Abramowitz and Stegun, 26.7.5).
+    """
+    if degrees < 1:
+        raise ValueError(f"degrees is {degrees}; a spread needs at least two values")
+    if degrees == 1:
+        return math.tan(math.pi * (_LEVEL - 0.5))
+    if degrees == 2:
+        return (2 * _LEVEL - 1) / math.sqrt(2 * _LEVEL * (1 - _LEVEL))
+    z = _NORMAL
+    terms: Sequence[float] = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))

@@ -1,0 +1,61 @@
+"""Intervals against scipy, against formulas, and against how often they hold the truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from receptance.evaluation.intervals import mean, ratio, resampled_error, student_quantile
+
+
+@pytest.mark.parametrize("degrees", [*range(1, 12), 30, 119, 5000])
+def test_quantiles_are_those_of_students_distribution(degrees):
+    stats = pytest.importorskip("scipy.stats")
+    assert student_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=2e-3)
+
+
+def test_the_interval_of_a_mean_is_the_usual_one():
+    stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=40)
+    found = mean(values)
+    low, high = stats.t.interval(0.95, 39, loc=values.mean(), scale=stats.sem(values))
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-4)
+    assert found.interval == "95 % over 40 documents, Student's t"
+
+
+def test_a_long_document_counts_for_more_in_a_ratio():
+    assert ratio([1.0, 30.0], [1.0, 10.0]).value == pytest.approx(31 / 11)
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
+    generator, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        sizes = generator.integers(10, 1000, size=30)
+        sums = sizes * generator.normal(2.0, 0.5, size=30)
+        found = ratio(sums, sizes)
+        held += found.low < 2.0 < found.high
+    assert 360 <= held <= 396  # 380 are expected, with a standard deviation of 4.4.
+
+
+def test_one_document_has_no_interval():
+    found = ratio([2.0], [4.0])
+    assert (found.value, found.low, found.high, found.interval) == (0.5, None, None, "")
+    assert found.map(lambda x: x + 1).value == 1.5
+
+
+def test_a_falling_function_turns_an_interval_round():
+    found = mean([1.0, 2.0, 3.0]).map(lambda x: -x)
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize(("sums", "sizes"), [([], []), ([1.0], [0.0]), ([1.0], [1.0, 2.0])])
+def test_what_cannot_be_averaged_is_refused(sums, sizes):
+    with pytest.raises(ValueError):
+        ratio(sums, sizes)
+
+
+def test_resampling_agrees_with_the_formula_of_a_mean():
+    values = np.random.default_rng(2).normal(size=200).tolist()
+    exact = np.std(values, ddof=1) / np.sqrt(200)
+    assert resampled_error(lambda x: sum(x) / len(x), values, 500) == pytest.approx(exact, rel=0.15)
