@@ -82,7 +82,7 @@ class Baseline(Family):
             model: nn.Module = self._build(shape)
         return model
 
-    def ends(self, model: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    def ends(self, model: Any) -> tuple[Tensor, Tensor]:
         return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
     def mixing_flops(self, shape: Shape, context: int) -> int:
@@ -165,7 +165,8 @@ class _CachingDecoder:
     def __init__(self, model: Any) -> None:
         from transformers import DynamicCache
 
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model = model
+        self.cache: Any = DynamicCache(config=model.config)
         self.next = torch.zeros(1, 1, dtype=torch.int64)
 
     @torch.no_grad()

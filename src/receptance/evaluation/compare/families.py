@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ class Decoder(Protocol):
 class Family(ABC):
     """One architecture at all sizes."""
 
-    name: ClassVar[str] | str
+    name: str
     """The name in options, figures and file names."""
-    label: ClassVar[str] | str
+    label: str
     """What it is, in a few words."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Family(ABC):
         """The model without memory for its weights, to be counted."""
 
     @abstractmethod
-    def ends(self, model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    def ends(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """The matrices of the embedding and of the head [V,C]."""
 
     @abstractmethod
@@ -151,7 +151,7 @@ class RWKV(Family):
         with torch.device("meta"):
             return Model(self.config(shape))
 
-    def ends(self, model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    def ends(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         assert isinstance(model, Model)
         return model.emb.weight, model.head.weight
 

@@ -36,9 +36,7 @@ def counts(family: Family, shape: Shape, context: int) -> Counts:
     model = family.skeleton(shape)
     sizes = {id(x): x.numel() for x in model.parameters()}
     embedding, head = family.ends(model)
-    matrices = sum(
-        x.numel() for x in model.parameters() if x.dim() == 2 and x is not embedding
-    )
+    matrices = sum(x.numel() for x in model.parameters() if x.dim() == 2 and x is not embedding)
     ends = {id(embedding), id(head)}
     return Counts(
         parameters=sum(sizes.values()),

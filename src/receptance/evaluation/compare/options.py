@@ -77,42 +77,40 @@ class CompareOptions:
         for name in ("models", "sizes", "learning_rates", "contexts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} is {_listed(values)}; each must be named once")
+                raise ValueError(f"{name} is {_shown(values)}; each must be named once")
         for size in self.sizes:
             parse_size(size)
-        if len(self.seeds) not in (1, len(self.sizes)):
-            raise ValueError(
-                f"seeds is {_listed(self.seeds)}; give one number, or one for each of the "
-                f"{len(self.sizes)} sizes"
-            )
-        limits = {
-            "at least 1": {
-                name: getattr(self, name) >= 1
-                for name in ("tokens", "context", "batch", "held_out", "points")
-            }
-            | {name: all(n >= 1 for n in getattr(self, name)) for name in ("seeds", "contexts")},
-            "above 0 and below 1": {
-                "learning_rates": all(0 < rate < 1 for rate in self.learning_rates),
-                "validation": 0 < self.validation < 1,
-            },
-            "above 0 and at most 1": {
-                name: 0 < getattr(self, name) <= 1 for name in ("sweep_share", "final_share")
-            },
-            "at least 0 and below 1": {"warmup_share": 0 <= self.warmup_share < 1},
-            "one of parameters, flops": {"match": self.match in ("parameters", "flops")},
-            "one of smallest, all": {"sweep_sizes": self.sweep_sizes in ("smallest", "all")},
-        }
-        for wanted, fields in limits.items():
+        for wanted, fields in self._limits().items():
             for name, holds in fields.items():
                 if not holds:
-                    found = getattr(self, name)
-                    shown = _listed(found) if isinstance(found, tuple) else found
-                    raise ValueError(f"{name} is {shown}; it must be {wanted}")
+                    raise ValueError(
+                        f"{name} is {_shown(getattr(self, name))}; it must be {wanted}"
+                    )
         if self.tokens < self.batch * self.context:
             raise ValueError(
                 f"tokens is {self.tokens}; a step alone reads {self.batch * self.context} "
                 "(batch times context)"
             )
+
+    def _limits(self) -> dict[str, dict[str, bool]]:
+        """What holds of each field, by what is wanted of it."""
+        numbers = ("tokens", "context", "batch", "held_out", "points")
+        lists = ("seeds", "contexts")
+        shares = ("sweep_share", "final_share")
+        return {
+            "at least 1": {
+                **{name: getattr(self, name) >= 1 for name in numbers},
+                **{name: all(n >= 1 for n in getattr(self, name)) for name in lists},
+            },
+            "above 0 and below 1": {
+                "learning_rates": all(0 < rate < 1 for rate in self.learning_rates),
+                "validation": 0 < self.validation < 1,
+            },
+            "above 0 and at most 1": {name: 0 < getattr(self, name) <= 1 for name in shares},
+            "at least 0 and below 1": {"warmup_share": 0 <= self.warmup_share < 1},
+            "parameters or flops": {"match": self.match in ("parameters", "flops")},
+            "smallest or all": {"sweep_sizes": self.sweep_sizes in ("smallest", "all")},
+        }
 
     def seeds_of(self, size: str) -> range:
         """The seeds of the runs of one size."""
@@ -128,5 +126,5 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _listed(values: tuple[object, ...]) -> str:
-    return ", ".join(map(str, values))
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -114,7 +114,10 @@ class Point:
 class Record:
     """What a run found."""
 
+    name: str
+    """The name of the job."""
     job: dict[str, Any]
+    """The fields of the job."""
     points: list[Point] = field(default_factory=list)
     digest: str = ""
     """The chained sha256 of all batches in the order in which they were read."""

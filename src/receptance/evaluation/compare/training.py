@@ -41,7 +41,7 @@ _SHOW_SECONDS = 0.5
 # The text that is held out is read in so many pieces, over which there is an interval.
 _PIECES = 50
 # At a point of a curve, this share of it is read.
-_PART = 8
+JUDGED_PART = 8
 # Judging reads so many rows at a time.
 _ROWS = 16
 
@@ -83,7 +83,7 @@ class HeldOut:
     @property
     def part(self) -> int:
         """The number of pieces that are read at a point of a curve."""
-        return max(1, len(self.pieces) // _PART)
+        return max(1, len(self.pieces) // JUDGED_PART)
 
     @torch.no_grad()
     def nats(self, objective: torch.nn.Module, device: torch.device, pieces: int) -> list[float]:
@@ -179,8 +179,9 @@ class Training:
 
     def record(self, diverged: int | None = None) -> Record:
         """What the run found, judged on all of the text that is held out."""
-        found: dict[str, Any] = {"job": self.job.to_json(), "points": self.points}
-        found |= {"digest": self.digest, "seconds": self.seconds, "diverged": diverged}
+        found: dict[str, Any] = {"name": self.job.name, "job": self.job.to_json()}
+        found |= {"points": self.points, "digest": self.digest}
+        found |= {"seconds": self.seconds, "diverged": diverged}
         if diverged is not None:
             return Record(**found)
         self.objective.eval()
