@@ -19,7 +19,14 @@ from rich.table import Table
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.atomic import written
-from receptance.data import PrepareOptions, TokenFiles, check_sources, is_corpus, prepare
+from receptance.data import (
+    PrepareOptions,
+    ReadOptions,
+    TokenFiles,
+    check_sources,
+    is_corpus,
+    prepare,
+)
 from receptance.data.pool import in_processes
 from receptance.errors import one_line
 from receptance.evaluation.compare.comparing import Entry, Measurer, Plan, compare, make_plan
@@ -44,8 +51,17 @@ from receptance.training.stopping import stop_requested
 RESULT = "result.json"
 _PICTURES = "pictures"
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Compare(CompareOptions):
+    """The options of a comparison, as the command line shows them."""
+
+    # On the command line these options have no prefix.
+    read: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
+
+
 # What --quick takes unless other options say otherwise.
-QUICK = CompareOptions(
+QUICK = _Compare(
     sizes=("64x3",),
     seeds=(2,),
     tokenizer="bpe:1024",
@@ -74,7 +90,7 @@ class Options:
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance compare my-texts/ --quick --out runs/quick",
         "receptance compare my-texts/ --sizes 96x4 --sizes 160x5 --dry-run",
-        "receptance report runs/quick --out quick.html",
+        "receptance compare my-texts/ --plan my-plan.toml --out runs/mine --processes 2",
     )
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[DATA ...]")] = ()
@@ -92,9 +108,7 @@ class Options:
     """Train this number of models side by side, each with its share of the processors."""
     device: str = "cpu"
     """Train here: cpu, cuda (one run on each GPU in turn), cuda:1 ..."""
-    compare: Annotated[CompareOptions, tyro.conf.arg(name="")] = field(
-        default_factory=CompareOptions
-    )
+    compare: Annotated[_Compare, tyro.conf.arg(name="")] = field(default_factory=_Compare)
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -226,7 +240,9 @@ def _work(
 ) -> Record:
     """Run a job in a worker, which saves the run when it is told to end or its parent is gone."""
     job, device = placed
-    stop = threading.Event()
+    stop = _told_to_end()
+    if stop.is_set():
+        raise Stopped
     before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     torch.set_num_threads(threads)
     tokens = TokenFiles.open(corpus, validation=validation)
@@ -240,6 +256,12 @@ def _work(
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@functools.cache
+def _told_to_end() -> threading.Event:
+    """Set when this worker is told to end; jobs that reach it after that are not begun."""
+    return threading.Event()
 
 
 def _measured(work: Measurement) -> list[Cost]:

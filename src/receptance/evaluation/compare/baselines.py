@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from receptance.data.batches import Batch
 from receptance.evaluation.compare.families import Decoder, Family, Shape
+from receptance.storage.checkpoint import read_tensors, write_tensors
 from receptance.tokenizer import Tokenizer
 from receptance.training.objective import head_loss
 from receptance.training.options import TrainOptions
@@ -20,6 +21,7 @@ from receptance.training.options import TrainOptions
 # divides the width.
 _HEAD_WIDTHS = (64, 32, 16, 8)
 _LEAST_HEADS = 4
+_WEIGHTS = "model"
 
 
 class TransformerObjective(nn.Module):
@@ -106,13 +108,20 @@ class Baseline(Family):
                 parameter.normal_(0, deviation, generator=generator)
 
     def save(self, model: Any, folder: Path, tokenizer: Tokenizer) -> None:
-        model.save_pretrained(folder)
+        # What save_pretrained and from_pretrained do, without the progress bars that they print.
+        folder.mkdir(parents=True, exist_ok=True)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
         tokenizer.save(folder)
+        write_tensors(model.state_dict(), folder, _WEIGHTS)
 
     def decoder(self, folder: Path) -> Decoder:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        return _CachingDecoder(AutoModelForCausalLM.from_pretrained(folder).eval())
+        with torch.random.fork_rng([]):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model.load_state_dict(read_tensors(folder, _WEIGHTS))
+        return _CachingDecoder(model.eval())
 
 
 class NeoX(Baseline):

@@ -7,8 +7,9 @@ from typing import Literal
 
 from receptance.evaluation.compare.families import Family, Shape
 
-# Widths of feed-forward networks are multiples of this, as kernels like them.
-_STEP = 8
+# Widths of feed-forward networks are multiples of the first, which kernels like, or, in models too
+# small to match so, of the second.
+_STEPS = (8, 1)
 # Matched models differ at most by this share.
 TOLERANCE = 0.02
 
@@ -65,14 +66,15 @@ def matched(
 
     wanted = cost(reference, shape)
     # Both counts are linear in the width.
-    one, two = (cost(family, replace(shape, ffn_width=n * _STEP)) for n in (1, 2))
-    steps = max(1, round(1 + (wanted - one) / (two - one)))
-    fitted = replace(shape, ffn_width=steps * _STEP)
-    found = cost(family, fitted)
-    if abs(found - wanted) > TOLERANCE * wanted:
-        raise ValueError(
-            f"at {shape.width}x{shape.layers} {family.name} cannot have the {by} of "
-            f"{reference.name}: {found:,} is as near as it comes to {wanted:,}; take a larger "
-            "width, or fewer models"
-        )
-    return fitted
+    one, two = (cost(family, replace(shape, ffn_width=width)) for width in (1, 2))
+    width = 1 + (wanted - one) / (two - one)
+    for step in _STEPS:
+        fitted = replace(shape, ffn_width=max(step, step * round(width / step)))
+        found = cost(family, fitted)
+        if abs(found - wanted) <= TOLERANCE * wanted:
+            return fitted
+    raise ValueError(
+        f"at {shape.width}x{shape.layers} {family.name} cannot have the {by} of "
+        f"{reference.name}: {found:,} is as near as it comes to {wanted:,}; take a larger "
+        "width, or fewer models"
+    )

@@ -256,6 +256,8 @@ def run_job(
     """
     if (found := finished(out, job)) is not None:
         return found
+    if stop():
+        raise Stopped
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     saved, steps = (out / RUNS / f"{job.name}.{end}" for end in ("safetensors", "step"))
     training = Training(job, corpus, tokenizer, torch.device(device))
