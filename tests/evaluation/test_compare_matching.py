@@ -96,7 +96,7 @@ def test_what_cannot_match_is_refused():
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="did you mean llama?"):
+    with pytest.raises(ValueError, match=r"did you mean llama\?"):
         family("lama")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from pathlib import Path
@@ -176,6 +177,9 @@ class _CachingDecoder:
 
         self.model = model
         self.cache: Any = DynamicCache(config=model.config)
+        # Older releases know the argument by its longer name alone.
+        known = inspect.signature(model.forward).parameters
+        self.argument = "cache" if "cache" in known else "past_key_values"
         self.next = torch.zeros(1, 1, dtype=torch.int64)
 
     @torch.no_grad()
@@ -187,7 +191,7 @@ class _CachingDecoder:
         self._advance(self.next)
 
     def _advance(self, tokens: Tensor) -> None:
-        found = self.model(tokens, past_key_values=self.cache, logits_to_keep=1)
+        found = self.model(tokens, **{self.argument: self.cache}, logits_to_keep=1)
         self.next = found.logits.argmax(-1)
 
     @property
