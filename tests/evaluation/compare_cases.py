@@ -26,7 +26,7 @@ SMALL = CompareOptions(
     learning_rates=(1e-2,),
     held_out=256,
     points=2,
-    contexts=(4, 12),
+    contexts=(4, 40),
 )
 
 

@@ -31,7 +31,9 @@ def test_starting_values_have_the_deviations_that_the_docstring_names(name):
             ends = key.endswith(("dense.weight", "dense_4h_to_h.weight", "o_proj.weight"))
             ends = ends or key.endswith("down_proj.weight")
             outputs += ends
-            assert float(parameter.std()) == pytest.approx(output if ends else small, rel=0.05)
+            assert float(parameter.detach().std()) == pytest.approx(
+                output if ends else small, rel=0.05
+            )
         else:
             wanted = 0.0 if key.endswith("bias") else 1.0
             assert bool((parameter == wanted).all()), key
@@ -99,14 +101,12 @@ def test_transformers_opens_what_is_saved(name, tmp_path):
 
 def test_costs_are_measured_at_all_contexts_in_ascending_order(saved):
     which, _, folder = saved
-    work = Measurement(folder.name, which.name, folder.parent, 256, (24, 4))
+    work = Measurement(folder.name, which.name, folder.parent, 256, (40, 4))
     costs = measure(work)
-    assert [cost.context for cost in costs] == [4, 24]
+    assert [cost.context for cost in costs] == [4, 40]
     assert all(cost.seconds > 0 for cost in costs)
-    read = [cost.context + 4 + 24 for cost in costs]
-    if which.name != "rwkv4":
-        # What is generated while measuring stands in the cache as well.
-        assert costs[0].remembered * read[1] == costs[1].remembered * read[0]
+    growth = 1 if which.name == "rwkv4" else 10
+    assert costs[1].remembered == growth * costs[0].remembered
 
 
 def test_costs_are_kept(tmp_path):

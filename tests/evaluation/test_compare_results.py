@@ -254,6 +254,7 @@ class TestOptions:
             ({"validation": 1.0}, "validation is 1.0; it must be above 0 and below 1"),
             ({"sweep_share": 0.0}, "sweep_share is 0.0"),
             ({"seeds": (0,)}, "seeds is 0; it must be at least 1"),
+            ({"contexts": (256, 270)}, "contexts is 256, 270; it must be at least 32 apart"),
             ({"match": "width"}, "match is width; it must be parameters or flops"),
         ],
     )

@@ -55,6 +55,7 @@ def measure(work: Measurement) -> list[Cost]:
     found, read = [], 0
     for context in sorted(work.contexts):
         _read(decoder, read, context, work.vocab_size)
+        remembered = decoder.remembered_bytes
         for _ in range(_WARM_UP):
             decoder.step()
         middle = statistics.median(seconds(decoder.step) for _ in range(_STEPS))
@@ -63,7 +64,7 @@ def measure(work: Measurement) -> list[Cost]:
             Cost(
                 context=context,
                 seconds=middle,
-                remembered=decoder.remembered_bytes,
+                remembered=remembered,
                 resident=resident_bytes(),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +11,8 @@ from receptance.data import ReadOptions
 
 # The seed of the runs that search for learning rates, and the first one of the others.
 FIRST_SEED = 0
+# Some tokens are generated after each context to measure them, and the next is longer than that.
+APART = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,11 @@ class CompareOptions:
             },
             "above 0 and at most 1": {name: 0 < getattr(self, name) <= 1 for name in shares},
             "at least 0 and below 1": {"warmup_share": 0 <= self.warmup_share < 1},
+            f"at least {APART} apart": {
+                "contexts": all(
+                    b - a >= APART for a, b in itertools.pairwise(sorted(self.contexts))
+                )
+            },
             "parameters or flops": {"match": self.match in ("parameters", "flops")},
             "smallest or all": {"sweep_sizes": self.sweep_sizes in ("smallest", "all")},
         }
