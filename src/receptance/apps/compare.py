@@ -65,12 +65,13 @@ QUICK = _Compare(
     sizes=("64x3",),
     seeds=(2,),
     tokenizer="bpe:1024",
-    tokens=600_000,
+    tokens=400_000,
     context=128,
-    learning_rates=(1e-3, 2e-3, 4e-3),
+    learning_rates=(2e-3, 4e-3, 8e-3),
     validation=0.05,
     held_out=1 << 14,
     points=10,
+    sweep_share=0.25,
     contexts=(256, 1024, 4096),
 )
 
@@ -225,6 +226,8 @@ class _Runs:
                 yield run_job(
                     job, self.corpus, self.tokenizer, self.out, device=device, stop=stop.is_set
                 )
+            if stop.is_set():  # It came in the last of these runs, and more would follow.
+                raise Stopped
 
 
 def _devices(name: str) -> list[str]:

@@ -95,7 +95,7 @@ def make_plan(options: CompareOptions, vocab_size: int) -> Plan:
     """The models with their sizes; ValueError if there are none such, or they cannot match."""
     if len(options.seeds) not in (1, len(options.sizes)):
         raise ValueError(
-            f"seeds has {len(options.seeds)} numbers; give one, or one for each of the "
+            f"seeds= has {len(options.seeds)} numbers; give one, or one for each of the "
             f"{len(options.sizes)} sizes"
         )
     families = [family(name) for name in options.models]

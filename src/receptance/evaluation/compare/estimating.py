@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,14 @@ from receptance.evaluation.compare.comparing import Entry, Plan
 from receptance.evaluation.compare.options import FIRST_SEED
 from receptance.evaluation.compare.runs import make_job
 from receptance.evaluation.compare.training import JUDGED_PART, Training
-from receptance.inference.measure import NumberedTokens
+from receptance.inference.measure import NumberedTokens, seconds
 
 # So many steps of each model are measured, after one to warm up.
-_TIMED_STEPS = 2
+_TIMED_STEPS = 3
 
 
 def step_seconds(plan: Plan, entry: Entry) -> float:
-    """The seconds of a step of training on this machine, measured on tokens drawn at random."""
+    """The seconds of the fastest of some steps on this machine, on tokens drawn at random."""
     options, vocab_size = plan.options, entry.shape.vocab_size
     count = (_TIMED_STEPS + 2) * options.batch * options.context + 1
     tokens = np.random.default_rng(FIRST_SEED).integers(vocab_size, size=count, dtype=np.uint32)
@@ -39,10 +38,7 @@ def step_seconds(plan: Plan, entry: Entry) -> float:
     job = make_job(options, entry.family, entry.shape, "", rate, seed=FIRST_SEED, search=False)
     training = Training(job, corpus, tokenizer, torch.device("cpu"))
     training.run_step()
-    began = time.perf_counter()
-    for _ in range(_TIMED_STEPS):
-        training.run_step()
-    return (time.perf_counter() - began) / _TIMED_STEPS
+    return min(seconds(training.run_step) for _ in range(_TIMED_STEPS))
 
 
 def estimate(plan: Plan, entry: Entry, step: float) -> float:

@@ -19,4 +19,4 @@ def family(name: str) -> Family:
         return FAMILIES[name]
     near = difflib.get_close_matches(name, FAMILIES, 1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"models has {name!r}; {hint}there are {', '.join(FAMILIES)}")
+    raise ValueError(f"models= has {name!r}; {hint}there are {', '.join(FAMILIES)}")
