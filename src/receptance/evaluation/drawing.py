@@ -16,8 +16,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 34, 46
 _LINE, _CHARACTER = 18, 6.4
 # A chart has at most so many curves; more are divided by what tells them apart.
 _MOST_CURVES = 6
-# Values that range over such a factor are drawn on a logarithmic axis.
-_WIDE = 30
+# Values that range over such a factor are drawn on a logarithmic axis, across and upwards.
+_WIDE_ACROSS, _WIDE_UP = 8, 30
 # Up to this many intervals are drawn as bars, more as a band.
 _BARS = 10
 _TICKS = 5
@@ -33,7 +33,7 @@ STYLE = """
 .chart .grid { stroke: var(--soft); stroke-width: 1; }
 .chart .curve { fill: none; stroke-width: 2; }
 .chart .bar { stroke-width: 1.5; }
-.chart .band { stroke: none; fill-opacity: 0.15; }
+.chart path.band { stroke: none; fill-opacity: 0.15; }
 """ + "".join(
     f".chart .s{n} {{ stroke: var(--c{n}); fill: var(--c{n}); }} "
     f".chart .curve.s{n} {{ fill: none; stroke-dasharray: {dash}; }}\n"
@@ -135,11 +135,12 @@ class _Axis:
         return [n * step for n in range(first, last + 1)]
 
 
-def _axis(values: Sequence[float], start: float, end: float) -> _Axis:
+def _axis(values: Sequence[float], start: float, end: float, wide: float) -> _Axis:
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low >= _WIDE
+    logarithmic = low > 0 and high / low >= wide
     if logarithmic:
-        return _Axis(low, high, True, start, end)
+        margin = (high / low) ** 0.03
+        return _Axis(low / margin, high * margin, True, start, end)
     margin = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
     return _Axis(low - margin, high + margin, False, start, end)
 
@@ -163,8 +164,8 @@ def _drawn(chart: Chart, alone: bool) -> str:
         for n in _places(curve):
             xs.append(curve.x[n])
             ys += [curve.y[n], *_spread(curve, n)]
-    across = _axis(xs, _LEFT, _WIDTH - _RIGHT)
-    up = _axis(ys, _HEIGHT - _BOTTOM, _TOP)
+    across = _axis(xs, _LEFT, _WIDTH - _RIGHT, _WIDE_ACROSS)
+    up = _axis(ys, _HEIGHT - _BOTTOM, _TOP, _WIDE_UP)
     name = chart.curves[0]
     parts = [*_grid(across, up, name.x_name, name.y_name)]
     for n, curve in enumerate(chart.curves):

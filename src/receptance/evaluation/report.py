@@ -38,7 +38,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--soft); padding: 0.3rem 0.7rem; text-align: left;
   vertical-align: top; }
-th { background: var(--shade); max-width: 12rem; }
+th { background: var(--shade); max-width: 12rem; } th + th { min-width: 4.5rem; }
 td.number { text-align: right; white-space: nowrap; }
 td small { display: block; }
 .charts { display: grid; gap: 1rem;
@@ -46,7 +46,7 @@ td small { display: block; }
 .charts svg { width: 100%; height: auto; max-width: 40rem; }
 details { margin: 0.5rem 0; } summary { cursor: pointer; }
 pre { background: var(--shade); padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
-td, th, li, p { overflow-wrap: anywhere; } td.number { overflow-wrap: normal; }
+li, p, h2 { overflow-wrap: anywhere; }
 """
 
 
@@ -179,7 +179,7 @@ def _figure_table(figures: Sequence[Figure]) -> Iterator[str]:
         rows.setdefault(row, {}).setdefault((figure.name, figure.unit), []).append(figure)
     skip = 0 if any(x.model for x in figures) else 1
     titles = ["model", *keys][skip:]
-    names = [*titles, *(f"{name}, {unit}" if unit else name for name, unit in columns)]
+    names = [*titles, *(name if unit in name else f"{name}, {unit}" for name, unit in columns)]
     yield '<div class="wide"><table><thead><tr>'
     yield from (f"<th>{_text(name)}</th>" for name in names)
     yield "</tr></thead><tbody>"
@@ -201,12 +201,13 @@ def _cell(figure: Figure) -> str:
     low, high = figure.low, figure.high
     if low is None or high is None:
         return _number(figure.value)
-    half = (high - low) / 2
-    places = 4
+    half, three = (high - low) / 2, (figure.value, low, high)
     if math.isfinite(half) and half > 0:
         places = min(8, max(0, 1 - math.floor(math.log10(half))))
-    value, low_text, high_text = (f"{x:,.{places}f}" for x in (figure.value, low, high))
-    return f"{value}<small>{low_text} … {high_text}</small>"
+        shown = [f"{x:,.{places}f}" for x in three]
+    else:
+        shown = [_number(x) for x in three]
+    return f"{shown[0]}<small>{shown[1]} … {shown[2]}</small>"
 
 
 def _number(value: float) -> str:

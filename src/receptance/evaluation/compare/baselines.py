@@ -23,6 +23,7 @@ from receptance.training.options import TrainOptions
 _HEAD_WIDTHS = (64, 32, 16, 8)
 _LEAST_HEADS = 4
 _WEIGHTS = "model"
+_LLAMA_DEVIATION = 0.02
 
 
 class TransformerObjective(nn.Module):
@@ -50,15 +51,14 @@ class TransformerObjective(nn.Module):
 
 
 class Baseline(Family):
-    """An architecture of transformers.
-
-    Starting values are those of the GPT-NeoX library for Pythia: normal with variance 2 / (5C), and
-    with deviation 2 / (L sqrt(C)) in the matrices whose products are added to the residual stream
-    ("small init" and "wang init"). Biases begin at 0 and norms at 1.
-    """
+    """An architecture of transformers; biases begin at 0, norms at 1 and matrices normal."""
 
     residual_outputs: tuple[str, ...]
     """How the names of the matrices end whose products are added to the residual stream."""
+
+    @abstractmethod
+    def deviations(self, shape: Shape) -> tuple[float, float]:
+        """The deviations of the starting values: of those matrices, after that of all others."""
 
     @abstractmethod
     def build(self, shape: Shape, heads: int) -> Any:
@@ -101,8 +101,7 @@ class Baseline(Family):
 
     @torch.no_grad()
     def _initialize(self, model: Any, shape: Shape, generator: torch.Generator) -> None:
-        usual = math.sqrt(2 / (5 * shape.width))
-        output = 2 / (shape.layers * math.sqrt(shape.width))
+        usual, output = self.deviations(shape)
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 deviation = output if name.endswith(self.residual_outputs) else usual
@@ -126,10 +125,16 @@ class Baseline(Family):
 
 
 class NeoX(Baseline):
-    """GPTNeoXForCausalLM as Pythia has it: parallel residual, a quarter of each head rotated."""
+    """GPTNeoXForCausalLM as Pythia has it: parallel residual, a quarter of each head rotated.
+
+    Starting values are those that the GPT-NeoX library gave Pythia ("small init", "wang init").
+    """
 
     name, label = "neox", "GPT-NeoX (Pythia's architecture)"
     residual_outputs = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
+
+    def deviations(self, shape: Shape) -> tuple[float, float]:
+        return math.sqrt(2 / (5 * shape.width)), 2 / (shape.layers * math.sqrt(shape.width))
 
     def usual_ffn_width(self, width: int) -> int:
         return 4 * width
@@ -148,10 +153,16 @@ class NeoX(Baseline):
 
 
 class Llama(Baseline):
-    """LlamaForCausalLM: RMSNorm, SwiGLU, rotary embedding, no biases."""
+    """LlamaForCausalLM: RMSNorm, SwiGLU, rotary embedding, no biases.
+
+    Starting values are those of transformers, whose deviation is 0.02 everywhere.
+    """
 
     name, label = "llama", "Llama block (RMSNorm, SwiGLU, rotary embedding)"
     residual_outputs = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+    def deviations(self, shape: Shape) -> tuple[float, float]:
+        return _LLAMA_DEVIATION, _LLAMA_DEVIATION
 
     def usual_ffn_width(self, width: int) -> int:
         return -(-8 * width // 3)

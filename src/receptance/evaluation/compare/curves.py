@@ -18,8 +18,14 @@ _SEARCH = "search for the learning rate"
 
 def curves(plan: Plan, found: Findings) -> Iterator[Curve]:
     """All curves; those of models of one size say so in `about`, and belong into one picture."""
+    if len(plan.options.sizes) > 1:
+        yield from _against_parameters(plan, found)
     yield from _loss_curves(plan, found)
-    yield from _other_curves(plan, found)
+    yield from _searches(plan, found)
+    yield from _generation(plan, found, "seconds per generated token", lambda x: x.seconds, "s")
+    what = "memory of the text that was read (state, or keys and values)"
+    yield from _generation(plan, found, what, lambda x: x.remembered, "bytes")
+    yield from _generation(plan, found, "memory of the process", lambda x: x.resident, "bytes")
 
 
 def mean_loss(records: Sequence[Record]) -> tuple[float, Interval | None, str]:
@@ -95,7 +101,7 @@ def _curve(
     )
 
 
-def _other_curves(plan: Plan, found: Findings) -> Iterator[Curve]:
+def _searches(plan: Plan, found: Findings) -> Iterator[Curve]:
     for entry in plan.searched:
         tried = found.searches[entry.name]
         rates = sorted(rate for rate in tried if tried[rate].diverged is None)
@@ -108,12 +114,6 @@ def _other_curves(plan: Plan, found: Findings) -> Iterator[Curve]:
             model=entry.name,
             about={"size": entry.size},
         )
-    if len(plan.options.sizes) > 1:
-        yield from _against_parameters(plan, found)
-    yield from _generation(plan, found, "seconds per generated token", lambda x: x.seconds, "s")
-    what = "memory of the text that was read (state, or keys and values)"
-    yield from _generation(plan, found, what, lambda x: x.remembered, "bytes")
-    yield from _generation(plan, found, "memory of the process", lambda x: x.resident, "bytes")
 
 
 def _against_parameters(plan: Plan, found: Findings) -> Iterator[Curve]:

@@ -119,14 +119,7 @@ def _source(corpus: TokenFiles, data: Sequence[str]) -> Source:
 
 
 def _figures(plan: Plan, entry: Entry, found: Findings) -> Iterator[Figure]:
-    about, records = {"size": entry.size}, found.records[entry.name]
-    for name, value, unit in (
-        ("parameters", entry.counts.parameters, ""),
-        ("non-embedding parameters", entry.counts.non_embedding, ""),
-        ("training FLOPs per token", entry.counts.training_flops, ""),
-        ("learning rate", found.rates[entry.name], ""),
-    ):
-        yield Figure(name=name, value=value, model=entry.name, unit=unit, about=about)
+    records = found.records[entry.name]
     if any(record.diverged is not None for record in records):
         return
     loss, interval, named = mean_loss(records)
@@ -194,7 +187,7 @@ def _notes(plan: Plan, found: Findings, processes: int) -> Iterator[str]:
     yield (
         f"Matched are the {equal}, within 2 %, by the width of the feed-forward networks; width, "
         "layers, tokens and their order, tokenizer, optimizer, schedule, context and float32 are "
-        "the same. Starting values are those of each architecture's own authors."
+        "the same. Starting values are each architecture's own."
     )
     yield (
         f"The loss is that of windows of {options.context} tokens that each begin from nothing, "
