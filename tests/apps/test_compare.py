@@ -142,6 +142,7 @@ def test_a_dry_run_shows_sizes_and_time_and_writes_nothing(text):
         (["--models", "lama"], "--models has 'lama'; did you mean llama? there are"),
         (["--seeds", "2"], "--seeds has 2 numbers; give one"),
         (["--processes", "0"], "--processes is 0; it must be at least 1"),
+        (["--quick", "--plan", "a.toml"], "--quick is a plan of its own; leave it out"),
         (["--plan", "none.toml"], "no recipe 'none.toml'"),
         (["--held-out", "8", "--context", "2048", "--tokens", "9000"], "are held out"),
         (["--sizes", "20x2"], "a width of 20 cannot be divided into heads"),

@@ -107,13 +107,16 @@ class Options:
     """Show the models with their sizes and say how long it takes, and stop."""
     processes: int = 1
     """Train this number of models side by side, each with its share of the processors."""
-    device: str = "cpu"
-    """Train here: cpu, cuda (one run on each GPU in turn), cuda:1 ..."""
+    device: str = "auto"
+    """Train here: cpu, cuda (runs take all GPUs in turn), cuda:1; auto takes GPUs where there are
+    any."""
     compare: Annotated[_Compare, tyro.conf.arg(name="")] = field(default_factory=_Compare)
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"processes is {self.processes}; it must be at least 1")
+        if self.quick and self.plan is not None:
+            raise ValueError("quick is a plan of its own; leave it out, or the plan")
 
 
 def main(argv: list[str]) -> None:
@@ -122,7 +125,7 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options = _parsed(argv, replace(options, compare=QUICK))
     if options.plan is not None:
-        options = _parsed(argv, apply_recipe(replace(Options(), quick=options.quick), options.plan))
+        options = _parsed(argv, apply_recipe(Options(), options.plan))
     console = Console()
     if options.dry_run:
         _dry_run(options, console)
