@@ -30,6 +30,8 @@ APPS = {
     "inspect": "say what a file or directory of weights is",
     "verify": "check a model on this machine: every form, kernel and engine",
     "evaluate": "say how good a model is: texts, positions, benchmarks",
+    "compare": "train RWKV and Transformers alike, and compare them",
+    "report": "make a page of the results in a folder",
     "bench": "measure how fast a model runs on this machine",
     "completion": "print a script for the completion of commands in a shell",
     "doctor": "say what this machine and installation can do",

@@ -12,16 +12,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TypeVar
 
 from receptance.data.encode import ReadOptions, tokenize_piece
 from receptance.data.parts import PartReport
 from receptance.data.sources import Piece
 from receptance.tokenizer import Tokenizer, stored_tokenizer
 
+Item = TypeVar("Item")
+Report = TypeVar("Report")
+
 
 def in_processes(
-    pieces: Iterable[Piece], job: Callable[[Piece], PartReport], workers: int
-) -> Iterator[PartReport]:
+    pieces: Iterable[Item], job: Callable[[Item], Report], workers: int
+) -> Iterator[Report]:
     """Yield the reports of a picklable job on all pieces, in the order in which they come.
 
     Two pieces per worker are taken ahead. When the caller stops early, the processes end at once
@@ -31,7 +35,7 @@ def in_processes(
     # A fork would copy locks that threads of this process hold, so new processes are spawned.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start) as pool:
-        pending: set[Future[PartReport]] = set()
+        pending: set[Future[Report]] = set()
         try:
             for piece in pieces:
                 pending.add(pool.submit(job, piece))

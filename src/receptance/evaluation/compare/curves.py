@@ -1,0 +1,154 @@
+"""The curves of a comparison: the loss against whatever was spent, and what generation costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+from receptance.evaluation.compare.comparing import Findings, Plan
+from receptance.evaluation.compare.generation import Cost
+from receptance.evaluation.compare.intervals import Interval, mean_interval, ratio_interval
+from receptance.evaluation.compare.runs import Record
+from receptance.evaluation.results import Curve
+
+PER_BYTE = "bits per byte"
+_SEARCH = "search for the learning rate"
+
+
+def curves(plan: Plan, found: Findings) -> Iterator[Curve]:
+    """All curves; those of models of one size say so in `about`, and belong into one picture."""
+    if len(plan.options.sizes) > 1:
+        yield from _against_parameters(plan, found)
+    yield from _loss_curves(plan, found)
+    yield from _searches(plan, found)
+    yield from _generation(plan, found, "seconds per generated token", lambda x: x.seconds, "s")
+    what = "memory of the text that was read (state, or keys and values)"
+    yield from _generation(plan, found, what, lambda x: x.remembered, "bytes")
+    yield from _generation(plan, found, "memory of the process", lambda x: x.resident, "bytes")
+
+
+def mean_loss(records: Sequence[Record]) -> tuple[float, Interval | None, str]:
+    """The mean over seeds with its interval; the interval of one seed is over pieces of text."""
+    if len(records) > 1:
+        mean, interval = mean_interval([record.bits_per_byte for record in records])
+        return mean, interval, over_seeds(records)
+    only = records[0]
+    bits = [nats / math.log(2) for nats in only.nats]
+    ratio, interval = ratio_interval(bits, only.byte_counts)
+    return ratio, interval, f"95 % over {len(bits)} pieces of the held-out text, one seed"
+
+
+def over_seeds(records: Sequence[Record]) -> str:
+    return f"95 % over {len(records)} seeds" if len(records) > 1 else ""
+
+
+def _loss_curves(plan: Plan, found: Findings) -> Iterator[Curve]:
+    """The loss on the held-out text against tokens, FLOPs and seconds; that of training."""
+    for entry in plan.entries:
+        records = [x for x in found.records[entry.name] if x.diverged is None]
+        if not records:
+            continue
+        flops = entry.counts.training_flops
+        steps = list(zip(*(x.points for x in records), strict=True))
+        places = {
+            "tokens": [float(at[0].tokens) for at in steps],
+            "training FLOPs": [float(at[0].tokens * flops) for at in steps],
+            "seconds of training": [statistics.fmean(p.seconds for p in at) for at in steps],
+        }
+        losses = [[p.bits_per_byte for p in at] for at in steps]
+        for x_name, x in places.items():
+            name = f"loss against {x_name}"
+            yield _curve(name, x_name, x, PER_BYTE, losses, entry.name, entry.size, records)
+        training = [[p.training for p in at] for at in steps]
+        yield _curve(
+            "training loss",
+            "tokens",
+            places["tokens"],
+            "nats per token",
+            training,
+            entry.name,
+            entry.size,
+            records,
+        )
+
+
+def _curve(
+    name: str,
+    x_name: str,
+    x: list[float],
+    y_name: str,
+    values: Sequence[Sequence[float]],
+    model: str,
+    size: str,
+    records: Sequence[Record],
+) -> Curve:
+    """The means of the values at each place, with their intervals if there are several seeds."""
+    means, intervals = zip(*map(mean_interval, values), strict=True)
+    spread = [interval for interval in intervals if interval is not None]
+    several = len(records) > 1
+    return Curve(
+        name=name,
+        x_name=x_name,
+        x=x,
+        y_name=y_name,
+        y=list(means),
+        model=model,
+        low=[low for low, _ in spread] if several else None,
+        high=[high for _, high in spread] if several else None,
+        interval=over_seeds(records),
+        about={"size": size},
+    )
+
+
+def _searches(plan: Plan, found: Findings) -> Iterator[Curve]:
+    for entry in plan.searched:
+        tried = found.searches[entry.name]
+        rates = sorted(rate for rate in tried if tried[rate].diverged is None)
+        yield Curve(
+            name=_SEARCH,
+            x_name="learning rate",
+            x=rates,
+            y_name=PER_BYTE,
+            y=[tried[rate].bits_per_byte for rate in rates],
+            model=entry.name,
+            about={"size": entry.size},
+        )
+
+
+def _against_parameters(plan: Plan, found: Findings) -> Iterator[Curve]:
+    for name in plan.options.models:
+        entries = [x for x in plan.entries if x.family == name]
+        entries = [x for x in entries if all(r.diverged is None for r in found.records[x.name])]
+        entries.sort(key=lambda x: x.counts.non_embedding)
+        means = [mean_loss(found.records[entry.name]) for entry in entries]
+        whole = bool(means) and all(interval is not None for _, interval, _ in means)
+        yield Curve(
+            name="loss against parameters",
+            x_name="non-embedding parameters",
+            x=[float(entry.counts.non_embedding) for entry in entries],
+            y_name=PER_BYTE,
+            y=[mean for mean, _, _ in means],
+            model=name,
+            low=[interval[0] for _, interval, _ in means if interval] if whole else None,
+            high=[interval[1] for _, interval, _ in means if interval] if whole else None,
+            interval="; ".join(dict.fromkeys(named for _, _, named in means)) if whole else "",
+        )
+
+
+def _generation(
+    plan: Plan, found: Findings, name: str, value: Callable[[Cost], float | None], unit: str
+) -> Iterator[Curve]:
+    for entry in plan.entries:
+        costs = [(x.context, value(x)) for x in found.costs.get(entry.name, [])]
+        known = [(float(context), float(cost)) for context, cost in costs if cost is not None]
+        if known:
+            yield Curve(
+                name=name,
+                x_name="context, tokens",
+                x=[context for context, _ in known],
+                y_name=unit,
+                y=[cost for _, cost in known],
+                model=entry.name,
+                about={"size": entry.size},
+            )
