@@ -27,8 +27,8 @@ from rich.console import Console
 
 from receptance.config import PILE_VOCAB_SIZE, ModelConfig
 from receptance.engine import native_engine
-from receptance.evaluation.answers import Answers
-from receptance.evaluation.harness import EngineLM
+from receptance.evaluation.benchmarks.answers import Answers
+from receptance.evaluation.benchmarks.harness import EngineLM
 from receptance.formats.hf import write_hf
 from receptance.inference.measure import random_tensors
 from receptance.storage.checkpoint import load

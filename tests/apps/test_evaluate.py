@@ -96,7 +96,7 @@ def test_tasks(model, text):
 
 
 def test_ctrl_c_keeps_what_was_computed(model, text, monkeypatch):
-    from receptance.evaluation import scoring
+    from receptance.evaluation.texts import scoring
 
     reader = scoring.Reader.step
     steps = []
@@ -123,8 +123,8 @@ def test_ctrl_c_keeps_what_was_computed(model, text, monkeypatch):
 
 def test_without_the_harness_one_line_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "receptance.evaluation.harness", raising=False)
-    monkeypatch.delattr("receptance.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "receptance.evaluation.benchmarks.harness", raising=False)
+    monkeypatch.delattr("receptance.evaluation.benchmarks.harness", raising=False)
     done = call("evaluate", model / "ours", "--tasks", "piqa")
     assert done.code == 2 and done.err.count("\n") == 1
     assert "pip install 'receptance[evaluate]'" in done.err

@@ -17,8 +17,8 @@ pytest.importorskip("transformers")
 from lm_eval.api.instance import Instance
 from parity_cases import VOCABULARY, hf_lm, neox_pair, rwkv_pair
 
-from receptance.evaluation.answers import Answers
-from receptance.evaluation.harness import EngineLM
+from receptance.evaluation.benchmarks.answers import Answers
+from receptance.evaluation.benchmarks.harness import EngineLM
 
 pytestmark = pytest.mark.slow
 

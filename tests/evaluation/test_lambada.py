@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import TEXT, make_model, small_bpe
 
+from receptance.evaluation.benchmarks.lambada import figures, read_lambada, score_lambada
+from receptance.evaluation.benchmarks.prefixes import PREFIXES, encode_pair, prefix_ids
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.lambada import figures, read_lambada, score_lambada
-from receptance.evaluation.prefixes import PREFIXES, encode_pair, prefix_ids
 
 TOKENIZER = small_bpe(300)
 MODEL = make_model(300)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from receptance.config import PUBLISHED_SIZES
-from receptance.evaluation.paper import METRICS, TASKS, compare, printed_row, size_note
+from receptance.evaluation.benchmarks.paper import METRICS, TASKS, compare, printed_row, size_note
 from receptance.evaluation.results import Figure
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import make_model
 
 from receptance.engine import native_engine
-from receptance.evaluation.passages import Passage, Reader, carried, read_all, windows
+from receptance.evaluation.texts.passages import Passage, Reader, carried, read_all, windows
 
 VOCABULARY = 61
 # Sums of many float32 losses.

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
-from receptance.evaluation.prefix_tree import Request, plan
-from receptance.evaluation.requests import score_requests, shares
+from receptance.evaluation.benchmarks.prefix_tree import Request, plan
+from receptance.evaluation.benchmarks.requests import score_requests, shares
 
 VOCABULARY = 7
 MODEL = make_model(VOCABULARY, width=8, layers=1)

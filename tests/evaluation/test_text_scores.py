@@ -12,11 +12,11 @@ import pytest
 import torch
 from tiny import TEXT, make_model, small_bpe
 
-from receptance.evaluation import enwik8, scoring, text
-from receptance.evaluation.documents import describe, encoded, find_files, read_documents
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.positions import Positions
-from receptance.evaluation.text import TextOptions
+from receptance.evaluation.texts import enwik8, scoring, text
+from receptance.evaluation.texts.documents import describe, encoded, find_files, read_documents
+from receptance.evaluation.texts.positions import Positions
+from receptance.evaluation.texts.text import TextOptions
 from receptance.tokenizer import ByteTokenizer
 
 TOKENIZER = small_bpe(300)

@@ -15,14 +15,16 @@ from receptance.apps.console import Console, say_device
 from receptance.apps.evaluate_options import KINDS, ONLY, Options, check, names_of
 from receptance.apps.found import show_result
 from receptance.apps.options import parse
-from receptance.evaluation import documents, enwik8, lambada, measuring, paper
-from receptance.evaluation.enwik8 import Split
+from receptance.evaluation import measuring
+from receptance.evaluation.benchmarks import lambada, paper
+from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix
+from receptance.evaluation.benchmarks.tasks import TaskOptions
 from receptance.evaluation.journal import journal_path
-from receptance.evaluation.positions import Positions
-from receptance.evaluation.prefixes import PREFIXES, Prefix
 from receptance.evaluation.results import Figure, Result, Source, Subject, versions
-from receptance.evaluation.tasks import TaskOptions
-from receptance.evaluation.text import TextOptions, digest, subject
+from receptance.evaluation.texts import documents, enwik8
+from receptance.evaluation.texts.enwik8 import Split
+from receptance.evaluation.texts.positions import Positions
+from receptance.evaluation.texts.text import TextOptions, digest, subject
 from receptance.plots import Line, draw_lines
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded

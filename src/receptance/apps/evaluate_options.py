@@ -11,9 +11,9 @@ import tyro
 
 from receptance.atomic import check_replaceable
 from receptance.engine import EngineOptions
-from receptance.evaluation.enwik8 import Split
-from receptance.evaluation.prefixes import Prefix
+from receptance.evaluation.benchmarks.prefixes import Prefix
 from receptance.evaluation.results import is_result
+from receptance.evaluation.texts.enwik8 import Split
 from receptance.plots import check_picture
 from receptance.storage.directories import expanded
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from receptance.data.sources import Source as File
 from receptance.engine.base import Engine
-from receptance.evaluation import enwik8, lambada, paper, tasks, text
-from receptance.evaluation.documents import Document, read_documents
+from receptance.evaluation.benchmarks import lambada, paper, tasks
+from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.positions import Positions
-from receptance.evaluation.prefixes import PREFIXES, Prefix
 from receptance.evaluation.results import Curve, Figure
-from receptance.evaluation.scoring import Layout, Scores, score
+from receptance.evaluation.texts import enwik8, text
+from receptance.evaluation.texts.documents import Document, read_documents
+from receptance.evaluation.texts.positions import Positions
+from receptance.evaluation.texts.scoring import Layout, Scores, score
 from receptance.tokenizer import Tokenizer
 
 Progress = Callable[[str, float, float], object]
@@ -185,7 +186,9 @@ def measure_tasks(
     model: Model, options: tasks.TaskOptions, samples: int, beside_paper: bool, progress: Progress
 ) -> Found:
     """The metrics of benchmarks. ValueError if lm-evaluation-harness is not installed."""
-    from receptance.evaluation import harness  # This module imports lm-evaluation-harness.
+    from receptance.evaluation.benchmarks import (
+        harness,  # This module imports lm-evaluation-harness.
+    )
 
     about = {"prefix": options.prefix, "max_length": options.max_length}
     with model.kept(**about) as journal:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from receptance.engine.base import Engine
+from receptance.evaluation.benchmarks.prefix_tree import Request
+from receptance.evaluation.benchmarks.prefixes import Prefix, encode_pair, prefix_ids
+from receptance.evaluation.benchmarks.requests import Progress, Scored, score_requests
 from receptance.evaluation.intervals import Estimate, exponential, mean
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.prefix_tree import Request
-from receptance.evaluation.prefixes import Prefix, encode_pair, prefix_ids
-from receptance.evaluation.requests import Progress, Scored, score_requests
 from receptance.evaluation.results import Figure
 from receptance.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from receptance.data.templates import find_template
+from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix, prefix_ids
 from receptance.evaluation.intervals import exponential
-from receptance.evaluation.prefixes import PREFIXES, Prefix, prefix_ids
 from receptance.evaluation.results import Figure
 from receptance.tokenizer import ByteTokenizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from receptance.engine.base import Engine
-from receptance.evaluation.prefix_tree import Node, Request, Tree, Want, plan
+from receptance.evaluation.benchmarks.prefix_tree import Node, Request, Tree, Want, plan
 from receptance.inference.reading import check_weights, empty_state, padded
 from receptance.inference.transfer import upload
 from receptance.model.inputs import check_ids

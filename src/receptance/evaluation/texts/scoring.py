@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from receptance.engine.base import Engine
-from receptance.evaluation.documents import Document
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.passages import Key, Passage, Reader, Unfinished
+from receptance.evaluation.texts.documents import Document
+from receptance.evaluation.texts.passages import Key, Passage, Reader, Unfinished
 
 Layout = Callable[[Document], Iterable[Passage]]
 """A function from a document to the passages that are read of it."""

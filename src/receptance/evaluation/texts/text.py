@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from receptance.engine.base import Engine
-from receptance.evaluation.documents import Document
 from receptance.evaluation.intervals import Estimate, exponential, ratio
-from receptance.evaluation.passages import Passage, carried, windows
 from receptance.evaluation.results import Figure, Subject
-from receptance.evaluation.scoring import Scores
+from receptance.evaluation.texts.documents import Document
+from receptance.evaluation.texts.passages import Passage, carried, windows
+from receptance.evaluation.texts.scoring import Scores
 from receptance.tokenizer import Tokenizer
 from receptance.version import __version__
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from receptance.evaluation.documents import Document, encoded
+from receptance.evaluation.texts.documents import Document, encoded
 from receptance.tokenizer import Tokenizer
 
 Split = Literal["train", "validation", "test"]

@@ -32,12 +32,18 @@ except ImportError as error:
     ) from None
 
 from receptance.engine.base import Engine
-from receptance.evaluation.answers import Answers, Encoded, Progress, ToContinue, request_key
+from receptance.evaluation.benchmarks.answers import (
+    Answers,
+    Encoded,
+    Progress,
+    ToContinue,
+    request_key,
+)
+from receptance.evaluation.benchmarks.lambada import local_task
+from receptance.evaluation.benchmarks.quiet import own_random_numbers, replaced, silent
+from receptance.evaluation.benchmarks.tasks import TaskOptions, TaskRun
 from receptance.evaluation.intervals import resampled_error
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.lambada import local_task
-from receptance.evaluation.quiet import own_random_numbers, replaced, silent
-from receptance.evaluation.tasks import TaskOptions, TaskRun
 from receptance.tokenizer import Tokenizer
 
 # The texts of so many contexts are remembered with their tokens, because choices follow each other.

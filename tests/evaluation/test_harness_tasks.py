@@ -15,10 +15,10 @@ from tiny import make_model, small_bpe
 
 pytest.importorskip("lm_eval")
 
-from receptance.evaluation import harness
-from receptance.evaluation.continuations import common_length, generation_options
+from receptance.evaluation.benchmarks import harness
+from receptance.evaluation.benchmarks.continuations import common_length, generation_options
+from receptance.evaluation.benchmarks.tasks import TaskOptions, figures, some_samples
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.tasks import TaskOptions, figures, some_samples
 
 TOKENIZER = small_bpe(300)
 MODEL = make_model(300)
@@ -275,8 +275,8 @@ sys.path.insert(0, {str(sys.path[0])!r})
 sys.path.append({str(__import__("pathlib").Path(__file__).parents[1])!r})
 from pathlib import Path
 from tiny import make_model, small_bpe
-from receptance.evaluation import harness
-from receptance.evaluation.tasks import TaskOptions
+from receptance.evaluation.benchmarks import harness
+from receptance.evaluation.benchmarks.tasks import TaskOptions
 options = TaskOptions(tasks=("mine", "continue"), include_path=(Path({str(folder)!r}),))
 harness.run_tasks(make_model(300), small_bpe(300), options)
 """

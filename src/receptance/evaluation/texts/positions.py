@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from receptance.evaluation.documents import Document
 from receptance.evaluation.intervals import mean
-from receptance.evaluation.passages import Passage, carried
 from receptance.evaluation.results import Curve
-from receptance.evaluation.scoring import Scores
+from receptance.evaluation.texts.documents import Document
+from receptance.evaluation.texts.passages import Passage, carried
+from receptance.evaluation.texts.scoring import Scores
 
 # The buckets of positions grow by a factor of two in so many steps.
 _PER_OCTAVE = 2

@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from receptance.engine.base import Engine
-from receptance.evaluation.continuations import Continuation, continue_texts, generation_options
+from receptance.evaluation.benchmarks.continuations import (
+    Continuation,
+    continue_texts,
+    generation_options,
+)
+from receptance.evaluation.benchmarks.prefix_tree import Request
+from receptance.evaluation.benchmarks.prefixes import Prefix, prefix_ids
+from receptance.evaluation.benchmarks.requests import Scored, score_requests
 from receptance.evaluation.journal import Journal
-from receptance.evaluation.passages import Key, Passage, carried, read_all, windows
-from receptance.evaluation.prefix_tree import Request
-from receptance.evaluation.prefixes import Prefix, prefix_ids
-from receptance.evaluation.requests import Scored, score_requests
+from receptance.evaluation.texts.passages import Key, Passage, carried, read_all, windows
 from receptance.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], object]

@@ -1,0 +1,1 @@
+"""Benchmarks of the field, through lm-evaluation-harness and alone, over any engine."""
