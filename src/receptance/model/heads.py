@@ -1,13 +1,12 @@
-"""Classifiers, regressors and forecasters: RWKV blocks between inputs of any kind and a head.
+"""What stands around the layers of a classifier, regressor or forecaster: inputs and a head.
 
-The blocks are those of the language model, and embedding, blocks and last layer norm have its
-names. The inputs are token ids or vectors of numbers; the head sees the mean of a row's features,
-its last feature, or every feature. Padding a row or batching it with others changes no result.
+The inputs are token ids or vectors of numbers; the head sees the mean of a row's features, its last
+feature, or every feature. Padding a row or batching it with others changes no result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -17,8 +16,6 @@ from torch import Tensor, nn
 
 from receptance.model.config import ModelConfig
 from receptance.model.inputs import check_inputs
-from receptance.model.parts import LayerNorm, Reading
-from receptance.model.rwkv import FINAL_EPSILON, Block, learning_rate_scales, through
 from receptance.state import State
 
 Pooling = Literal["mean", "last", "every"]
@@ -28,7 +25,7 @@ _HEAD_SCALE = 0.5  # as in the language model
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """The sizes and the form of a `SequenceModel`; making one checks them."""
+    """The sizes and the form of an `Answering` model; making one checks them."""
 
     stack: ModelConfig
     """Version, width and layers of the blocks. Its vocab_size is the number of token ids; vectors
@@ -68,28 +65,29 @@ class SequenceConfig:
             raise ValueError(f"these are not the sizes of a sequence model: {error}") from None
 
 
-class SequenceModel(nn.Module):
-    """An RWKV stack that answers a question about a sequence, or about each of its positions.
+class Answering(nn.Module, ABC):
+    """A model that answers a question about a sequence, or about each of its positions.
 
-    The starting values of the blocks are the official ones, drawn from `seed`; embeddings are
-    uniform within embedding_bound, as in the language model. `dropout` acts in training mode, after
-    the input and on both sums of every block.
+    Subclasses have the layers. `dropout` acts in training mode, after the input and inside the
+    layers; with `recompute` the backward pass recomputes the activations inside each layer instead
+    of saving them.
     """
 
     def __init__(
         self,
         config: SequenceConfig,
+        feature_width: int,
+        generator: torch.Generator,
         *,
-        seed: int = 0,
-        dropout: float = 0.0,
-        embedding_bound: float = 1e-4,
+        dropout: float,
+        embedding_bound: float,
     ) -> None:
+        """feature_width is the size of what `_read` returns for a position."""
         super().__init__()
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
         self.config, self.dropout = config, dropout
         self.recompute = False
-        generator = torch.Generator().manual_seed(seed)
         stack = config.stack
         if config.channels:
             self.input = Affine(config.channels, stack.width)
@@ -98,22 +96,27 @@ class SequenceModel(nn.Module):
             weight = torch.empty(stack.vocab_size, stack.width)
             weight.uniform_(-embedding_bound, embedding_bound, generator=generator)
             self.emb = nn.Embedding(stack.vocab_size, stack.width, _weight=weight)
-        self.blocks = _blocks(stack, generator)
-        self.ln_out = LayerNorm(stack.width, FINAL_EPSILON)
-        if config.bidirectional:
-            self.reverse_blocks = _blocks(stack, generator)
-            self.reverse_ln_out = LayerNorm(stack.width, FINAL_EPSILON)
-        width = self.feature_width
         if config.pairs:
-            self.joint = Affine(4 * width, width)
+            self.joint = Affine(4 * feature_width, feature_width)
             self.joint.uniform_(generator)
-        self.head = Affine(width, config.outputs)
+        self.head = Affine(feature_width, config.outputs)
         nn.init.orthogonal_(self.head.weight, gain=_HEAD_SCALE, generator=generator)
 
-    @property
-    def feature_width(self) -> int:
-        """The size of a feature: C, or 2C for both directions."""
-        return self.config.stack.width * (2 if self.config.bidirectional else 1)
+    @abstractmethod
+    def _read(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """The features of embedded rows: [B,T,C] -> [B,T,W]."""
+
+    @abstractmethod
+    def state_size(self, length: int) -> int:
+        """How many numbers are kept of a row that was read to this length, in all layers."""
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """The factors of the learning rate that differ from 1, by parameter name."""
+        return {}
+
+    def is_weight_decayed(self, name: str, shape: torch.Size) -> bool:
+        """Whether weight decay acts on a parameter, as it does on matrices."""
+        return self.config.stack.architecture.is_weight_decayed(name, shape)
 
     @property
     def device(self) -> torch.device:
@@ -121,21 +124,9 @@ class SequenceModel(nn.Module):
         return self.head.weight.device
 
     @property
-    def state_size(self) -> int:
-        """How many numbers a row's state holds, in all layers."""
-        return sum(x.numel() for x in self.empty_state(1).tensors.values())
-
-    def learning_rate_scales(self) -> dict[str, float]:
-        """The factors of the learning rate that differ from 1, by parameter name."""
-        return {
-            name: scale
-            for prefix, blocks in self._stacks()
-            for name, scale in learning_rate_scales(prefix, blocks).items()
-        }
-
-    def is_weight_decayed(self, name: str, shape: torch.Size) -> bool:
-        """Whether weight decay acts on a parameter, as it does on matrices."""
-        return self.config.stack.architecture.is_weight_decayed(name, shape)
+    def num_parameters(self) -> int:
+        """The number of values in all parameters."""
+        return sum(x.numel() for x in self.parameters())
 
     @property
     def forward_flops_per_token(self) -> int:
@@ -147,19 +138,6 @@ class SequenceModel(nn.Module):
     def training_flops_per_token(self) -> int:
         """The operations of both passes; the backward pass costs about twice the forward pass."""
         return 3 * self.forward_flops_per_token
-
-    def _stacks(self) -> Iterator[tuple[str, list[Block]]]:
-        yield "blocks", cast(list[Block], list(self.blocks))
-        if self.config.bidirectional:
-            yield "reverse_blocks", cast(list[Block], list(self.reverse_blocks))
-
-    def empty_state(self, batch: int = 1, *, dtype: torch.dtype | None = None) -> State:
-        """The state of rows that have read nothing."""
-        weight = self.head.weight
-        like = torch.empty(0, device=weight.device, dtype=dtype or weight.dtype)
-        stack = self.config.stack
-        tensors = stack.architecture.empty_state(stack, batch, like)
-        return State(tensors, torch.zeros(batch, dtype=torch.int64, device=like.device))
 
     def forward(
         self,
@@ -176,7 +154,7 @@ class SequenceModel(nn.Module):
         type of activations (None: that of the parameters). ValueError if arguments do not fit.
         """
         self._check(inputs, lengths, places)
-        x, _ = self._features(inputs, None, lengths, dtype)
+        x = self._read(self._embedded(inputs, dtype), lengths)
         if self.config.pooling == "every":
             return cast(Tensor, self.head(x if places is None else x[places]))
         x = pooled(x, lengths, self.config.pooling)
@@ -185,59 +163,10 @@ class SequenceModel(nn.Module):
             x = F.relu(self.joint(torch.cat([one, other, one * other, one - other], dim=-1)))
         return cast(Tensor, self.head(x))
 
-    def features(
-        self,
-        inputs: Tensor,
-        state: State | None = None,
-        *,
-        lengths: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, State]:
-        """Features of all positions, [B,T,C], and the next state: a sequence may be cut anywhere.
-
-        Inputs and lengths as in `forward`. ValueError if the model reads in both directions, for
-        which it needs whole rows.
-        """
-        if self.config.bidirectional:
-            raise ValueError("this model reads rows from both ends; give it whole rows")
-        self._check(inputs, lengths, None, state)
-        x, tensors = self._features(inputs, state, lengths, dtype)
-        read = inputs.shape[1] if lengths is None else lengths
-        before = self.empty_state(len(inputs)) if state is None else state
-        return x, State(tensors, before.tokens + read)
-
-    def _features(
-        self,
-        inputs: Tensor,
-        state: State | None,
-        lengths: Tensor | None,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _embedded(self, inputs: Tensor, dtype: torch.dtype | None) -> Tensor:
         dtype = dtype or self.head.weight.dtype
-        embedded = self.input(inputs.to(dtype)) if self.config.channels else self.emb(inputs)
-        x = F.dropout(embedded.to(dtype), self.dropout, self.training)
-        if state is None:
-            state = self.empty_state(len(inputs), dtype=dtype)
-        forward, tensors = self._through("blocks", x, state, lengths)
-        if not self.config.bidirectional:
-            return self.ln_out(forward), tensors
-        order = reversed_places(x.shape[1], lengths, x.device).expand(len(x), -1)[..., None]
-        back, _ = self._through("reverse_blocks", _reordered(x, order), state, lengths)
-        back = _reordered(self.reverse_ln_out(back), order)
-        return torch.cat([self.ln_out(forward), back], dim=-1), tensors
-
-    def _through(
-        self, name: str, x: Tensor, state: State, lengths: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        return through(
-            dict(self._stacks())[name],
-            self.config.stack,
-            x,
-            state.tensors,
-            Reading(None, lengths),
-            dropout=self.dropout,
-            recompute=self.recompute,
-        )
+        x = self.input(inputs.to(dtype)) if self.config.channels else self.emb(inputs)
+        return F.dropout(x.to(dtype), self.dropout, self.training)
 
     def _check(
         self,
@@ -305,27 +234,3 @@ def pooled(x: Tensor, lengths: Tensor | None, pooling: Pooling) -> Tensor:
         return x[torch.arange(len(x), device=x.device), lengths - 1]
     behind = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
     return x.masked_fill(behind[..., None], 0).sum(dim=1) / lengths[:, None].to(x.dtype)
-
-
-def reversed_places(length: int, lengths: Tensor | None, device: torch.device) -> Tensor:
-    """Where each position of rows read from their ends comes from: [1,T], or [B,T] with lengths.
-
-    Padding stays in its place behind the row.
-    """
-    places = torch.arange(length, device=device)[None]
-    if lengths is None:
-        return places.flip(1)
-    mirrored = lengths[:, None] - 1 - places
-    return torch.where(mirrored >= 0, mirrored, places)
-
-
-def _reordered(x: Tensor, order: Tensor) -> Tensor:
-    return x.gather(1, order.expand(-1, -1, x.shape[-1]))
-
-
-def _blocks(stack: ModelConfig, generator: torch.Generator) -> nn.ModuleList:
-    blocks = [Block(stack, layer) for layer in range(stack.num_layers)]
-    for block in blocks:
-        block.att.initialize(generator)
-        block.ffn.initialize(generator)
-    return nn.ModuleList(blocks)
