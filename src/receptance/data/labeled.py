@@ -122,6 +122,11 @@ class Examples(ABC):
     def count(self, split: Split) -> int | None:
         """The number of examples of a split; None if there is no end of them."""
 
+    @property
+    def chance(self) -> float | None:
+        """The accuracy of guessing, where it is known; None where it is not."""
+        return None
+
 
 @dataclass(frozen=True)
 class Part:
@@ -170,6 +175,14 @@ class StoredExamples(Examples):
 
     def count(self, split: Split) -> int | None:
         return len(self._parts[split].targets) if split in self._parts else 0
+
+    @property
+    def chance(self) -> float | None:
+        """The share of the most common class of the test part."""
+        if self.problem.kind != "classify" or "test" not in self._parts:
+            return None
+        counts = np.bincount(self._parts["test"].targets.reshape(-1))
+        return float(counts.max() / counts.sum())
 
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
         part = self.part("train")

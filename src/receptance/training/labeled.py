@@ -212,7 +212,7 @@ class LabeledTrainer:
                 outputs = _answers(self.model, part, self.dtype)
             value = errors(outputs, part.answers, self.problem).sum() / total
             value.backward()
-            loss += float(value)
+            loss += float(value.detach())
         return loss
 
     @property

@@ -94,6 +94,10 @@ class DrawnExamples(Examples):
     def count(self, split: Split) -> int | None:
         return None if split == "train" else self._held_out
 
+    @property
+    def chance(self) -> float:
+        return self.task.chance
+
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
         return _batch(draw(self.task, "train", size, (seed, step)))
 
