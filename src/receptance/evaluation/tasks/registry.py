@@ -29,8 +29,7 @@ def make_task(name: str, setting: str = "", source: str | None = None) -> Task:
         raise ValueError(f"no task {name!r}{nearest(name, DRAWN)}")
     kind = DRAWN[name]
     given: dict[str, Any] = parse_setting(name, setting, _numbers(kind))
-    wants_text = "text" in {field.name for field in dataclasses.fields(kind)}
-    if wants_text:
+    if kind is Passkey:
         given["text"] = _text(name, source)
     elif source is not None:
         raise ValueError(f"{name} reads no files; leave {source} out")
@@ -59,7 +58,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _numbers(kind: type) -> dict[str, type]:
     """The settings of a task and their types."""
     hints = get_type_hints(kind)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)
     return {field.name: hints[field.name] for field in fields if hints[field.name] in _KINDS}
 
 
