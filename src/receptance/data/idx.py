@@ -1,4 +1,4 @@
-"""Image sets in the idx format of MNIST, such as Debian's dataset-fashion-mnist: pixels as a sequence.
+"""Image sets in the idx format of MNIST, such as Debian's dataset-fashion-mnist, as sequences.
 
 An idx file has two zero bytes, a type, the number of axes, their sizes as big-endian integers, and
 the values. It may be packed with gzip.

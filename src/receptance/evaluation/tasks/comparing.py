@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from receptance.data.labeled import Examples
@@ -205,6 +206,7 @@ def _result(options: TaskOptions, found: Sequence[Found]) -> Result:
     chance = _chance(found)
     if chance is not None:
         notes.append(f"Guessing gives an accuracy of {chance:.4g}.")
+    figures += [figure for each in _once(found) for figure in _idle(each)]
     rows = published_rows(options.task)
     if rows:
         figures += [
@@ -290,6 +292,15 @@ def _figures(found: Found) -> list[Figure]:
             )
         )
     return figures
+
+
+def _idle(found: Found) -> list[Figure]:
+    """The error of answering zeros: the mean of what was trained on, or no change in a forecast."""
+    if found.examples.problem.kind == "classify":
+        return []
+    errors = [batch.answers.square().mean(dim=-1) for batch in found.examples.held_out("test", 64)]
+    error = float(torch.cat(errors).mean())
+    return [Figure(name="mean squared error", value=error, model="zeros", about={"idle": True})]
 
 
 def over_seeds(tested: Sequence[Tested]) -> tuple[float, float, float, str]:

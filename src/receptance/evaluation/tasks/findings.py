@@ -44,7 +44,7 @@ def _curves(
     """
     others = tuple(others)
     groups: dict[str, list[Figure]] = {}
-    for figure in figures:
+    for figure in (figure for figure in figures if key in figure.about):
         groups.setdefault(_label(figure, others, whole_name), []).append(figure)
     curves = []
     for name, group in groups.items():

@@ -54,14 +54,18 @@ class GeneratedExamples(Examples):
     def count(self, split: Split) -> int | None:
         return self.sizes[split]
 
+    @property
+    def sized(self) -> dict[str, int]:
+        """The number of examples of each split, by its name."""
+        return {f"{split} examples": size for split, size in self.sizes.items()}
+
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
         places = np.arange(step * size, (step + 1) * size, dtype=np.int64)
         epochs, places = np.divmod(places, self.sizes["train"])
-        numbers = [
-            int(shuffled(place[None], self.sizes["train"], (seed, int(epoch)))[0])
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
-        return self._batch("train", numbers)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            places[now] = shuffled(places[now], self.sizes["train"], (seed, int(epoch)))
+        return self._batch("train", places.tolist())
 
     def held_out(self, split: Split, size: int) -> Iterator[LabeledBatch]:
         for at in range(0, self.sizes[split], size):

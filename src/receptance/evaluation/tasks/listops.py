@@ -73,7 +73,7 @@ class ListOps(GeneratedExamples):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return {"task": "listops", **vars(self.difficulty), **self.sizes, "drawn from": self.seed}
+        return {"task": "listops", **vars(self.difficulty), **self.sized, "drawn from": self.seed}
 
     @property
     def chance(self) -> float:
