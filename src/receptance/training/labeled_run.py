@@ -84,7 +84,7 @@ class LabeledRun(Run):
         return mfu(report.tokens_per_second, self.labeled.trainer.model, self.peak)
 
 
-def stored_notes(directory: Path) -> dict[str, Any] | None:
+def labeled_notes(directory: Path) -> dict[str, Any] | None:
     """What a checkpoint's training.json holds, if it is one of a labeled run; None if not."""
     about = read_training(directory)
     return about if "positions" in about else None

@@ -70,7 +70,7 @@ _SETTINGS: dict[str, dict[str, type]] = {
     "retrieval": {"max_length": int},
     "forecast": {"history": int, "horizon": int},
 }
-_GENERATED = ("listops", "pathfinder", "path-x")
+GENERATED = ("listops", "pathfinder", "path-x")
 
 
 def benchmark(name: str, setting: str, source: str | None, seed: int) -> Examples:
@@ -84,7 +84,7 @@ def benchmark(name: str, setting: str, source: str | None, seed: int) -> Example
     known = {"max_length": int} if name == "listops" and source else _SETTINGS.get(name, {})
     given = parse_setting(name, setting, known)
     if source is None:
-        if name not in _GENERATED:
+        if name not in GENERATED:
             raise ValueError(f"{name} is read from files ({BENCHMARKS[name]}); name them as source")
         return _generated(name, given)
     path = Path(source).expanduser()
