@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from receptance.storage.lock import RunLock
 from receptance.storage.sequences import write_sequence_description
 from receptance.training.labeled import LabeledTrainer
 from receptance.training.labeled_run import LabeledRun, LabeledStart, labeled_notes
-from receptance.training.notes import check_changes, restored_options
+from receptance.training.notes import absolute, check_changes, restored_options
 from receptance.training.options import StartOptions
 from receptance.training.run import RunOptions
 from receptance.training.start import check_new
@@ -35,8 +36,12 @@ _START = ("size", "width", "layers", "device", "train")
 
 def stored_task(out: Path) -> dict[str, Any] | None:
     """What the newest checkpoint in a folder says, if its run learned labeled sequences."""
-    found = step_directories(out) if out.is_dir() else []
-    return labeled_notes(found[-1]) if found else None
+    for directory in reversed(step_directories(out) if out.is_dir() else []):
+        try:
+            return labeled_notes(directory)
+        except ValueError:  # It is damaged, which is reported when the run goes on.
+            continue
+    return None
 
 
 def train_labeled(
@@ -47,13 +52,13 @@ def train_labeled(
     sequence: SequenceOptions,
     run: RunOptions,
     *,
-    goes_on: bool,
+    before: dict[str, Any] | None,
     again: bool,
 ) -> bool:
     """Train in a folder, test, and write result.json there; whether the run came to its end.
 
-    goes_on tells whether the folder's run is continued, again whether metrics of a run that saved
-    nothing may be removed. ValueError says what cannot be done.
+    before is what the run says that goes on, None for a new one; again tells whether metrics of a
+    run that saved nothing may be removed. ValueError says what cannot be done.
     """
     _check(start, run)
     if len(data) != 1:
@@ -63,8 +68,11 @@ def train_labeled(
     say(console, f"training on {described(device)}")
     start = replace(start, train=start.train.with_rates("new"))
     labeled = open_labeled(data[0], task, sequence, start.train.seed)
+    about = json.loads(json.dumps(dict(labeled.examples.about)))  # as a checkpoint has it
+    if before is not None and before["examples"] != about:
+        raise ValueError(f"{data[0]} does not hold what the run was started with; restore that")
     with RunLock(out):
-        if not goes_on:
+        if before is None:
             check_new(out, again=again)
         sizes = _sizes(labeled, start, sequence)
         train = start.train
@@ -77,8 +85,8 @@ def train_labeled(
         notes = {
             "task": task,
             "sequence": asdict(sequence),
-            "source": data[0],
-            "examples": dict(labeled.examples.about),
+            "source": absolute(data[0]),
+            "examples": about,
         }
         begun = LabeledRun(out, run, LabeledStart(trainer, start, describe, notes), console)
         begun = begun.restored()
@@ -108,7 +116,7 @@ def resumed(
     if now != sequence:
         raise ValueError("a resumed run keeps how it reads its sequences; leave these options out")
     source = stored["source"]
-    if data and data != (source,):
+    if data and absolute(data[0]) != source:
         say(Console(), f"the data given is not read: the run keeps its own, {source}")
     return stored["task"], (source,), given, sequence
 

@@ -215,7 +215,7 @@ def _labeled(out: Path, options: Options, argv: list[str]) -> bool:
             start,
             sequence,
             options.run,
-            goes_on=stored is not None,
+            before=stored,
             again=options.auto_resume,
         )
 

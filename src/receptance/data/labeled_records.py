@@ -25,8 +25,8 @@ def read_labeled_records(
 
     Texts are read as bytes, values as vectors, [T] or [T,D]; a file has one or the other. Sequences
     are cut to max_length positions, if that is not 0. Without a file of its own name with .test
-    before the suffix, a tenth of the records is the test part. ValueError names the line that is no
-    example.
+    before the suffix, a tenth of the records is the test part; equal sequences are never divided
+    between parts. ValueError names the line that is no example.
     """
     test_file = file.with_name(f"{file.stem}.test{file.suffix}")
     files = [file, *([test_file] if test_file.is_file() else [])]
@@ -57,12 +57,19 @@ def read_labeled_records(
         )
         for rows, labels in found
     ]
-    train, test = wholes if len(wholes) > 1 else split_off(wholes[0], _SHARE, seed, problem)
-    train, validation = split_off(train, _SHARE, seed, problem)
+    train, test = wholes if len(wholes) > 1 else _split_off(wholes[0], seed, problem)
+    train, validation = _split_off(train, seed, problem)
     parts: dict[Split, Part] = {"train": train, "validation": validation, "test": test}
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     about = {"task": file.name, "sha256": digest, "classes": ", ".join(classes)}
     return StoredExamples(problem, parts, about), classes
+
+
+def _split_off(part: Part, seed: int, problem: Problem) -> tuple[Part, Part]:
+    """All but a tenth of the examples, and that tenth; equal sequences stay together."""
+    names: dict[bytes, int] = {}
+    groups = [names.setdefault(row.tobytes(), len(names)) for row in part.inputs]
+    return split_off(part, _SHARE, seed, problem, np.array(groups))
 
 
 def _read(file: Path, kind: str, max_length: int) -> tuple[list[np.ndarray], list[Any]]:

@@ -13,9 +13,7 @@ from receptance.model.devices import resolve_device
 from receptance.model.heads import SequenceConfig
 from receptance.model.sequences import SequenceModel
 from receptance.storage.checkpoint import read_tensors
-from receptance.storage.opening import FORMAT_VERSION, open_path
-
-SEQUENCE_FORMAT = "receptance-sequences"
+from receptance.storage.opening import FORMAT_VERSION, SEQUENCE_FORMAT, open_path
 
 
 def write_sequence_description(
@@ -40,7 +38,7 @@ def load_sequence_model(
     checkpoint is read. ValueError if it is anything else or damaged.
     """
     opened = open_path(source)
-    if opened.fields.get("format") != SEQUENCE_FORMAT:
+    if opened.kind != "sequences":
         raise ValueError(
             f"{opened.path} holds no classifier, regressor or forecaster; name a run that trained "
             "one"

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from receptance.storage.directories import newest_checkpoint, step_directories
+from receptance.storage.directories import newest_checkpoint, put_aside, step_directories
 from receptance.training.devices import mfu
 from receptance.training.labeled import LabeledTrainer, Score
 from receptance.training.logs import Value
@@ -51,7 +51,10 @@ class LabeledRun(Run):
     def restored(self) -> LabeledRun:
         """The same run, which goes on from its newest whole checkpoint if there is one."""
         if step_directories(self.out):
-            directory, _ = newest_checkpoint(self.out)
+            directory, skipped = newest_checkpoint(self.out)
+            for reason in skipped:
+                self._alarm(f"skipped a damaged checkpoint: {reason}")
+            put_aside(directory)
             restore(self.trainer, directory)
             self.saver.saved_step = self.trainer.step
         return self

@@ -91,10 +91,11 @@ def flat(options: StartOptions) -> dict[str, Any]:
 
 def located(options: StartOptions) -> StartOptions:
     """The same options with absolute paths: a run may be continued from another folder."""
-    return replace(options, init=_absolute(options.init), tokenizer=_absolute(options.tokenizer))
+    return replace(options, init=absolute(options.init), tokenizer=absolute(options.tokenizer))
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder; any other name as it is."""
     if name is None or name == "bytes" or not expanded(name).exists():
         return name
     return os.path.abspath(expanded(name))

@@ -221,7 +221,7 @@ def _result(options: TaskOptions, found: Sequence[Found]) -> Result:
         kind="task",
         what=f"{options.task}: how well each architecture learns it",
         models=_subjects(found),
-        data=[Source(name=options.task, about=dict(each.examples.about)) for each in _once(found)],
+        data=[_source(options.task, dict(each.examples.about)) for each in _once(found)],
         figures=figures,
         curves=curves_of(figures),
         options=dataclasses.asdict(options),
@@ -247,6 +247,10 @@ def _subjects(found: Sequence[Found]) -> list[Subject]:
         if before is None or before.about["state"] < outcome.state:
             subjects[point.name] = Subject(name=point.name, about=about)
     return list(subjects.values())
+
+
+def _source(task: str, about: dict[str, Any]) -> Source:
+    return Source(name=task, digest=about.get("sha256"), about=about)
 
 
 def _once(found: Sequence[Found]) -> list[Found]:

@@ -119,7 +119,7 @@ class Outcome:
     tested: list[Tested]
     parameters: int
     state: int
-    """The numbers that are kept of a sequence of the trained length."""
+    """The numbers that are kept of the longest test sequence of the trained difficulty."""
     steps: int
     seconds: float
     seconds_per_step: float
@@ -170,10 +170,11 @@ def outcome_of(
     run = LabeledRun(folder, RunOptions(reports=1), start, console).restored()
     if not run.go():
         raise KeyboardInterrupt
-    length = int(next(examples.held_out("test", 1)).inputs.shape[1])
+    tested = [_tested(trainer, part) for part in (examples, *further)]
+    length = max(batch.inputs.shape[1] for batch in examples.held_out("test", 64))
     found = Outcome(
         validation=trainer.score("validation").mean,
-        tested=[_tested(trainer, part) for part in (examples, *further)],
+        tested=tested,
         parameters=model.num_parameters,
         state=model.state_size(length),
         steps=trainer.step,
