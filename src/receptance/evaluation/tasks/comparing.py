@@ -26,7 +26,7 @@ from receptance.evaluation.tasks.benchmarks import BENCHMARKS, benchmark, publis
 from receptance.evaluation.tasks.findings import curves_of
 from receptance.evaluation.tasks.pictures import draw_curves
 from receptance.evaluation.tasks.registry import DRAWN, make_task, nearest
-from receptance.evaluation.tasks.runs import Outcome, Spec, Tested, check_models, outcome_of
+from receptance.evaluation.tasks.runs import Outcome, Spec, Measured, check_models, outcome_of
 from receptance.model.heads import Pooling
 from receptance.progress import say
 from receptance.training.options import TrainOptions
@@ -307,7 +307,7 @@ def _idle(found: Found) -> list[Figure]:
     return [Figure(name="mean squared error", value=error, model="zeros", about={"idle": True})]
 
 
-def over_seeds(tested: Sequence[Tested]) -> tuple[float, float, float, str]:
+def over_seeds(tested: Sequence[Measured]) -> tuple[float, float, float, str]:
     """Mean and interval: over seeds if there are several, else over examples."""
     if len(tested) == 1:
         return tested[0].value, tested[0].low, tested[0].high, tested[0].interval

@@ -95,7 +95,7 @@ def check_models(names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class Measured:
     """What a trained model made of one set of held-out examples."""
 
     about: dict[str, Any]
@@ -116,7 +116,7 @@ class Outcome:
 
     validation: float
     """The mean over the validation part, by which learning rates are chosen."""
-    tested: list[Tested]
+    tested: list[Measured]
     parameters: int
     state: int
     """The numbers that are kept of the longest test sequence of the trained difficulty."""
@@ -134,7 +134,7 @@ class Outcome:
         """Read an outcome; ValueError if the file is none."""
         try:
             fields = json.loads(path.read_bytes())
-            tested = [Tested(**entry) for entry in fields.pop("tested")]
+            tested = [Measured(**entry) for entry in fields.pop("tested")]
             return cls(tested=tested, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
@@ -185,14 +185,14 @@ def outcome_of(
     return found
 
 
-def _tested(trainer: LabeledTrainer, examples: Examples) -> Tested:
+def _tested(trainer: LabeledTrainer, examples: Examples) -> Measured:
     own, trainer.examples = trainer.examples, examples
     try:
         found = trainer.score("test")
     finally:
         trainer.examples = own
     low, high, interval = interval_of(found, examples.problem.kind)
-    return Tested(
+    return Measured(
         about=dict(examples.about),
         value=found.mean,
         low=low,
