@@ -53,7 +53,9 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, "cpu-10min", "one-gpu", "tiny-python"}
+    arena = {f"lra-{task}" for task in ("listops", "text", "retrieval", "image", "pathfinder")}
+    others = {"cpu-10min", "one-gpu", "tiny-python"}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *arena, *others}
 
 
 @pytest.mark.parametrize("name", recipe_names())

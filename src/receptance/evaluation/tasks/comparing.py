@@ -26,7 +26,7 @@ from receptance.evaluation.tasks.benchmarks import BENCHMARKS, benchmark, publis
 from receptance.evaluation.tasks.findings import curves_of
 from receptance.evaluation.tasks.pictures import draw_curves
 from receptance.evaluation.tasks.registry import DRAWN, make_task, nearest
-from receptance.evaluation.tasks.runs import Outcome, Spec, Measured, check_models, outcome_of
+from receptance.evaluation.tasks.runs import Measured, Outcome, Spec, check_models, outcome_of
 from receptance.model.heads import Pooling
 from receptance.progress import say
 from receptance.training.options import TrainOptions
