@@ -1,8 +1,8 @@
 """Recall, state tracking, Long Range Arena and series: RWKV against a Transformer of its budget.
 
-    python benchmarks/tasks.py mqar --settings pairs=4,length=64 pairs=8,length=128 --out results/mqar
+    python benchmarks/tasks.py mqar --settings pairs=4 pairs=8,length=128 --out results/mqar
     python benchmarks/tasks.py listops --settings train=20000,max_length=600 --out results/listops
-    python benchmarks/tasks.py images --source /usr/share/datasets/fashion-mnist --out results/images
+    python benchmarks/tasks.py images --source fashion-mnist/ --out results/images
 
 Each architecture is trained with every learning rate, and tested with the one that validates best.
 What has been run is kept in --out, which gets result.json and pictures at the end; the same command

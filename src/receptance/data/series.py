@@ -185,6 +185,7 @@ class SeriesWindows(Examples):
 
     @property
     def problem(self) -> Problem:
+        """The next values of all channels, after each position."""
         channels = self.values.shape[1]
         return Problem(
             kind="regress", outputs=self.horizon * channels, channels=channels, every=True
@@ -192,6 +193,7 @@ class SeriesWindows(Examples):
 
     @property
     def about(self) -> Mapping[str, Any]:
+        """What the series is, and the lengths of its windows."""
         return self._about | {
             "history": self.history,
             "horizon": self.horizon,
@@ -205,9 +207,11 @@ class SeriesWindows(Examples):
         return range(first, self._ends[split] - self.horizon)
 
     def count(self, split: Split) -> int | None:
+        """The number of windows whose answers lie in a part."""
         return len(self._origins(split))
 
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
+        """Windows of the training part, each once per epoch, with every position asked about."""
         origins = self._origins("train")
         places = np.arange(step * size, (step + 1) * size, dtype=np.int64)
         epochs, places = np.divmod(places, len(origins))
@@ -217,6 +221,7 @@ class SeriesWindows(Examples):
         return self._batch(origins.start + places, every=True)
 
     def held_out(self, split: Split, size: int) -> Iterator[LabeledBatch]:
+        """All windows of a part, in their order; only their last position is asked about."""
         origins = np.array(self._origins(split))
         for at in range(0, len(origins), size):
             yield self._batch(origins[at : at + size], every=False)

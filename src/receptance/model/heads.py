@@ -91,14 +91,14 @@ class Answering(nn.Module, ABC):
         stack = config.stack
         if config.channels:
             self.input = Affine(config.channels, stack.width)
-            self.input.uniform_(generator)
+            self.input.draw(generator)
         else:
             weight = torch.empty(stack.vocab_size, stack.width)
             weight.uniform_(-embedding_bound, embedding_bound, generator=generator)
             self.emb = nn.Embedding(stack.vocab_size, stack.width, _weight=weight)
         if config.pairs:
             self.joint = Affine(4 * feature_width, feature_width)
-            self.joint.uniform_(generator)
+            self.joint.draw(generator)
         self.head = Affine(feature_width, config.outputs)
         nn.init.orthogonal_(self.head.weight, gain=_HEAD_SCALE, generator=generator)
 
@@ -212,7 +212,7 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     @torch.no_grad()
-    def uniform_(self, generator: torch.Generator) -> None:
+    def draw(self, generator: torch.Generator) -> None:
         """Draw weight and bias within 1 / sqrt(inputs), as torch's Linear does."""
         bound = self.weight.shape[1] ** -0.5
         for parameter in (self.weight, self.bias):

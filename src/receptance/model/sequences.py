@@ -48,6 +48,7 @@ class SequenceModel(Answering):
         return sum(x.numel() for x in self.empty_state(1).tensors.values())
 
     def learning_rate_scales(self) -> dict[str, float]:
+        """The factors of the learning rate that differ from 1, by parameter name."""
         return {
             name: scale
             for prefix, blocks in self._stacks().items()

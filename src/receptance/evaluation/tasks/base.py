@@ -89,9 +89,11 @@ class DrawnExamples(Examples):
 
     @property
     def about(self) -> Mapping[str, Any]:
+        """The name of the task and its difficulty."""
         return {"task": self.task.name, **self.task.difficulty}
 
     def count(self, split: Split) -> int | None:
+        """The number of held-out examples; there is no end of those for training."""
         return None if split == "train" else self._held_out
 
     @property
@@ -99,9 +101,11 @@ class DrawnExamples(Examples):
         return self.task.chance
 
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
+        """New examples for every step."""
         return _batch(draw(self.task, "train", size, (seed, step)))
 
     def held_out(self, split: Split, size: int) -> Iterator[LabeledBatch]:
+        """The held-out examples, always the same."""
         for number, at in enumerate(range(0, self._held_out, size)):
             count = min(size, self._held_out - at)
             yield _batch(draw(self.task, split, count, (self._seed, number)))

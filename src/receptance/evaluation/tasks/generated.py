@@ -52,6 +52,7 @@ class GeneratedExamples(Examples):
         return self._made[place]
 
     def count(self, split: Split) -> int | None:
+        """The number of examples of a split."""
         return self.sizes[split]
 
     @property
@@ -60,6 +61,7 @@ class GeneratedExamples(Examples):
         return {f"{split} examples": size for split, size in self.sizes.items()}
 
     def train(self, step: int, size: int, seed: int) -> LabeledBatch:
+        """The batch of a step; every example comes once per epoch, in a seeded order."""
         places = np.arange(step * size, (step + 1) * size, dtype=np.int64)
         epochs, places = np.divmod(places, self.sizes["train"])
         for epoch in np.unique(epochs):
@@ -68,6 +70,7 @@ class GeneratedExamples(Examples):
         return self._batch("train", places.tolist())
 
     def held_out(self, split: Split, size: int) -> Iterator[LabeledBatch]:
+        """All examples of a split, in the order of their numbers."""
         for at in range(0, self.sizes[split], size):
             yield self._batch(split, range(at, min(at + size, self.sizes[split])))
 

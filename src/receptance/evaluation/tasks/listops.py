@@ -69,17 +69,21 @@ class ListOps(GeneratedExamples):
 
     @property
     def problem(self) -> Problem:
+        """One of ten digits for an expression."""
         return Problem(kind="classify", outputs=10, vocab_size=len(LISTOPS_TOKENS))
 
     @property
     def about(self) -> Mapping[str, Any]:
+        """The difficulty, and the number of examples."""
         return {"task": "listops", **vars(self.difficulty), **self.sized, "drawn from": self.seed}
 
     @property
     def chance(self) -> float:
+        """One of ten digits."""
         return 0.1
 
     def make(self, rng: random.Random) -> tuple[np.ndarray, int]:
+        """Draw an expression, [T] of ids, and its value."""
         limits = self.difficulty
         while True:
             tokens: list[str] = []

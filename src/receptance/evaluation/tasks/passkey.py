@@ -51,16 +51,20 @@ class Passkey(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return 256
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 0.1
 
     def at_length(self, length: int) -> Passkey:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         hay = self.length - self._around
         text = np.frombuffer(self.text, np.uint8)
         cut = int(len(text) * (1 - _HELD_OUT))

@@ -7,7 +7,6 @@ drawn here by sampling each pixel, so single pixels differ from those that Pillo
 
 from __future__ import annotations
 
-import functools
 import math
 import random
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from receptance.data.labeled import Problem, Split
+from receptance.evaluation.tasks.drawing import Point, dilated, disk_offsets, moved, stroke
 from receptance.evaluation.tasks.generated import GeneratedExamples
 
 PATHFINDER_SIZES: dict[Split, int] = {"train": 160_000, "validation": 20_000, "test": 20_000}
 """The sizes of the release: 200,000 images, divided 8 : 1 : 1."""
 
-_SAMPLES = 4  # a pixel's coverage is the mean over so many points in each direction
 # Trials as in the script: of a dash of a path, and of a whole distractor.
 _DASH_TRIALS, _PATH_TRIALS = 3, 5
 # No dash may cover another one: the sum of masks stays below this.
@@ -113,18 +112,22 @@ class Pathfinder(GeneratedExamples):
 
     @property
     def problem(self) -> Problem:
+        """One of two classes for a row of gray levels."""
         return Problem(kind="classify", outputs=2, channels=1)
 
     @property
     def about(self) -> Mapping[str, Any]:
+        """The parameters, and the number of examples."""
         numbers = vars(self.difficulty)
         return {"task": "pathfinder", **numbers, **self.sized, "drawn from": self.seed}
 
     @property
     def chance(self) -> float:
+        """Half of the images have each class."""
         return 0.5
 
     def make(self, rng: random.Random) -> tuple[np.ndarray, int]:
+        """Draw an image, [H*W,1] of bytes, and its class."""
         image, label = picture(self.difficulty, rng)
         return image.reshape(-1, 1), label
 
@@ -143,9 +146,6 @@ def picture(difficulty: PathfinderDifficulty, rng: random.Random) -> tuple[np.nd
         drawing.image = np.maximum(drawing.image, drawing.disk(tip))
     levels = drawing.image / drawing.image.max()
     return np.rint(255 * levels).astype(np.uint8), label
-
-
-Point = tuple[int, int]
 
 
 @dataclass
@@ -288,7 +288,7 @@ class _Drawing:
         pairs = {(int(y), int(x)) for y, x in zip(rows[inside], columns[inside], strict=True)} - {
             pivot
         }
-        taken = _dilated(self.mask, _disk_offsets(self.margin))
+        taken = dilated(self.mask, disk_offsets(self.margin))
         places = sorted(pairs)
         angles = [math.atan2(y - pivot[0], x - pivot[1]) for y, x in places]
         weights = []
@@ -310,7 +310,7 @@ class _Drawing:
         """A dash and its mask, which is wider by the margin: coverage from 0 to 1, [H,W] each."""
         d = self.d
         return tuple(  # type: ignore[return-value]
-            _line(d.window, start, angle, d.paddle_length, d.paddle_thickness / 2 + wider)
+            stroke(d.window, start, angle, d.paddle_length, d.paddle_thickness / 2 + wider)
             for wider in (0, self.margin)
         )
 
@@ -320,58 +320,10 @@ class _Drawing:
         reach = d.paddle_length + self.margin + 1
         center = (reach, reach)
         width = d.paddle_thickness / 2 + self.margin
-        shape = _line(2 * reach + 1, center, angle, d.paddle_length, width)
+        shape = stroke(2 * reach + 1, center, angle, d.paddle_length, width)
         offsets = [(int(y) - reach, int(x) - reach) for y, x in np.argwhere(shape > 0.5)]
-        return _dilated(taken, offsets) < 0.3
+        return dilated(taken, offsets) < 0.3
 
     def disk(self, center: Point) -> np.ndarray:
         """A mark: coverage of each pixel, [H,W]."""
-        return _line(self.d.window, center, 0.0, 0, self.d.marker_radius)
-
-
-def moved(point: Point, angle: float, distance: float) -> Point:
-    """The pixel at a distance in a direction; like the script, it rounds up."""
-    return (
-        math.ceil(round(point[0] + distance * math.sin(angle), 9)),
-        math.ceil(round(point[1] + distance * math.cos(angle), 9)),
-    )
-
-
-def _line(side: int, start: Point, angle: float, length: float, radius: float) -> np.ndarray:
-    """How much of each pixel lies within `radius` of a line: [side,side], from 0 to 1."""
-    out = np.zeros((side, side))
-    end = start[0] + length * math.sin(angle), start[1] + length * math.cos(angle)
-    reach = math.ceil(radius) + 1
-    top, left = (max(0, math.floor(min(a, b)) - reach) for a, b in zip(start, end, strict=True))
-    bottom, right = (
-        min(side, math.ceil(max(a, b)) + reach + 1) for a, b in zip(start, end, strict=True)
-    )
-    if top >= bottom or left >= right:
-        return out
-    shifts = (np.arange(_SAMPLES) + 0.5) / _SAMPLES - 0.5
-    y = (np.arange(top, bottom)[:, None] + shifts).ravel()[:, None] - start[0]
-    x = (np.arange(left, right)[:, None] + shifts).ravel()[None] - start[1]
-    along = np.clip(y * math.sin(angle) + x * math.cos(angle), 0, length)
-    distance = np.hypot(y - along * math.sin(angle), x - along * math.cos(angle))
-    covered = (distance <= radius).reshape(bottom - top, _SAMPLES, right - left, _SAMPLES)
-    out[top:bottom, left:right] = covered.mean(axis=(1, 3))
-    return out
-
-
-def _dilated(mask: np.ndarray, offsets: list[Point]) -> np.ndarray:
-    """At each pixel the largest value of the mask at the pixel plus any offset; outside is 1."""
-    reach = max(max(abs(y), abs(x)) for y, x in offsets) if offsets else 0
-    wide = np.pad(mask, reach, constant_values=1.0)
-    height, width = mask.shape
-    out = np.zeros_like(mask)
-    for y, x in offsets:
-        np.maximum(
-            out, wide[reach + y : reach + y + height, reach + x : reach + x + width], out=out
-        )
-    return out
-
-
-@functools.cache
-def _disk_offsets(radius: int) -> list[Point]:
-    around = range(-radius, radius + 1)
-    return [(y, x) for y in around for x in around if y * y + x * x <= radius * radius]
+        return stroke(self.d.window, center, 0.0, 0, self.d.marker_radius)

@@ -53,16 +53,20 @@ class MQAR(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return self.vocabulary
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 1 / (self.vocabulary - self.vocabulary // 2)
 
     def at_length(self, length: int) -> MQAR:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         first_value, held = self.vocabulary // 2, 2 * self.pairs
         keys = 1 + distinct(rng, count, first_value - 1, self.pairs)
         values = first_value + distinct(rng, count, self.vocabulary - first_value, self.pairs)
@@ -104,16 +108,20 @@ class Induction(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return self.vocabulary
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 1 / (self.vocabulary - 1)
 
     def at_length(self, length: int) -> Induction:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         tokens = rng.integers(1, self.vocabulary, size=(count, self.length))
         rows, places = np.arange(count), rng.integers(self.length - 2, size=count)
         tokens[rows, places] = tokens[:, -1] = 0
@@ -142,16 +150,20 @@ class SelectiveCopying(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return self.vocabulary
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 1 / (self.vocabulary - 2)
 
     def at_length(self, length: int) -> SelectiveCopying:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         data = rng.integers(1, self.vocabulary - 1, size=(count, self.memorize))
         places = np.sort(distinct(rng, count, self.length, self.memorize), axis=1)
         tokens = np.zeros((count, self.length + self.memorize), np.int64)

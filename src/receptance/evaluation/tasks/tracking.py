@@ -31,16 +31,20 @@ class Parity(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return 2
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 0.5
 
     def at_length(self, length: int) -> Parity:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         tokens = rng.integers(2, size=(count, self.length))
         mask = np.ones(tokens.shape, bool)
         return Drawn(tokens, np.cumsum(tokens, axis=1) % 2, mask, tokens)
@@ -63,16 +67,20 @@ class S5(Task):
 
     @property
     def vocab_size(self) -> int:
+        """The number of token ids in inputs and answers."""
         return len(products())
 
     @property
     def chance(self) -> float:
+        """The accuracy of guessing among the possible answers."""
         return 1 / self.vocab_size
 
     def at_length(self, length: int) -> S5:
+        """The same task at another length."""
         return replace(self, length=length)
 
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
+        """Draw so many sequences."""
         tokens = rng.integers(self.vocab_size, size=(count, self.length))
         targets, state = np.empty_like(tokens), np.zeros(count, np.int64)
         for place in range(self.length):

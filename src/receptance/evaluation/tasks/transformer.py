@@ -64,6 +64,7 @@ class Transformer(Answering):
         return 2 * length * self.config.stack.width * len(self.blocks)
 
     def is_weight_decayed(self, name: str, shape: torch.Size) -> bool:
+        """Whether weight decay acts on a parameter, as it does on matrices."""
         return len(shape) >= 2
 
     def _read(self, x: Tensor, lengths: Tensor | None) -> Tensor:
