@@ -46,6 +46,7 @@ def main() -> None:
     add("--out", type=Path, required=True)
     add("--settings", nargs="+", default=[""])
     add("--source")
+    add("--columns", nargs="+", default=[])
     add("--models", nargs="+", default=["rwkv4", "transformer"])
     add("--widths", nargs="+", type=int, default=[64])
     add("--layers", type=int, default=2)
@@ -68,6 +69,7 @@ def main() -> None:
         task=given.task,
         settings=tuple(given.settings),
         source=given.source,
+        columns=tuple(given.columns),
         models=tuple(given.models),
         widths=tuple(given.widths),
         layers=given.layers,

@@ -75,6 +75,7 @@ class TestIdx:
 
 
 TS = """# a comment
+% another
 @problemName Tiny
 @timeStamps false
 @univariate false

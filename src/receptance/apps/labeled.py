@@ -110,7 +110,7 @@ def resumed(
     changed that would make it another run.
     """
     before = restored_options(StartOptions(), stored["options"])
-    sequence = SequenceOptions(**stored["sequence"])
+    sequence = restored_options(SequenceOptions(), stored["sequence"])
     given, now = parsed(before, sequence)
     check_changes(before, given)
     if now != sequence:

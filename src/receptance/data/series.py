@@ -53,7 +53,7 @@ def read_ts(file: Path) -> SeriesFile:
     found = SeriesFile([], [], [])
     inside = False
     for number, line in enumerate(map(str.strip, lines), 1):
-        if not line or line.startswith("#"):
+        if not line or line.startswith(("#", "%")):
             continue
         if not inside:
             if not line.startswith("@"):

@@ -73,11 +73,14 @@ _SETTINGS: dict[str, dict[str, type]] = {
 GENERATED = ("listops", "pathfinder", "path-x")
 
 
-def benchmark(name: str, setting: str, source: str | None, seed: int) -> Examples:
+def benchmark(
+    name: str, setting: str, source: str | None, seed: int, columns: tuple[str, ...] = ()
+) -> Examples:
     """The examples of a benchmark at a setting such as "train=10000,max_length=600".
 
     source is the folder or file that it reads; without one it is generated, if it can be. seed
-    decides what is kept for validation. ValueError says what is missing or unknown.
+    decides what is kept for validation. columns are those of a forecast; none means all. ValueError
+    says what is missing or unknown.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}{nearest(name, BENCHMARKS)}")
@@ -90,7 +93,7 @@ def benchmark(name: str, setting: str, source: str | None, seed: int) -> Example
     path = Path(source).expanduser()
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; {name} is read from {BENCHMARKS[name]}")
-    return _read(name, path, given, seed)
+    return _read(name, path, given, seed, columns)
 
 
 def published_rows(name: str) -> dict[str, float]:
@@ -114,7 +117,9 @@ def _sizes(release: Mapping[Split, int], given: Mapping[str, Any]) -> dict[Split
     return {split: given.get(split, size) for split, size in release.items()}
 
 
-def _read(name: str, path: Path, given: Mapping[str, Any], seed: int) -> Examples:
+def _read(
+    name: str, path: Path, given: Mapping[str, Any], seed: int, chosen: tuple[str, ...]
+) -> Examples:
     if name == "listops":
         return read_listops(path, **given)
     if name == "text":
@@ -130,7 +135,7 @@ def _read(name: str, path: Path, given: Mapping[str, Any], seed: int) -> Example
     if name in ("series", "regression"):
         kind = "classify" if name == "series" else "regress"
         return read_archive(path, kind, seed=seed)[0]  # type: ignore[arg-type]
-    values, columns = read_columns(path)
+    values, columns = read_columns(path, chosen)
     lengths = {"history": 96, "horizon": 24} | dict(given)
     about = {"task": "forecast", "columns": ", ".join(columns)}
     return SeriesWindows(values, about=about, **lengths)

@@ -47,6 +47,8 @@ class TaskOptions:
     default."""
     source: str | None = None
     """The text, file or folder that the task reads, if it reads any."""
+    columns: tuple[str, ...] = ()
+    """The columns of a forecast; none means all columns of numbers."""
     models: tuple[str, ...] = ("rwkv4", "transformer")
     """The architectures."""
     widths: tuple[int, ...] = (64,)
@@ -80,6 +82,8 @@ class TaskOptions:
         for name in ("layers", "seeds", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.columns and self.task != "forecast":
+            raise ValueError(f"columns are for a forecast, and the task is {self.task}")
         if min(self.beyond) < 1:
             raise ValueError(f"beyond is {self.beyond}; multiples of a length are at least 1")
         for rate in self.learning_rates:
@@ -142,7 +146,8 @@ def run_task(options: TaskOptions, out: Path, console: Console) -> Result:
 def _examples(options: TaskOptions, setting: str) -> list[Examples]:
     """The examples to train on, and further ones to test on."""
     if options.task in BENCHMARKS:
-        return [benchmark(options.task, setting, options.source, options.train.seed)]
+        seed, columns = options.train.seed, options.columns
+        return [benchmark(options.task, setting, options.source, seed, columns)]
     task = make_task(options.task, setting, options.source)
     length = task.difficulty["length"]
     longer = [task.at_length(length * times) for times in options.beyond if times > 1]
@@ -207,6 +212,8 @@ def _result(options: TaskOptions, found: Sequence[Found]) -> Result:
     if chance is not None:
         notes.append(f"Guessing gives an accuracy of {chance:.4g}.")
     figures += [figure for each in _once(found) for figure in _idle(each)]
+    if options.task == "forecast":
+        notes.append("Windows overlap, so intervals over them are too narrow.")
     rows = published_rows(options.task)
     if rows:
         figures += [

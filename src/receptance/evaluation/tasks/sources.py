@@ -42,6 +42,8 @@ class SequenceOptions:
     """How many values a forecast is made from."""
     horizon: int = _PLAIN_HORIZON
     """How many values ahead are forecast."""
+    columns: tuple[str, ...] = ()
+    """Forecast these columns; without any, all columns of numbers."""
 
     def __post_init__(self) -> None:
         for name, least in (("history", 1), ("horizon", 1), ("max_length", 0)):
@@ -50,12 +52,12 @@ class SequenceOptions:
 
     def check(self, task: Learned) -> None:
         """ValueError if an option is set that has no effect on this task."""
-        for name, plain in (("history", _PLAIN_HISTORY), ("horizon", _PLAIN_HORIZON)):
+        plains = {"history": _PLAIN_HISTORY, "horizon": _PLAIN_HORIZON, "columns": ()}
+        for name, plain in plains.items():
             if task != "forecast" and getattr(self, name) != plain:
                 raise ValueError(f"{name} is for forecasts, and the task is to {task}")
-        if task == "forecast" and self != SequenceOptions(
-            history=self.history, horizon=self.horizon
-        ):
+        own = {"history": self.history, "horizon": self.horizon, "columns": self.columns}
+        if task == "forecast" and self != SequenceOptions(**own):  # type: ignore[arg-type]
             raise ValueError(
                 "a forecast is made at every position from what stands before it: leave setting, "
                 "pooling, bidirectional and max_length out"
@@ -91,7 +93,7 @@ def open_labeled(source: str, task: Learned, options: SequenceOptions, seed: int
             f"{', '.join(GENERATED)}"
         )
     if task == "forecast":
-        values, columns = read_columns(path)
+        values, columns = read_columns(path, options.columns)
         about = {"task": "forecast", "columns": ", ".join(columns)}
         windows = SeriesWindows(
             values, history=options.history, horizon=options.horizon, about=about
