@@ -60,8 +60,9 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
+    arena = {f"lra-{task}" for task in ("listops", "text", "retrieval", "image", "pathfinder")}
     others = {"cpu-10min", "one-gpu", "tiny-python", "enwik8-6", "enwik8-12"}
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *others}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *arena, *others}
 
 
 @pytest.mark.parametrize("name", recipe_names())

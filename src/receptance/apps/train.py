@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shlex
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import tyro
 
 from receptance.apps.console import Console
+from receptance.apps.estimating import corpus_tokenizer, show_estimate
+from receptance.apps.labeled import resumed, stored_task, train_labeled
 from receptance.apps.options import parse
-from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
-from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
+from receptance.apps.training_errors import training_errors
+from receptance.config import PILE_VOCAB_SIZE
+from receptance.data import ReadOptions, is_corpus
+from receptance.evaluation.tasks.sources import SequenceOptions
 from receptance.model.devices import described, resolve_device
 from receptance.progress import say
-from receptance.storage import checkpoint
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
 from receptance.storage.manifest import check_outside
-from receptance.storage.pairing import no_tokenizer
-from receptance.tokenizer import Tokenizer, load_tokenizer
-from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED
 from receptance.training import TrainOptions, learning_rate
-from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
+from receptance.training.estimate import DEFAULT_UTILIZATION
 from receptance.training.logs import check_kinds
 from receptance.training.notes import check_changes, located, read_about
 from receptance.training.options import StartOptions
 from receptance.training.ranks import Ranks, joined
 from receptance.training.recipes import apply_recipe
 from receptance.training.run import Run, RunOptions
-from receptance.training.start import NEW_TOKENIZER, Start, adapter_size, begin, check_new, resume
+from receptance.training.start import Start, begin, check_new, resume
 
-# The tokenizers of published models, which recipes name, and their numbers of tokens.
-_VOCABULARIES = {PILE_PUBLISHED: PILE_VOCAB_SIZE, WORLD_PUBLISHED: WORLD_VOCAB_SIZE}
 _TRAINED = {
     "new": "a new model",
     "all": "all parameters of a given model",
@@ -77,8 +73,8 @@ class Options:
     """
 
     COMMON: ClassVar[str] = (
-        "--out --resume --recipe --dry-run --init --tune --tokenizer --version --width --layers "
-        "--steps --minutes --batch --context --learning-rate --device"
+        "--out --resume --recipe --dry-run --init --tune --task --tokenizer --version --width "
+        "--layers --steps --minutes --batch --context --learning-rate --device"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance train my-texts/ --out runs/mine --minutes 10",
@@ -92,6 +88,9 @@ class Options:
     folder made by `receptance data prepare`, .npy, .bin/.idx. Not needed with --resume."""
     out: Path = Path("runs/model")
     """The run folder."""
+    task: Literal["text", "classify", "regress", "forecast"] = "text"
+    """Predict text, or answer about sequences with labels: their class, a number, what follows.
+    DATA is then a .jsonl with labels, a NAME_TRAIN.ts, a .csv, or a benchmark's folder or name."""
     recipe: str | None = None
     """Take options from a recipe or a TOML file; options given on the command line replace them.
     Recipes: 169m to 14b, rwkv7-0.1b to rwkv7-13.3b, one-gpu, cpu-10min, context-2048 ..."""
@@ -111,6 +110,9 @@ class Options:
     """With --dry-run, assume that this share of the devices' peak FLOPs is reached."""
     start: Annotated[_Start, tyro.conf.arg(name="")] = field(default_factory=_Start)
     run: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
+    sequence: Annotated[SequenceOptions, tyro.conf.arg(name="")] = field(
+        default_factory=SequenceOptions
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -121,20 +123,44 @@ def main(argv: list[str]) -> None:
     if options.dry_run:
         if options.resume:
             raise ValueError("--dry-run is about a run to be begun; leave out --resume")
-        _dry_run(options)
+        if options.task != "text":
+            raise ValueError("--dry-run is about text; leave it out with --task")
+        show_estimate(
+            options.data,
+            options.start.checked(),
+            device=options.on,
+            devices=options.devices,
+            utilization=options.mfu,
+        )
         return
-    for name in ("on", "devices", "mfu"):
-        if getattr(options, name) != getattr(Options(), name):
-            raise ValueError(f"--{name} is for an estimate; add --dry-run, or leave it out")
+    _check_not_estimated(options)
     out = expanded(options.out)
     check_outside(out)
     check_kinds(options.run.log)
     if options.resume and not out.is_dir():
         raise ValueError(f"no run in {out} to resume")
+    if options.task != "text" or (_goes_on(options) and stored_task(out) is not None):
+        if not _labeled(out, options, argv):
+            _say_how_to_go_on(out, Console())
+        return
+    if options.sequence != SequenceOptions():
+        raise ValueError("options of labeled sequences are set; name what to learn with --task")
+    _text(out, options, argv)
+
+
+def _check_not_estimated(options: Options) -> None:
+    """ValueError if an option of an estimate is set."""
+    for name in ("on", "devices", "mfu"):
+        if getattr(options, name) != getattr(Options(), name):
+            raise ValueError(f"--{name} is for an estimate; add --dry-run, or leave it out")
+
+
+def _text(out: Path, options: Options, argv: list[str]) -> None:
+    """Learn to predict text, in a new run or one that goes on."""
     place = _place(out, options, argv)
     device = resolve_device(place.device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_one_line())
+        stack.enter_context(training_errors())
         ranks, device = stack.enter_context(joined(device, place.context_ranks))
         console = Console(quiet=not ranks.first)
         several = f", {ranks.count} processes" if ranks.count > 1 else ""
@@ -150,8 +176,48 @@ def main(argv: list[str]) -> None:
             f"vocabulary {sizes.vocab_size}), {len(parts.corpus.train):,} training tokens"
         )
         if not Run(out, options.run, parts, console).go():
-            command = shlex.join(["receptance", "train", "--resume", "--out", str(out)])
-            say(console, f"continue with: {command}")
+            _say_how_to_go_on(out, console)
+
+
+def _say_how_to_go_on(out: Path, console: Console) -> None:
+    command = shlex.join(["receptance", "train", "--resume", "--out", str(out)])
+    say(console, f"continue with: {command}")
+
+
+def _goes_on(options: Options) -> bool:
+    return options.resume or options.auto_resume
+
+
+def _labeled(out: Path, options: Options, argv: list[str]) -> bool:
+    """Learn labeled sequences, in a new run or one that goes on; whether it came to its end."""
+    task, data = options.task, options.data
+    start, sequence = options.start.checked(), options.sequence
+    stored = stored_task(out) if _goes_on(options) else None
+    if stored is not None:
+
+        def parsed(
+            start: StartOptions, sequence: SequenceOptions
+        ) -> tuple[StartOptions, SequenceOptions]:
+            given = _parsed(argv, Options(start=_Start.of(start), sequence=sequence))
+            return given.start.checked(), given.sequence
+
+        if task not in ("text", stored["task"]):
+            raise ValueError(f"the run in {out} was started with --task {stored['task']}")
+        task, data, start, sequence = resumed(stored, data, parsed)
+    elif options.resume:
+        raise ValueError(f"no run of labeled sequences in {out} to resume")
+    assert task != "text"
+    with training_errors():
+        return train_labeled(
+            out,
+            task,
+            data,
+            start,
+            sequence,
+            options.run,
+            before=stored,
+            again=options.auto_resume,
+        )
 
 
 def _start(
@@ -211,7 +277,7 @@ def _recipe(name: str, given: Options) -> Options:
     given_sizes = (start.size, start.version, start.width, start.layers)
     if start.init is not None or given_sizes != (None,) * 4:
         recipe = replace(recipe, start=_without_size(recipe.start, start))
-    if given.start.init is None and _corpus_tokenizer(given.data or recipe.data) is None:
+    if given.start.init is None and corpus_tokenizer(given.data or recipe.data) is None:
         return recipe
     return replace(recipe, start=replace(recipe.start, tokenizer=None))
 
@@ -230,75 +296,8 @@ def _without_size(recipe: _Start, given: _Start) -> _Start:
     return replace(recipe, size=None, version=version, width=width, layers=layers)
 
 
-def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
-    """The tokenizer of a corpus of tokens, if the corpus names it."""
-    if _is_one_corpus(data):
-        return TokenFiles.open(data[0]).tokenizer
-    return None
-
-
-def _is_one_corpus(data: Sequence[str]) -> bool:
-    return len(data) == 1 and is_corpus(data[0])
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn RuntimeErrors about memory or lost processes into ValueErrors of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise ValueError(
-                f"out of memory ({text}); take a smaller --micro-batch or --chunk, or --recompute"
-            ) from None
-        if torch.distributed.is_torchelastic_launched() and re.search(
-            "gloo|nccl|connection", text, re.I
-        ):
-            raise ValueError("another process of this job has gone; see what it said") from None
-        raise
-
-
 def _parsed(argv: list[str], default: Options) -> Options:
     return parse(Options, argv, "receptance train", default)
-
-
-def _dry_run(options: Options) -> None:
-    start = located(options.start.checked())
-    own = _corpus_tokenizer(options.data)
-    if options.data and not _is_one_corpus(options.data):
-        check_sources(options.data, start.read, start.exclude)
-    if start.init is not None:
-        sizes, _, tokenizer = checkpoint.read_model(start.init, tokenizer=start.named_tokenizer())
-        if tokenizer is None and not _is_one_corpus(options.data):
-            raise no_tokenizer(sizes, start.init)
-        start.check_sizes(sizes)
-    else:
-        name = start.tokenizer or NEW_TOKENIZER
-        sizes = start.sizes(_vocabulary(name) if own is None else own.vocab_size)
-    found = estimate(
-        sizes,
-        start.train,
-        ranks=options.devices,
-        context_ranks=start.context_ranks,
-        sharded=start.parallel == "fsdp",
-        offload=start.offload,
-        trained=None if start.tune == "all" else adapter_size(sizes, start),
-        device_name=options.on,
-        utilization=options.mfu,
-    )
-    show(Console(), found)
-
-
-def _vocabulary(name: str) -> int:
-    """The size of the vocabulary that the tokenizer of this name has, or will have."""
-    kind, _, size = name.partition(":")
-    if kind == "bpe" and size.isdecimal():
-        return int(size)
-    known = _VOCABULARIES.get(Path(name).name)
-    if known is not None and not expanded(name).exists():
-        return known  # The size is known, so an estimate does not need the file.
-    return load_tokenizer(name).vocab_size
 
 
 def _say_unread(options: Options, console: Console) -> None:

@@ -88,6 +88,8 @@ def _in_directory(opened: Opened) -> Contents:
         return _checkpoint(opened)
     if opened.kind == "quantized":
         return _quantized(opened)
+    if opened.kind == "sequences":
+        return _sequences(opened)
     if opened.kind == "adapter":
         return replace(_in_file(path / ADAPTER_FILE), path=path)
     if (path / "config.json").is_file():
@@ -118,6 +120,22 @@ def _checkpoint(opened: Opened) -> Contents:
             tokenizer=_kind(fields),
             about=f"step {training['step']}" if "step" in training else None,
         )
+    )
+
+
+def _sequences(opened: Opened) -> Contents:
+    path, fields = opened.path, opened.fields
+    meaning, training = fields.get("about"), _fields(path / _TRAINING)
+    asked = f"task {meaning.get('task')}" if isinstance(meaning, dict) else None
+    step = f"step {training['step']}" if "step" in training else None
+    return Contents(
+        path,
+        "sequence model",
+        f"receptance directory, version {fields.get('format_version')}",
+        tuple(sorted(path.glob("model*.safetensors"))),
+        read_tensors(path, "model"),
+        about=", ".join(part for part in (asked, step) if part) or None,
+        problem=f"{path} answers questions about sequences and is no language model",
     )
 
 

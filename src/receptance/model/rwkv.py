@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +71,45 @@ class Block(nn.Module):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = before.to(parameter.device, torch.float32)
         return self
+
+
+def through(
+    blocks: Sequence[Block],
+    config: ModelConfig,
+    x: Tensor,
+    state: Mapping[str, Tensor],
+    reading: Reading,
+    *,
+    dropout: float = 0.0,
+    recompute: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Read x with all blocks: [B,T,C] -> [B,T,C], and the tensors of the next state, by name.
+
+    state holds the tensors of the state before x. With recompute, the backward pass recomputes the
+    activations inside each block instead of saving them.
+    """
+    architecture = config.architecture
+    before = zip(*(state[name].unbind(0) for name in architecture.state_fields), strict=True)
+    after, handed = [], ()
+    for block, parts in zip(blocks, before, strict=True):
+        arguments = x, architecture.layer_state(*parts), reading, dropout, *handed
+        if recompute and torch.is_grad_enabled():
+            x, layer, *handed = checkpoint(block, *arguments, use_reentrant=False)
+        else:
+            x, layer, *handed = block(*arguments)
+        after.append(layer)
+    fields = zip(architecture.state_fields, zip(*after, strict=True), strict=True)
+    return x, {name: torch.stack(parts) for name, parts in fields}
+
+
+def learning_rate_scales(prefix: str, blocks: Sequence[Block]) -> dict[str, float]:
+    """The factors of the learning rate that differ from 1, for blocks called PREFIX.0 and so on."""
+    return {
+        f"{prefix}.{i}.{part}.{name}": scale
+        for i, block in enumerate(blocks)
+        for part in ("att", "ffn")
+        for name, scale in getattr(block, part).learning_rate_scales().items()
+    }
 
 
 def starting_values(
@@ -196,12 +235,7 @@ class Model(nn.Module):
 
     def learning_rate_scales(self) -> dict[str, float]:
         """The factors of the learning rate that differ from 1, by parameter name."""
-        return {
-            f"blocks.{i}.{part}.{name}": scale
-            for i, block in enumerate(self._blocks)
-            for part in ("att", "ffn")
-            for name, scale in getattr(block, part).learning_rate_scales().items()
-        }
+        return learning_rate_scales("blocks", self._blocks)
 
     def empty_state(self, batch: int = 1, *, dtype: torch.dtype | None = None) -> State:
         """The state of rows that have read nothing."""
@@ -246,20 +280,16 @@ class Model(nn.Module):
         check_inputs(self.config, tokens, state, lengths, resets)
         if state is None:
             state = self.empty_state(tokens.shape[0], dtype=dtype)
-        architecture = self.config.architecture
         x = F.dropout(self.emb(tokens).to(dtype), self.dropout, self.training)
-        reading = Reading(resets, lengths)
-        before = zip(*(state.tensors[n].unbind(0) for n in architecture.state_fields), strict=True)
-        after, handed = [], ()
-        for block, parts in zip(self._blocks, before, strict=True):
-            arguments = x, architecture.layer_state(*parts), reading, self.dropout, *handed
-            if self.recompute and torch.is_grad_enabled():
-                x, layer, *handed = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x, layer, *handed = block(*arguments)
-            after.append(layer)
-        fields = zip(architecture.state_fields, zip(*after, strict=True), strict=True)
-        tensors = {name: torch.stack(parts) for name, parts in fields}
+        x, tensors = through(
+            self._blocks,
+            self.config,
+            x,
+            state.tensors,
+            Reading(resets, lengths),
+            dropout=self.dropout,
+            recompute=self.recompute,
+        )
         read = tokens.shape[1] if lengths is None else lengths
         return self.ln_out(x), State(tensors, state.tokens + read)
 

@@ -188,6 +188,11 @@ def read_opened(
             f"{path} holds an adapter and no model; name the model that it was trained on, and "
             "this directory as its adapter"
         )
+    if opened.kind == "sequences":
+        raise ValueError(
+            f"{path} holds a classifier, regressor or forecaster, and no language model; load it "
+            "with receptance.storage.sequences.load_sequence_model"
+        )
     if opened.kind == "quantized":
         quantized = open_quantized(opened)
         found = chosen_tokenizer(path, quantized.config, quantized.tokenizer, tokenizer)

@@ -15,11 +15,12 @@ from receptance.storage.manifest import MANIFEST, verify
 
 CHECKPOINT_FORMAT = "receptance"
 QUANTIZED_FORMAT = "receptance-quantised"
+SEQUENCE_FORMAT = "receptance-sequences"
 FORMAT_VERSION = 1
 ADAPTER_FILE = "adapter.safetensors"
 """The file that a directory with an adapter, and without a model, holds."""
 
-Kind = Literal["checkpoint", "quantized", "adapter", "other"]
+Kind = Literal["checkpoint", "quantized", "sequences", "adapter", "other"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def look(path: Path, *, verified: bool = False) -> Opened:
         kind = "checkpoint"
     elif written == QUANTIZED_FORMAT:
         kind = "quantized"
-    return Opened(path, kind, fields, sealed or kind in ("checkpoint", "quantized"), verified)
+    elif written == SEQUENCE_FORMAT:
+        kind = "sequences"
+    known = kind in ("checkpoint", "quantized", "sequences")
+    return Opened(path, kind, fields, sealed or known, verified)
 
 
 def _fields(file: Path, *, quiet: bool) -> dict[str, Any]:

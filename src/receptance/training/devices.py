@@ -8,13 +8,21 @@ import os
 import re
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from receptance.config import ModelConfig
-
 THIS_MACHINE = "this-machine"
 _MEASURING_SECONDS = 0.3
+
+
+class Costs(Protocol):
+    """What says how much work a model is: a ModelConfig, or a model."""
+
+    @property
+    def training_flops_per_token(self) -> int:
+        """The operations of both passes, per token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,13 +106,13 @@ def by_torch_name(name: str) -> Device | None:
     return None
 
 
-def mfu(tokens_per_second: float, config: ModelConfig, peak: float) -> float:
+def mfu(tokens_per_second: float, costs: Costs, peak: float) -> float:
     """Model FLOPs utilization (PaLM, arXiv 2204.02311): the share of the peak spent on the model.
 
     Recomputation does not count. peak is the sum over all devices that read these tokens. On a CPU
     that multiplies bfloat16 faster than float32 the result can exceed 1.
     """
-    return tokens_per_second * config.training_flops_per_token / peak
+    return tokens_per_second * costs.training_flops_per_token / peak
 
 
 @functools.cache

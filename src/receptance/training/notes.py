@@ -62,7 +62,7 @@ def read_about(directory: Path) -> About:
         about = read_training(directory)
         corpus = about["corpus"]
         return About(
-            _restored(StartOptions(), about["options"]),
+            restored_options(StartOptions(), about["options"]),
             directory.parent / corpus["path"],
             corpus["fingerprint"],
             corpus["end_of_text"],
@@ -71,13 +71,13 @@ def read_about(directory: Path) -> About:
         raise ValueError(f"{directory} is not a checkpoint to resume from: {error}") from None
 
 
-def _restored(options: Any, fields: dict[str, Any]) -> Any:
-    """The dataclass of which asdict and JSON made these fields."""
+def restored_options(options: Any, fields: dict[str, Any]) -> Any:
+    """The dataclass, of the same type as options, of which asdict and JSON made these fields."""
     changes = {}
     for name, value in fields.items():
         old = getattr(options, name)
         if is_dataclass(old):
-            value = _restored(old, value)
+            value = restored_options(old, value)
         changes[name] = tuple(value) if isinstance(value, list) else value
     return replace(options, **changes)
 
@@ -91,10 +91,11 @@ def flat(options: StartOptions) -> dict[str, Any]:
 
 def located(options: StartOptions) -> StartOptions:
     """The same options with absolute paths: a run may be continued from another folder."""
-    return replace(options, init=_absolute(options.init), tokenizer=_absolute(options.tokenizer))
+    return replace(options, init=absolute(options.init), tokenizer=absolute(options.tokenizer))
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
+    """The absolute path of a file or folder; any other name as it is."""
     if name is None or name == "bytes" or not expanded(name).exists():
         return name
     return os.path.abspath(expanded(name))

@@ -164,8 +164,7 @@ class Run:
             self._leave_out(error)
             return None
         self.bad_steps = 0
-        used = mfu(report.tokens_per_second, self.trainer.model.config, self.peak)
-        self._record({**asdict(report), "mfu": used})
+        self._record({**asdict(report), "mfu": self._mfu(report)})
         if self._is_spike(report.loss):
             self._roll_back(report)
         else:
@@ -322,9 +321,11 @@ class Run:
             log.record({"tokens": tokens, **values})
 
     def _note(self, report: StepReport) -> str:
-        used = mfu(report.tokens_per_second, self.trainer.model.config, self.peak)
-        speed = f"{report.tokens_per_second:,.0f} tokens/s ({used:.0%} mfu)"
+        speed = f"{report.tokens_per_second:,.0f} tokens/s ({self._mfu(report):.0%} mfu)"
         return f"step {report.step}  loss {report.loss:.3f}  {speed}"
+
+    def _mfu(self, report: StepReport) -> float:
+        return mfu(report.tokens_per_second, self.trainer.model.config, self.peak)
 
     def _alarm(self, line: str) -> None:
         say(self.console, line, style="bold red")
