@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -70,10 +70,11 @@ def spots(model: Model) -> list[Spot]:
     table = _BLOCK | att | ffn
     found = [_outside(model, "emb")]
     for layer, block in enumerate(model.blocks):
+        modules = dict(block.named_modules())
         prefix = f"blocks.{layer}"
-        found += [_inside(f"{prefix}.{name}", block, table[name]) for name in order]
+        found += [_inside(f"{prefix}.{name}", modules, table[name]) for name in order]
         found += [
-            _inside(f"{prefix}.state.{field}", block, _STATE)._replace(field=field, block=block)
+            _inside(f"{prefix}.state.{field}", modules, _STATE)._replace(field=field, block=block)
             for field in architecture.state_fields
         ]
     return [*found, *(_outside(model, name) for name in _MODEL[1:])]
@@ -111,7 +112,7 @@ def _outside(model: Model, name: str) -> Spot:
     return Spot(name, model, name, Place(name))
 
 
-def _inside(name: str, block: nn.Module, place: Place) -> Spot:
-    *path, attribute = place.call.split(".")
-    owner: Any = block.get_submodule(".".join(path))
-    return Spot(name, owner, attribute, place)
+def _inside(name: str, modules: dict[str, nn.Module], place: Place) -> Spot:
+    # Attributes of the block may be stand-ins at the moment (see watching); its modules are not.
+    path, _, attribute = place.call.rpartition(".")
+    return Spot(name, modules[path], attribute, place)

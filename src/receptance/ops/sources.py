@@ -86,9 +86,7 @@ def wkv4_sources(
     )
 
 
-def _visible(
-    positions: Tensor, time: Tensor, resets: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _visible(positions: Tensor, time: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:
     """Whether a position reads from a token, [B or 1,P,T], and from the state before, [B or 1,P].
 
     A token is read from unless it comes later, or the row begins afresh between the two.

@@ -100,9 +100,8 @@ def attention(
     """
     if not tokens.numel():
         raise ValueError("there is no token in this text")
-    time_mixes = [block.att for block in model.blocks]
-    spots(model)  # ValueError for anything but a torch model.
-    if not hasattr(time_mixes[0], "sources"):
+    time_mixes = [spot.owner for spot in spots(model) if spot.name.endswith(".att.wkv")]
+    if not time_mixes:
         raise ValueError(f"RWKV-{model.config.version} does not tell what its layers read from")
     keepers = [_Keeper() for _ in time_mixes]
     with ExitStack() as stack:
@@ -120,6 +119,11 @@ class _Keeper:
     out: Tensor
 
     def before(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if hasattr(self, "arguments"):
+            raise ValueError(
+                "the blocks run token by token while a state is recorded or patched; take the "
+                "attention outside of that `with` block"
+            )
         self.arguments = arguments
         return arguments
 
