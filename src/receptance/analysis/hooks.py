@@ -169,7 +169,7 @@ class _Watching:
         return self._seen(result) if isinstance(result, tuple) else self.see(result)
 
     def _seen(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        index, field = self.spot.place.index, self.spot.field
+        index, field = self.spot.place.number, self.spot.field
         old = values[index]
         if field is None:
             new = self.see(old)

@@ -66,23 +66,26 @@ def logit_lens(
         model.features(tokens, state)
     if not 1 <= top <= model.config.vocab_size:
         raise ValueError(f"top is {top}; wanted 1 to {model.config.vocab_size}")
-    following = tokens[:, 1:].long()
-    ids, likely, following_likely = [], [], []
-    for name in cache:
-        pieces = []
-        for x in cache[name].split(max(1, _AT_ONCE // (len(tokens) * model.config.vocab_size)), 1):
-            begin = sum(piece[0].shape[1] for piece in pieces)
-            found = model.head(model.ln_out(x)).float().log_softmax(-1)
-            nexts = following[:, begin : begin + x.shape[1]]
-            gathered = found[:, : nexts.shape[1]].gather(2, nexts[..., None])[..., 0]
-            best = found.topk(top)
-            pieces.append((best.indices, best.values, gathered))
-        parts = [torch.cat(part, dim=1) for part in zip(*pieces, strict=True)]
-        for whole, part in zip((ids, likely, following_likely), parts, strict=True):
-            whole.append(part)
-    return Lens(
-        torch.stack(ids), torch.stack(likely), torch.stack(following_likely), tokenizer=tokenizer
-    )
+    depths = [_predictions(model, cache[name], tokens[:, 1:].long(), top) for name in cache]
+    ids, likely, following = (torch.stack(part) for part in zip(*depths, strict=True))
+    return Lens(ids, likely, following, tokenizer=tokenizer)
+
+
+def _predictions(
+    model: Model, x: Tensor, following: Tensor, top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest ids [B,T,K], their log p, and log p of what follows [B,T-1], of x [B,T,C]."""
+    ids, likely, found = [], [], []
+    at_once = max(1, _AT_ONCE // (len(x) * model.config.vocab_size))
+    for begin in range(0, x.shape[1], at_once):
+        logits = model.head(model.ln_out(x[:, begin : begin + at_once]))
+        every = logits.float().log_softmax(-1)
+        best = every.topk(top)
+        ids.append(best.indices)
+        likely.append(best.values)
+        nexts = following[:, begin : begin + at_once, None]
+        found.append(every[:, : nexts.shape[1]].gather(2, nexts)[..., 0])
+    return torch.cat(ids, 1), torch.cat(likely, 1), torch.cat(found, 1)
 
 
 @torch.no_grad()

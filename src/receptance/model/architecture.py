@@ -28,7 +28,7 @@ class Place(NamedTuple):
     call: str
     """A module of the block or a method of one, such as "att.output"."""
     side: Literal["argument", "result"] = "result"
-    index: int = 0
+    number: int = 0
     """The number of the argument, or of the result if there are several."""
 
 
