@@ -64,8 +64,9 @@ def draw_decays(
 ) -> None:
     """Draw the share that each channel keeps from a token to the next, layer by layer, as a PNG.
 
-    The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2. before
-    are the shares before training, which are drawn as dotted lines. ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
+    The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2. Those
+    of `before`, the shares before training, are dotted. ValueError if a file that is not a PNG is
+    in the way, or if matplotlib is not installed.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -100,9 +101,9 @@ def draw_heat_map(
     figure = _figure()
     axes = figure.subplots()
     drawn = axes.imshow(values, cmap="Purples", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.set_yticks(range(len(rows)), [_drawable(row) for row in rows], parse_math=False)
     some = range(0, len(columns), max(1, len(columns) // _LABELS))
-    axes.set_xticks(some, [columns[i] for i in some])
+    axes.set_xticks(some, [_drawable(columns[i]) for i in some], parse_math=False)
     axes.set_xlabel(column_name)
     axes.set_ylabel(row_name)
     axes.set_title(title, wrap=True, parse_math=False)
@@ -118,6 +119,16 @@ def check_picture(path: Path) -> None:
 def _is_png(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(_PNG)) == _PNG
+
+
+def _drawable(text: str) -> str:
+    """The text with characters that the font of pictures lacks as escapes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _figure() -> Figure:

@@ -31,7 +31,7 @@ def log_decays(model: Model) -> Tensor:
 
 def half_lives(log_decays: Tensor) -> Tensor:
     """The tokens after which half is left, of log decays in any shape."""
-    return (math.log(2) / -log_decays).clamp(max=_LONGEST)
+    return (math.log(2) / log_decays.abs()).clamp(max=_LONGEST)
 
 
 def retentions(log_decays: Tensor) -> dict[int, list[float]]:

@@ -101,8 +101,8 @@ class Trace:
             options={"noise": self.noise, "samples": self.samples, "subject": self.subject},
             seed=seed,
             notes=[
-                "Noise is a multiple of the deviation of all embeddings. Probabilities are averaged "
-                "over the samples, as in ROME, and then their logarithm is taken."
+                "Noise is a multiple of the deviation of all embeddings. Probabilities are "
+                "averaged over the samples, as in ROME, and then their logarithm is taken."
             ],
             details={"tokens": self.tokens, "texts": self.texts, "answer": self.answer},
         )
