@@ -29,6 +29,7 @@ APPS = {
     "quantize": "write a model with its matrices as int8 or int4",
     "inspect": "say what a file or directory of weights is",
     "verify": "check a model on this machine: every form, kernel and engine",
+    "analyze": "show in a web page what a model does with a text",
     "bench": "measure how fast a model runs on this machine",
     "completion": "print a script for the completion of commands in a shell",
     "doctor": "say what this machine and installation can do",

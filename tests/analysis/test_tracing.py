@@ -102,7 +102,7 @@ def test_what_it_leaves(tmp_path):
         ({"noise": 0.0}, "noise is 0.0; it must be above 0"),
         ({"samples": 0}, "samples is 0; it must be at least 1"),
         ({"tokens": torch.zeros(1, 5).long()}, r"tokens are \[1, 5\]; wanted the ids of a prompt"),
-        ({"places": ["heart"]}, "there is no place 'heart'; there are output, "),
+        ({"only": ["heart"]}, "there is no place 'heart'; there are output, "),
     ],
 )
 def test_mistakes(change, message):

@@ -30,6 +30,10 @@ OUTPUT = "output"
 """The place that is the residual stream after a block."""
 EVERYTHING = "output and state"
 """The place that is the output of a block together with its whole state, as in the paper."""
+NOTE = (
+    "In a causal trace noise is a multiple of the deviation of all embeddings. Probabilities are "
+    "averaged over the samples, as in ROME, and then their logarithm is taken."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +75,13 @@ class Trace:
             unit="log p(answer), nats",
         )
 
-    def result(self, model: Model, name: str, *, seed: int | None = None) -> Result:
-        """The trace in the form that all results have: a curve over layers for each token."""
-        layers = [float(i + 1) for i in range(model.config.num_layers)]
-        curves = [
+    def curves(self, name: str) -> list[Curve]:
+        """The trace of the model of this name as curves over layers, one for each token."""
+        return [
             Curve(
                 name=f"log p(answer), {place} restored",
                 x_name="layer",
-                x=layers,
+                x=[float(i + 1) for i in range(len(values))],
                 y_name="nats",
                 y=values[:, t].tolist(),
                 model=name,
@@ -87,23 +90,27 @@ class Trace:
             for place, values in self.restored.items()
             for t, text in enumerate(self.texts)
         ]
+
+    def figures(self, name: str) -> list[Figure]:
+        """The answer in the clean and in the corrupted run of the model of this name."""
+        return [
+            Figure(name=f"log p(answer), {run} run", value=value, unit="nats", model=name)
+            for run, value in (("clean", self.clean), ("corrupted", self.corrupted))
+        ]
+
+    def result(self, model: Model, name: str, *, seed: int | None = None) -> Result:
+        """The trace in the form that all results have; seed is that of the generator."""
         return Result(
             kind="causal trace",
             what="where the answer to a prompt passes through the model",
             models=[
                 Subject(name=name, fingerprint=model.fingerprint(), about=model.config.to_dict())
             ],
-            figures=[
-                Figure(name=f"log p(answer), {run} run", value=value, unit="nats", model=name)
-                for run, value in (("clean", self.clean), ("corrupted", self.corrupted))
-            ],
-            curves=curves,
+            figures=self.figures(name),
+            curves=self.curves(name),
             options={"noise": self.noise, "samples": self.samples, "subject": self.subject},
             seed=seed,
-            notes=[
-                "Noise is a multiple of the deviation of all embeddings. Probabilities are "
-                "averaged over the samples, as in ROME, and then their logarithm is taken."
-            ],
+            notes=[NOTE],
             details={"tokens": self.tokens, "texts": self.texts, "answer": self.answer},
         )
 
@@ -137,7 +144,7 @@ class Tracer:
         _check(model, tokens, subject, answer, noise, samples)
         self._model, self._tokens, self._answer = model, tokens, answer
         self._samples = samples
-        self.places = _places(model)
+        self.places = places(model)
         with torch.no_grad(), record(model, "emb", "blocks.*.resid_post", "blocks.*.state.*") as c:
             features, _ = model.features(tokens[None])
             self.clean = self._mean(features)
@@ -193,7 +200,7 @@ def causal_trace(
     generator: torch.Generator,
     noise: float = 3.0,
     samples: int = 10,
-    places: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
     texts: Sequence[str] | None = None,
     note: Callable[[int], object] = lambda done: None,
 ) -> Trace:
@@ -201,8 +208,8 @@ def causal_trace(
 
     subject are the positions whose embeddings get normal noise of `noise` times the deviation of
     all embeddings, drawn from the generator once and used in all runs. answer is the id that should
-    follow the prompt. places are OUTPUT, the parts of a state (`parts(model)`) and EVERYTHING; None
-    means all. texts label the tokens. note is called with 1 after each layer of each place.
+    follow the prompt. only chooses some of the `places(model)`: OUTPUT, the parts of the state, and
+    EVERYTHING. texts label the tokens. note is called with 1 after each layer of each place.
 
     Numbers of a state that mean nothing alone are restored together. ValueError for arguments that
     do not fit.
@@ -210,7 +217,7 @@ def causal_trace(
     tracer = Tracer(
         model, tokens, subject, answer, generator=generator, noise=noise, samples=samples
     )
-    chosen = list(tracer.places if places is None else places)
+    chosen = list(tracer.places if only is None else only)
     if wrong := [place for place in chosen if place not in tracer.places]:
         raise ValueError(f"there is no place {wrong[0]!r}; there are {', '.join(tracer.places)}")
     restored = {}
@@ -233,8 +240,8 @@ def causal_trace(
     )
 
 
-def _places(model: Model) -> dict[str, list[str]]:
-    """The names of the intermediates in a block that each place consists of."""
+def places(model: Model) -> dict[str, list[str]]:
+    """The places that can be restored, and the names of the intermediates in each."""
     states = model.config.architecture.state_parts
     parts = {part: [f"state.{field}" for field in fields] for part, fields in states.items()}
     everything = ["resid_post", *(name for names in parts.values() for name in names)]
