@@ -159,7 +159,7 @@ class Analysis:
 def analyze(
     model: Model,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | bytes,
     *,
     name: str = "model",
     effects: bool = True,
@@ -210,7 +210,7 @@ def check_length(tokens: int, most: int) -> None:
     if tokens > most:
         raise ValueError(
             f"the text has {tokens} tokens, and a page shows at most {most}; take a shorter text, "
-            f"or raise max_tokens (time and size grow with its square)"
+            "or set max_tokens higher (time and size grow with its square)"
         )
 
 

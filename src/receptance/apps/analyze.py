@@ -31,6 +31,7 @@ from receptance.progress import progress_bar, say
 from receptance.storage.checkpoint import load
 from receptance.storage.pairing import no_tokenizer
 from receptance.tokenizer import Tokenizer
+from receptance.tokenizer.base import to_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -44,10 +45,10 @@ class Options:
     answer it also shows where that answer passes through.
     """
 
+    COMMON: ClassVar[str] = "--out --effects --subject --answer --plot --json --tokenizer --device"
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         'receptance analyze tiny-python "for i in range(10):" --out page.html',
-        'receptance analyze 430m.pth "The Eiffel Tower is located in the city of" '
-        '--subject "The Eiffel Tower" --answer " Paris" --out eiffel.html',
+        'receptance analyze m "Rome is in" --subject Rome --answer " Italy" --out p.html',
     )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -145,7 +146,7 @@ class _Question:
         if not answer:
             raise ValueError("the answer is empty; --answer is the text that should follow")
         texts = [token_text(tokenizer, i) for i in ids]
-        return cls(ids, _positions(options.subject, options.text, tokenizer, ids), answer[0], texts)
+        return cls(ids, _positions(options.subject, tokenizer, ids), answer[0], texts)
 
     def traced(self, options: Options, model: Model, note: Callable[[int], object]) -> Trace:
         """Trace the answer."""
@@ -162,9 +163,9 @@ class _Question:
         )
 
 
-def _positions(subject: str, text: str, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def _positions(subject: str, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """The tokens that hold any byte of the subject, where it first stands in the text."""
-    wanted, whole = subject.encode(), text.encode()
+    wanted, whole = to_bytes(subject), tokenizer.decode_bytes(ids)
     begin = whole.find(wanted)
     if begin < 0 or not wanted:
         raise ValueError(f"the text does not hold the subject {subject!r}")
