@@ -48,7 +48,7 @@ class Options:
     COMMON: ClassVar[str] = "--out --effects --subject --answer --plot --json --tokenizer --device"
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         'receptance analyze tiny-python "for i in range(10):" --out page.html',
-        'receptance analyze m "Rome is in" --subject Rome --answer " Italy" --out p.html',
+        'receptance analyze m "Rome is in" --subject Rome --answer " Italy" --out p',
     )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
