@@ -11,9 +11,20 @@ from receptance.tokenizer import BPETokenizer
 TEXT = "".join(f"{n} little foxes jump over {n * n} lazy dogs, naïvely — 狐.\n" for n in range(120))
 
 
-def make_model(vocab_size: int = 256, *, width: int = 16, layers: int = 2, seed: int = 1) -> Model:
+def make_model(
+    vocab_size: int = 256,
+    *,
+    width: int = 16,
+    layers: int = 2,
+    seed: int = 1,
+    version: int = 4,
+    **extras: float,
+) -> Model:
     """Random everywhere: with the official starting values time mixing has no effect."""
-    model = Model(ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers), seed=seed)
+    sizes = ModelConfig(
+        version=version, vocab_size=vocab_size, width=width, num_layers=layers, extras=extras
+    )
+    model = Model(sizes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

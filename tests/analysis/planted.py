@@ -18,6 +18,10 @@ FACTS, CARRIER, LAYERS = 16, 1, 3
 LENGTH = 5
 _FILLERS, _QUESTION = (20, 21, 22), 23
 
+# No token shift: time_mix_ is a share of the current token, x_ one of the token before. And no way
+# past the stream in version 7, where the first layer's value is handed to all others.
+_FIXED = {"time_mix_": 1.0, "x_": 0.0, "v0": -30.0, "v1": 0.0, "v2": 0.0}
+
 
 def prompts() -> tuple[Tensor, Tensor]:
     """All prompts [FACTS,LENGTH] and their answers [FACTS]."""
@@ -34,12 +38,11 @@ def planted(version: int = 4, *, carrier: bool = True) -> Model:
     trained = []
     for name, parameter in model.named_parameters():
         own = name.rpartition(".")[2]
-        # A share of the current token in version 4, of the one before in version 7.
-        shift = 1.0 if own.startswith("time_mix_") else 0.0 if own.startswith("x_") else None
+        fixed = next((x for start, x in _FIXED.items() if own.startswith(start)), None)
         layer = int(name.split(".")[1]) if name.startswith("blocks") else None
         mute = name.endswith("att.output.weight") and (layer != CARRIER or not carrier)
-        if shift is not None or mute:
-            parameter.data.fill_(shift or 0.0)
+        if fixed is not None or mute:
+            parameter.data.fill_(fixed or 0.0)
             parameter.requires_grad_(False)
         elif parameter.requires_grad:
             trained.append(parameter)

@@ -1,5 +1,7 @@
 """Recording and patching: the same numbers in both forms, what is written has its effect."""
 
+import functools
+
 import pytest
 import torch
 from tiny import make_model
@@ -10,9 +12,15 @@ from receptance.analysis.places import names
 TOKENS = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model(layers=3).requires_grad_(False)
+@pytest.fixture(scope="module", params=[4, 7])
+def model(request):
+    return tiny(request.param)
+
+
+@functools.cache
+def tiny(version):
+    extras = {} if version == 4 else {"head_size": 8, "decay_rank": 3}
+    return make_model(layers=3, version=version, **extras).requires_grad_(False)
 
 
 def test_both_forms_record_the_same(model):
@@ -30,7 +38,8 @@ def test_both_forms_record_the_same(model):
         torch.testing.assert_close(whole.stack(f"state.{field}")[:, :, -1], last)
 
 
-def test_what_is_recorded_is_what_the_model_computes(model):
+def test_what_is_recorded_is_what_the_model_computes():
+    model = tiny(4)
     with record(model, "**") as cache:
         logits, _ = model(TOKENS)
     block = model.blocks[1]
@@ -89,14 +98,20 @@ def test_lengths_and_resets_hold_token_by_token(model, lengths):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names(make_model(layers=3)))
-def test_a_recording_written_back_is_no_change(model, name):
+NAMES = [(version, name) for version in (4, 7) for name in names(tiny(version))]
+
+
+@pytest.mark.parametrize(("version", "name"), NAMES)
+def test_a_recording_written_back_is_no_change(version, name):
     """Of every name: the old value changes nothing, another value changes the logits."""
+    model = tiny(version)
     with record(model, name) as cache:
         wanted, _ = model(TOKENS)
     with patch(model, name, cache[name], where=range(12)):
         torch.testing.assert_close(model(TOKENS)[0], wanted, atol=1e-5, rtol=1e-5)
-    with patch(model, name, lambda x: x + torch.linspace(-1, 1, x.shape[-1]), where=[4]):
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(cache[name].shape[1:], generator=g)
+    with patch(model, name, cache[name] + noise, where=[4]):
         found, _ = model(TOKENS)
     torch.testing.assert_close(found[:, :4], wanted[:, :4], atol=1e-5, rtol=1e-5)
     changed = (found - wanted).abs().amax((0, 2)) > 1e-4
@@ -104,9 +119,11 @@ def test_a_recording_written_back_is_no_change(model, name):
 
 
 def test_the_text_may_be_read_in_pieces(model):
-    other = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(1))
     mask = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < 0.4
     for name in ("blocks.1.att.wkv", "blocks.1.state.time_shift", "blocks.0.resid_mid"):
+        with record(model, name) as cache:
+            model(TOKENS)
+        other = torch.randn(cache[name].shape, generator=torch.Generator().manual_seed(1))
         with patch(model, name, other, where=mask), record(model, name) as seen:
             whole, _ = model(TOKENS)
         assert torch.equal(seen[name][mask], other[mask])
@@ -154,7 +171,7 @@ def test_readers_see_what_was_written_whoever_came_first(model):
 def test_gradients_reach_what_was_recorded(model):
     tap = torch.zeros(3, 12, 16, requires_grad=True)
     with (
-        patch(model, "blocks.1.att.wkv", lambda x: x + tap),
+        patch(model, "blocks.1.att.gated", lambda x: x + tap),
         record(model, "blocks.2.ln1", detach=False) as cache,
     ):
         logits, _ = model(TOKENS)

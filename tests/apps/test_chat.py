@@ -197,7 +197,9 @@ class TestTokens:
 
     def turn(self, chat: Chat, question: str, answer: str) -> str:
         """The text that is added by a question and its answer."""
-        written = iter(chat.tokenizer.encode(answer) + chat.tokenizer.encode("\n\nand so on" * 9))
+        # A heading is followed by what a model would go on with.
+        behind = f"{chat.template.stops[0]} and so on" * 9
+        written = iter(chat.tokenizer.encode(answer) + chat.tokenizer.encode(behind))
         self.monkeypatch.setattr(
             "receptance.inference.sampling.choose", lambda *_: torch.tensor([next(written)])
         )

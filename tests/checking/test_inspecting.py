@@ -18,7 +18,7 @@ from receptance import formats, save
 from receptance.adapters import ADAPTER_FILE, LoRAOptions, make_adapter
 from receptance.checking.inspecting import NotFinite, half_life, histogram, inspect
 from receptance.formats.ggmf import write_ggmf
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.model import Model
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage.quantized import About, write_quantized

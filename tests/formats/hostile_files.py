@@ -23,7 +23,7 @@ from receptance.data.binidx import binidx_writer
 from receptance.data.ondisk import npy_writer
 from receptance.data.tokens import TokenFiles, close_folder
 from receptance.formats.ggmf import write_ggmf
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage import checkpoint
 from receptance.storage.manifest import MANIFEST, plain_files, seal_file, write_manifest

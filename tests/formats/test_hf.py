@@ -15,7 +15,7 @@ from transformers import RwkvConfig, RwkvForCausalLM
 import receptance
 from receptance.config import WORLD_VOCAB_SIZE, ModelConfig
 from receptance.formats.hf import read_hf
-from receptance.formats.names import from_hf, to_hf
+from receptance.formats.names_hf import from_hf, to_hf
 from receptance.formats.safetensors import read_safetensors
 from receptance.tokenizer.files import find_tokenizer
 

@@ -20,7 +20,7 @@ import receptance.formats
 from receptance.checking.contents import find
 from receptance.conversion.source import open_source
 from receptance.formats import hub
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 
 # Whether a download is announced, the tests of that check.
 pytestmark = pytest.mark.filterwarnings("ignore::receptance.formats.hub.DownloadWarning")

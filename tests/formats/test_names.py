@@ -8,15 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance.config import PUBLISHED_SIZES, ModelConfig
-from receptance.formats.names import (
-    conform,
-    from_hf,
-    infer_config,
-    is_hf,
-    tensor_shapes,
-    to_hf,
-    to_official,
-)
+from receptance.formats.names import conform, infer_config, tensor_shapes
+from receptance.formats.names_hf import from_hf, is_hf, to_hf, to_official
 
 CONFIG = ModelConfig(vocab_size=19, width=8, num_layers=3, ffn_width=24)
 SHAPES = tensor_shapes(CONFIG)

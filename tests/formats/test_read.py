@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from receptance.formats import read
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from receptance import Model, ModelConfig
 from receptance.formats import read
 from receptance.formats.hf import read_hf, tokenizer_fields, write_hf
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.formats.pth import read_pth, write_pth
 from receptance.formats.safetensors import ALIGNMENT, write_safetensors
 from receptance.formats.writing import Schema

@@ -63,5 +63,6 @@ def assert_same_state(got: State, want: State, bound: float) -> None:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Root mean square of the difference over that of what is wanted."""
-    difference = (got.double() - want.double()).square().mean().sqrt()
-    return float(difference / want.double().square().mean().sqrt())
+    got, want = got.detach().double(), want.detach().double()
+    difference = (got - want).square().mean().sqrt()
+    return float(difference / want.square().mean().sqrt())

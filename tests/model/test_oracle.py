@@ -16,7 +16,7 @@ from model_cases import randomize, token_ids
 from torch import Tensor
 
 from receptance.config import ModelConfig
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.model import Model
 from receptance.ops import available_backends
 from receptance.state import State

@@ -150,6 +150,19 @@ class TestMemory:
         assert found.activations + found.weights == pytest.approx(measured, rel=0.05)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        ("width", "layers", "ffn", "batch", "time"), [(128, 4, 0, 2, 512), (192, 4, 256, 1, 400)]
+    )
+    def test_what_rwkv_7_keeps(self, dtype, width, layers, ffn, batch, time):
+        """The first layer mixes no other layer's value into its own, and keeps a little less."""
+        config = ModelConfig(
+            version=7, vocab_size=50, width=width, num_layers=layers, ffn_width=ffn
+        )
+        measured = bytes_kept(Model(config).train(), batch, time, getattr(torch, dtype))
+        found = memory(config, TrainOptions(dtype=dtype), (batch, time))
+        assert found.activations + found.weights == pytest.approx(measured, rel=0.05)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_with_recomputation(self, dtype):
         """The inputs of the blocks, measured, and what one block keeps while it is computed again:
         the difference that another layer makes without recomputation."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from receptance.adapters.base import ABOUT, FORMAT, FORMAT_VERSION, Adapter
 from receptance.adapters.lora import LoRA, LoRAOptions
 from receptance.adapters.state_tuning import StateTuning, StateTuningOptions
+from receptance.adapters.time_state import SUFFIXES, read_time_state
 from receptance.formats.files import reason
 from receptance.model import Model
 from receptance.storage.directories import ABOUT as TRAINING
@@ -38,8 +39,9 @@ def make_adapter(model: Model, options: Options, *, seed: int = 0) -> Adapter:
 def load_adapter(path: str | Path, model: Model) -> Adapter:
     """Load the adapter in a file, a directory or the newest checkpoint of a run.
 
-    The adapter is in evaluation mode and takes effect when it is attached. ValueError if the file
-    is missing or damaged, or if the adapter was trained on another model.
+    The adapter is in evaluation mode and takes effect when it is attached. A .pth file is one of
+    the official files of learned states, which do not know their model. ValueError if the file is
+    missing or damaged, or if the adapter was trained on another model.
     """
     path = expanded(path)
     if path.is_dir() and step_directories(path):
@@ -47,6 +49,8 @@ def load_adapter(path: str | Path, model: Model) -> Adapter:
         for reason in skipped:
             warnings.warn(f"passed over a damaged checkpoint: {reason}", stacklevel=2)
     path = path / ADAPTER_FILE if path.is_dir() else path
+    if path.suffix in SUFFIXES:
+        return read_time_state(path, model).eval()
     about, tensors = _read(path)
     _check_model(path, about["model"], model)
     adapter = make_adapter(model, _options(path, about, tensors))

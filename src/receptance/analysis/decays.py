@@ -23,7 +23,7 @@ def log_decays(model: Model) -> Tensor:
     """
     architecture = model.config.architecture
     parameters = model.named_parameters()
-    found = [x.detach() for name, x in parameters if architecture.is_static_decay(name)]
+    found = [x.detach() for name, x in parameters if architecture.is_decay(name)]
     if not found:
         raise ValueError(f"RWKV-{model.config.version} has no parameter of a decay")
     return torch.stack([architecture.log_decay(x.float()).flatten() for x in found])

@@ -48,7 +48,8 @@ class Options:
     """The model, as for `receptance generate`. Without it, random weights of a published size are
     measured."""
     size: str | None = None
-    """Give the random weights this size: 169m (the default), 430m, 1.5b, 3b, 7b or 14b."""
+    """Give the random weights this published size: 169m (the default) to 14b, or rwkv7-0.1b to
+    rwkv7-13.3b."""
     dtypes: tuple[Kind | Literal["stored"], ...] = ()
     """Compare these types of weights; "stored" is the type in the files. The default is float32 and
     bfloat16, and int8 and int4 if there are kernels for them; a quantized model has its own."""

@@ -15,7 +15,7 @@ from receptance.apps.console import say_device
 from receptance.apps.options import parse
 from receptance.apps.text import visible
 from receptance.apps.waiting import until_first, waiting
-from receptance.data.templates import TEMPLATES, TURN_END, Template
+from receptance.data.templates import TEMPLATES, THINKING, TURN_END, Template
 from receptance.engine import EngineOptions
 from receptance.engine.base import Engine
 from receptance.inference.generation import Generation, prefill
@@ -43,18 +43,21 @@ class Options:
     """Talk with a model. During the conversation /help lists the commands."""
 
     COMMON: ClassVar[str] = (
-        "--template --max-tokens --temperature --top-p --seed --tokenizer --dtype --device"
+        "--template --think --max-tokens --temperature --top-p --seed --tokenizer --dtype --device"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance chat runs/mine",
         "receptance chat World.pth --tokenizer rwkv_vocab_v20230424.txt --dtype int8",
+        "receptance chat hf:OWNER/RWKV7-G1 --template g1 --think long",
     )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model: a checkpoint directory, training run, .pth file, Hugging Face directory or hub
     id."""
-    template: Literal["world", "raven", "instruction", "qa"] = "world"
+    template: Literal["world", "raven", "instruction", "qa", "g1"] = "world"
     """Write turns in this format; it should be the one that the model was trained with."""
+    think: Literal["no", "short", "long"] = "no"
+    """Begin each answer with nothing, an empty thought, or a thought; for RWKV-7 G1."""
     user: str | None = None
     """Call your side by this name instead of that of the template."""
     assistant: str | None = None
@@ -97,7 +100,7 @@ class Chat:
         options: Options,
     ) -> None:
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
-        self.template = _template(options)
+        self.template, self.thought = _template(options), THINKING[options.think]
         self.history = self._start = History()
         self.draws = 0
         self._last: tuple[History, str] | None = None
@@ -106,7 +109,8 @@ class Chat:
         """The answer to a message in pieces; the history changes when the last has been taken."""
         before = self.history
         # The message need not be UTF-8; _tolerate_any_text in __main__ keeps its bytes.
-        text = before.text + self.template.prompt(message).encode("utf-8", "surrogateescape")
+        prompt = self.template.prompt(message) + self.thought
+        text = before.text + prompt.encode("utf-8", "surrogateescape")
         self._last = (before, message)
         ids = self.tokenizer.encode(text)
         known = self._beginning(ids, before)
@@ -116,7 +120,7 @@ class Chat:
             [ids[len(known.ids) :]],
             sampling=self.options.sampling,
             max_tokens=self.options.max_tokens,
-            stop=(TURN_END,),
+            stop=self.template.stops,
             seed=(self.options.seed + self.draws) % (1 << 63),
             log_probabilities=False,
             state=known.state,
@@ -282,7 +286,7 @@ def _turn(chat: Chat, line: str) -> bool:
 
 def _show(chat: Chat, pieces: Iterator[str]) -> None:
     shown = visible if sys.stdout is not None and sys.stdout.isatty() else str
-    print(f"\n{chat.template.assistant}:", end="")
+    print(f"\n{chat.template.assistant}:{chat.thought}", end="")
     try:
         for piece in until_first("reading the message", pieces):
             print(shown(piece), end="", flush=True)

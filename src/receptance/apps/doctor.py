@@ -20,7 +20,7 @@ from receptance import __version__
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.inference.measure import read_bandwidth
-from receptance.ops import available_backends, native
+from receptance.ops import OPERATORS, available_backends, native
 from receptance.ops.threads import available_cpus, usable_threads
 from receptance.progress import say
 
@@ -88,7 +88,7 @@ def findings() -> dict[str, Finding]:
         "torch": _torch(),
         "compiler": _compiler(),
         "native kernels": _native(),
-        "wkv4 on cpu": Finding(", ".join(available_backends("cpu"))),
+        **{f"{x} on cpu": Finding(", ".join(available_backends("cpu", x))) for x in OPERATORS},
         "GPU": _gpu(),
         "GPU driver": _driver(),
         "triton": _triton(),
@@ -167,9 +167,9 @@ def _gpu() -> Finding:
 
 def _one_gpu(index: int) -> str:
     about = torch.cuda.get_device_properties(index)
-    backends = ", ".join(available_backends(f"cuda:{index}"))
+    backends = [f"{x} {', '.join(available_backends(f'cuda:{index}', x))}" for x in OPERATORS]
     size = about.total_memory / 2**30
-    return f"{about.name}, {size:.0f} GiB, sm_{about.major}{about.minor}, wkv4 {backends}"
+    return f"{about.name}, {size:.0f} GiB, sm_{about.major}{about.minor}, {'; '.join(backends)}"
 
 
 def _driver() -> Finding:

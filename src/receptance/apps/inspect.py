@@ -33,7 +33,7 @@ class Options:
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """The file, directory, training run or hub id to inspect."""
     plot: Path | None = None
-    """Draw the decays of RWKV-4, layer by layer, in this PNG file."""
+    """Draw the decays of all channels, layer by layer, in this PNG file."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         _show(Console(), found)
     if options.plot is not None:
         if not found.retentions:
-            raise ValueError(f"{found.path} has no decays of RWKV-4 to draw; leave out --plot")
+            raise ValueError(f"{found.path} has no decays to draw; leave out --plot")
         draw_decays(found.retentions, options.plot)
     if found.damage is not None:
         raise SystemExit(1)
@@ -78,6 +78,8 @@ def _show(console: Console, found: Inspection) -> None:
     for name, text in _rows(found):
         say(console, f"{name:10} {visible(text, one_line=True)}")
     if found.half_lives:
+        varies = " where the text adds nothing to its decay" * found.decay_varies
+        say(console, f"\nhalf-life of a token in a channel{varies}, in tokens:")
         _show_histogram(console, found.half_lives)
 
 
@@ -122,7 +124,6 @@ def _finite(found: Inspection) -> str:
 
 
 def _show_histogram(console: Console, half_lives: dict[str, int]) -> None:
-    say(console, "\nhalf-life of a token in a channel, in tokens:")
     most = max(*half_lives.values(), 1)
     for label, count in half_lives.items():
         say(console, f"{label:>15} {'#' * round(_BAR * count / most):{_BAR}} {count:,}")

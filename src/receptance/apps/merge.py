@@ -11,7 +11,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from receptance.adapters import load_adapter
+from receptance.adapters import StateTuning, load_adapter
+from receptance.adapters.time_state import SUFFIXES, write_time_state
 from receptance.apps.options import parse
 from receptance.apps.waiting import waiting
 from receptance.model import Model
@@ -28,16 +29,23 @@ _PROBE = (2, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a model with an adapter's changes in its weights, and check it."""
+    """Write a model with an adapter's changes in its weights, and check it.
 
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("receptance merge base runs/chat --out chat",)
+    A learned state of RWKV-7 is no change of weights: it becomes a .pth file that other tools read
+    beside the model.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "receptance merge base runs/chat --out chat",
+        "receptance merge base runs/state --out state.pth",
+    )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The model that the adapter was trained on, as for `receptance generate`."""
     adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     """The file of the adapter, or a directory with adapter.safetensors."""
     out: Path
-    """Write this checkpoint directory; it must not exist."""
+    """Write this checkpoint directory, or for a learned state this .pth file; it must not exist."""
     tokenizer: str | None = None
     """Use this tokenizer file, or "bytes", instead of the tokenizer beside the weights."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -51,13 +59,17 @@ def main(argv: list[str]) -> None:
     if out.exists():
         raise ValueError(f"{out} exists; give another name with --out")
     with waiting("merging"):
-        _merge(options, out)
-    print(f"merged into {out}")
+        done = _merge(options, out)
+    print(f"{done} {out}")
 
 
-def _merge(options: Options, out: Path) -> None:
+def _merge(options: Options, out: Path) -> str:
+    """Write what is asked for, and return what was done with it."""
     model, tokenizer = load(options.model, tokenizer=options.tokenizer)
     adapter = load_adapter(options.adapter, model)
+    if isinstance(adapter, StateTuning) and out.suffix in SUFFIXES:
+        write_time_state(out, adapter, model)
+        return "the learned state is in"
     merged = adapter.merge(model, getattr(torch, options.dtype) if options.dtype else None)
     save(merged, out, tokenizer)
     del merged  # The copy on disk is the one that is checked.
@@ -71,6 +83,7 @@ def _merge(options: Options, out: Path) -> None:
     except ValueError:
         shutil.rmtree(out)
         raise
+    return "merged into"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import tyro
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
-from receptance.config import PILE_VOCAB_SIZE
+from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.data import ReadOptions, TokenFiles, check_sources, is_corpus
 from receptance.model.devices import described, resolve_device
 from receptance.progress import say
@@ -25,7 +25,7 @@ from receptance.storage.lock import RunLock
 from receptance.storage.manifest import check_outside
 from receptance.storage.pairing import no_tokenizer
 from receptance.tokenizer import Tokenizer, load_tokenizer
-from receptance.tokenizer.files import PILE_PUBLISHED
+from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED
 from receptance.training import TrainOptions, learning_rate
 from receptance.training.estimate import DEFAULT_UTILIZATION, estimate, show
 from receptance.training.logs import check_kinds
@@ -36,8 +36,8 @@ from receptance.training.recipes import apply_recipe
 from receptance.training.run import Run, RunOptions
 from receptance.training.start import NEW_TOKENIZER, Start, adapter_size, begin, check_new, resume
 
-# The tokenizer of the paper's models, which recipes name, and its number of tokens.
-_PILE_TOKENIZER, _PILE_VOCABULARY = PILE_PUBLISHED, PILE_VOCAB_SIZE
+# The tokenizers of published models, which recipes name, and their numbers of tokens.
+_VOCABULARIES = {PILE_PUBLISHED: PILE_VOCAB_SIZE, WORLD_PUBLISHED: WORLD_VOCAB_SIZE}
 _TRAINED = {
     "new": "a new model",
     "all": "all parameters of a given model",
@@ -77,14 +77,14 @@ class Options:
     """
 
     COMMON: ClassVar[str] = (
-        "--out --resume --recipe --dry-run --init --tune --tokenizer --width --layers "
+        "--out --resume --recipe --dry-run --init --tune --tokenizer --version --width --layers "
         "--steps --minutes --batch --context --learning-rate --device"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance train my-texts/ --out runs/mine --minutes 10",
         "receptance train --resume --out runs/mine",
         "receptance train chats.jsonl --init MODEL --tune lora --out runs/chat",
-        "receptance train my-texts/ --recipe 169m --dry-run",
+        "receptance train my-texts/ --recipe rwkv7-0.1b --dry-run",
     )
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[DATA ...]")] = ()
@@ -94,7 +94,7 @@ class Options:
     """The run folder."""
     recipe: str | None = None
     """Take options from a recipe or a TOML file; options given on the command line replace them.
-    Recipes: 169m, 430m, 1.5b, 3b, 7b, 14b, one-gpu, cpu-10min, context-2048 ..."""
+    Recipes: 169m to 14b, rwkv7-0.1b to rwkv7-13.3b, one-gpu, cpu-10min, context-2048 ..."""
     resume: bool = False
     """Continue the run in --out from its newest whole checkpoint; its data, tokenizer, sizes and
     training options stay. An option that would make it another run cannot change."""
@@ -208,7 +208,8 @@ def _recipe(name: str, given: Options) -> Options:
     """The options of a recipe, without its tokenizer if the model or the corpus has one."""
     recipe = apply_recipe(Options(), name)
     start = given.start
-    if start.init is not None or (start.size, start.width, start.layers) != (None, None, None):
+    given_sizes = (start.size, start.version, start.width, start.layers)
+    if start.init is not None or given_sizes != (None,) * 4:
         recipe = replace(recipe, start=_without_size(recipe.start, start))
     if given.start.init is None and _corpus_tokenizer(given.data or recipe.data) is None:
         return recipe
@@ -221,11 +222,12 @@ def _without_size(recipe: _Start, given: _Start) -> _Start:
     If only a width or a number of layers is given, the other one is that of the recipe.
     """
     if given.init is not None or given.size is not None:
-        return replace(recipe, size=None, width=None, layers=None)
+        return replace(recipe, size=None, version=None, width=None, layers=None)
     if recipe.size is None:
         return recipe
     own = recipe.sizes(PILE_VOCAB_SIZE)
-    return replace(recipe, size=None, width=own.width, layers=own.num_layers)
+    version, width, layers = own.version, own.width, own.num_layers
+    return replace(recipe, size=None, version=version, width=width, layers=layers)
 
 
 def _corpus_tokenizer(data: Sequence[str]) -> Tokenizer | None:
@@ -293,8 +295,9 @@ def _vocabulary(name: str) -> int:
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdecimal():
         return int(size)
-    if Path(name).name == _PILE_TOKENIZER and not expanded(name).exists():
-        return _PILE_VOCABULARY  # The size is known, so an estimate does not need the file.
+    known = _VOCABULARIES.get(Path(name).name)
+    if known is not None and not expanded(name).exists():
+        return known  # The size is known, so an estimate does not need the file.
     return load_tokenizer(name).vocab_size
 
 

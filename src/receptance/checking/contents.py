@@ -19,7 +19,8 @@ from receptance.config import ModelConfig
 from receptance.formats import hf, hub, read_pth, read_safetensors
 from receptance.formats.files import check_file, reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf
-from receptance.formats.names import conform, other_version, to_official
+from receptance.formats.names import conform, marked_version
+from receptance.formats.names_hf import to_official
 from receptance.storage import quantized
 from receptance.storage.checkpoint import read_tensors
 from receptance.storage.directories import existing, step_directories
@@ -44,7 +45,7 @@ class Contents:
     tensors: Mapping[str, Tensor]
     """The tensors under the names that the file gives them."""
     config: ModelConfig | None = None
-    """The configuration; None unless this is a whole RWKV-4 model."""
+    """The configuration; None unless this is a whole model that can be run."""
     version: str | None = None
     """The version of RWKV, such as "RWKV-4" or "RWKV-6"; None if it is not known."""
     problem: str | None = None
@@ -235,7 +236,7 @@ def _version(tensors: Mapping[str, Tensor]) -> str | None:
         official = to_official(tensors)
     except ValueError:
         return None
-    return other_version({name: tuple(x.shape) for name, x in official.items()})
+    return marked_version({name: tuple(x.shape) for name, x in official.items()})
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from receptance.checking.contents import Contents, find
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
-from receptance.formats.names import from_hf
+from receptance.formats.names_hf import from_hf
 from receptance.storage.manifest import MANIFEST, read_manifest, verify
 from receptance.storage.opening import look
 from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED, find_tokenizer
@@ -78,7 +78,11 @@ class Inspection:
     not_finite: dict[str, NotFinite]
     """The tensors with values that are not finite; empty for a sound model."""
     half_lives: dict[str, int]
-    """The number of channels, over all layers, by the tokens after which they forget one half."""
+    """The number of channels, over all layers, by the tokens after which they forget one half.
+
+    If the decay depends on the text, this is where the text adds nothing to it."""
+    decay_varies: bool
+    """Whether the decay depends on the text."""
     digests: dict[str, str]
     """The sha256 of each file."""
     retentions: dict[int, list[float]] = field(repr=False)
@@ -111,6 +115,7 @@ def inspect(source: str | Path, *, note: Note = lambda what, size: None) -> Insp
         tokenizer=_tokenizer(contents, vocabulary),
         not_finite=tally.not_finite,
         half_lives=histogram(tally.retentions),
+        decay_varies=config is not None and config.architecture.decay_center is not None,
         digests=_digests(contents, damage, note),
         retentions=tally.retentions,
     )
@@ -156,7 +161,7 @@ class _Tally:
             tally.add(name, tensor)
             layer = _BLOCK.search(name)
             version = contents.config and contents.config.architecture
-            if version and layer and version.is_static_decay(from_hf(name)):
+            if version and layer and version.is_decay(from_hf(name)):
                 kept = version.log_decay(tensor.double().flatten()).exp()
                 tally.retentions[int(layer[1])] = kept.sort(descending=True).values.tolist()
             note(name, tensor.nbytes)
@@ -184,7 +189,7 @@ def _dtypes(contents: Contents, tally: _Tally) -> dict[str, int]:
 
 
 def _sizes(contents: Contents) -> tuple[int | None, int | None, int | None]:
-    """Vocabulary, width and layers; for other models than RWKV-4, those that the names tell."""
+    """Vocabulary, width and layers; for models that cannot be run, those that the names tell."""
     if (config := contents.config) is not None:
         return config.vocab_size, config.width, config.num_layers
     blocks = {found[1] for found in map(_BLOCK.search, contents.tensors) if found}

@@ -20,7 +20,7 @@ from receptance.checking.contents import find
 from receptance.checking.recorded import Recorded
 from receptance.config import ModelConfig
 from receptance.conversion import comparing
-from receptance.engine.native import NativeEngine
+from receptance.engine.native import NativeEngine, supports
 from receptance.formats.names import some
 from receptance.model import Model
 from receptance.model.devices import resolve_device
@@ -203,13 +203,13 @@ def verify(subject: Subject, file: Path | None = None, device: str = "cpu") -> I
     yield Check("logits finite", bad, 0, f"{reference.numel():,} values")
     yield from _laws(f"torch on {device}", exact, tokens, reference, FLOAT32_BOUND)
     yield from _backends(exact, tokens, device)
-    for name in native.instruction_sets():
+    for name in native.instruction_sets() if supports(subject.config) else ():
         engine, label = subject.engine(name), f"native {name}"
         found = logits(engine, subject.tokens)
         bound = FLOAT32_BOUND if subject.kind in FLOATS else INTEGER_BOUND
         yield Check(f"{label} = torch", difference(found, reference), bound, subject.kind)
         yield from _laws(label, engine, subject.tokens, found, 0)
-    if _has_gpu_engine(device):
+    if subject.config.architecture.gpu_kernels is not None and _has_gpu_engine(device):
         yield from _gpu_engine(subject, device, reference)
     if known is not None:
         yield _as_recorded(subject, known, reference)
@@ -236,7 +236,7 @@ def difference(found: Tensor, reference: Tensor) -> float:
 
 
 def _packed(config: ModelConfig, tensors: dict[str, Tensor], kind: FloatKind) -> dict[str, Packed]:
-    if not native.is_available():
+    if not (native.is_available() and supports(config)):
         return {}
     return {
         name: pack(tensors[name].to(FLOATS[kind]), to)
@@ -286,13 +286,16 @@ def _ragged(reader: Reader, tokens: Tensor) -> float:
 
 def _backends(exact: Exact, tokens: Tensor, device: str) -> Iterator[Check]:
     """Compare every kernel of the recurrence with the reference."""
+    operator = exact.model.config.architecture.operator
+    if operator is None:
+        return
     exact.model.backend = "reference"
     wanted = logits(exact, tokens)
-    for name in available_backends(device):
+    for name in available_backends(device, operator):
         if name != "reference":
             exact.model.backend = name
             found = difference(logits(exact, tokens), wanted)
-            yield Check(f"wkv4 {name} = reference", found, FLOAT32_BOUND, device)
+            yield Check(f"{operator} {name} = reference", found, FLOAT32_BOUND, device)
     exact.model.backend = None
 
 

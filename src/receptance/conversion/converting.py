@@ -27,7 +27,13 @@ from receptance.conversion.source import Note, Source, Streamed, open_source
 from receptance.conversion.target import DIRECTORIES, Target
 from receptance.errors import one_line
 from receptance.formats import hf
-from receptance.formats.ggmf import decay_parameter, stored_decay, stored_kind, write_ggmf
+from receptance.formats.ggmf import (
+    check_ggmf,
+    decay_parameter,
+    stored_decay,
+    stored_kind,
+    write_ggmf,
+)
 from receptance.formats.ggml import BLOCK, KINDS
 from receptance.formats.names import some
 from receptance.formats.pth import write_pth
@@ -94,6 +100,10 @@ def check(source: Source, target: Target) -> None:
             f"has no place for it: every reader takes {_USUAL_EPSILON}; "
             'use format="hf" or format="receptance"'
         )
+    if target.format == "hf":
+        hf.check_hf(config)
+    if target.format == "ggmf":
+        check_ggmf(config)
     if target.format not in DIRECTORIES:
         _check_beside(source, target.path.parent)
 
@@ -193,15 +203,19 @@ def _limit(source: Source, target: Target) -> float:
 
 def _same(source: Source, target: Target) -> Same:
     """A comparison of each tensor with its copy: exact, or near for quantized tensors."""
-    layout = target.layout(source)
+    layout, version = target.layout(source), source.config.architecture
+    # Directories of transformers have no place for them.
+    dropped = version.unused(source.config) if target.format == "hf" else ()
 
     def same(name: str, there: Tensor, here: Tensor) -> bool:
+        if name in dropped:
+            return True
         dtype, shape = layout[name]
         if target.format == "ggmf":
             stored = stored_kind(name, shape, target.kind(source))
             if stored in KINDS:
                 return near(there, here, BLOCK, _STEPS[stored])
-            if source.config.architecture.is_static_decay(name):
+            if version.is_static_decay(name):
                 there = decay_parameter(stored_decay(there), name)
         return equal(there, here, dtype)
 

@@ -1,7 +1,9 @@
 """Chat formats, which make one text of the turns of a conversation and say what is learned of it.
 
-In all of them a blank line ends a turn and nothing else does, so blank lines inside of a message
-are taken out. The formats are those on the cards of BlinkDL's RWKV-4-Raven and RWKV-4-World.
+In all of them a blank line ends a turn, so blank lines inside of a message are taken out. RWKV-7
+G1 writes blank lines inside of its answers all the same, and there only the heading of the next
+turn ends them. The formats are those on the cards of BlinkDL's RWKV-4-Raven, RWKV-4-World and
+RWKV-7-G1.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TURN_END = "\n\n"
+THINKING = {"no": "", "short": " <think>\n</think>", "long": " <think"}
+"""What is put at the beginning of an answer of RWKV-7 G1: nothing, which leaves the choice to the
+model; an empty thought; or the beginning of a tag, which the model completes in its own way."""
 
 
 class Message(NamedTuple):
@@ -33,6 +38,15 @@ class Template:
     mark: str = ""
     gap: str = " "
     """What stands between the colon and the text."""
+    blank_line_ends: bool = True
+    """Whether the first blank line ends an answer, and not only the heading of the next turn."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        if self.blank_line_ends:
+            return (TURN_END,)
+        return f"{TURN_END}{self.mark}{self.user}", f"\n{self._heading(self.user)}"
 
     @property
     def opening(self) -> str:
@@ -83,6 +97,7 @@ TEMPLATES = {
     "raven": Template("Bob", "Alice"),
     "instruction": Template("Instruction", "Response", "Input", mark="# ", gap="\n"),
     "qa": Template("Question", "Answer"),
+    "g1": Template("User", "Assistant", blank_line_ends=False),
 }
 
 

@@ -12,7 +12,8 @@ from receptance.config import ModelConfig
 from receptance.formats import hf, hub
 from receptance.formats.files import reason
 from receptance.formats.ggmf import is_ggmf, open_ggmf, read_ggmf
-from receptance.formats.names import conform, infer_config, is_hf
+from receptance.formats.names import conform, infer_config
+from receptance.formats.names_hf import is_hf
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors
 from receptance.tokenizer.files import find_tokenizer
@@ -55,7 +56,7 @@ class Weights:
 
 
 def read(source: str | Path, *, revision: str | None = None) -> Weights:
-    """The RWKV-4 weights in a file, a directory or a model of the Hugging Face hub.
+    """The weights in a file, a directory or a model of the Hugging Face hub.
 
     Files are .pth, .pt, .bin, .safetensors, .st, and those of rwkv.cpp, whatever their suffix.
     Directories are those of transformers, and those with a single .pth, .safetensors or .st file.

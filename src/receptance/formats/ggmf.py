@@ -121,6 +121,14 @@ def is_ggmf(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
+def check_ggmf(config: ModelConfig) -> None:
+    """ValueError if files of rwkv.cpp are not written for this version."""
+    if config.architecture.static_decay is None:
+        raise ValueError(
+            f"this release writes no rwkv.cpp file of RWKV-{config.version}; choose another format"
+        )
+
+
 def open_ggmf(path: str | Path) -> GGMFFile:
     """The RWKV-4 model in a file of rwkv.cpp; only the headers are read now.
 

@@ -1,4 +1,4 @@
-"""Reading and writing directories of transformers' RwkvForCausalLM.
+"""Reading and writing directories of transformers: RwkvForCausalLM, and the models of RWKV-7.
 
 The functions here take and return tensors under their official names.
 """
@@ -20,12 +20,15 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.formats.files import reason
-from receptance.formats.names import conform, some, to_hf, to_official
+from receptance.formats.names import conform, some
+from receptance.formats.names_hf import is_transposed, to_hf, to_official
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors, write_safetensors
 from receptance.formats.writing import Schema
 from receptance.tokenizer.files import find_tokenizer
 
+Planned = tuple[torch.dtype, tuple[int, ...]]
+"""The type and the shape of a tensor to write."""
 Reader = Callable[[Path], dict[str, Tensor]]
 
 # The files of weights, in the order in which transformers looks for them. The second of each pair
@@ -47,6 +50,16 @@ _SIZES = {
     "num_hidden_layers": "num_layers",
     "intermediate_size": "ffn_width",
 }
+# The same for the extras of RWKV-7, under the names of flash-linear-attention.
+_EXTRAS_7 = {
+    "head_dim": "head_size",
+    "decay_low_rank_dim": "decay_rank",
+    "a_low_rank_dim": "rate_rank",
+    "v_low_rank_dim": "value_rank",
+    "gate_low_rank_dim": "gate_rank",
+}
+_VERSIONS = {"rwkv": 4, "rwkv7": 7}
+"""The versions that this release reads, by their model_type."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,11 @@ class HFWeights:
 
 
 def read_hf(directory: str | Path) -> HFWeights:
-    """The RWKV-4 model in a transformers directory: safetensors or .bin, whole or in shards.
+    """The model in a transformers directory: safetensors or .bin, whole or in shards.
 
     Weights that transformers saved after an evaluation are read as they are (see rescaling.py).
-    ValueError, starting with the path, when something is missing, damaged, inconsistent or not
-    RWKV-4.
+    ValueError, starting with the path, when something is missing, damaged, inconsistent or of
+    another version.
     """
     directory = Path(directory)
     fields = read_config(directory)
@@ -73,21 +86,21 @@ def read_hf(directory: str | Path) -> HFWeights:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The fields of config.json; ValueError unless it describes an RWKV-4 model."""
+    """The fields of config.json; ValueError unless it describes a model that is read here."""
     path = directory / "config.json"
     fields = _read_json(path)
     model_type = fields.get("model_type")
-    if model_type != "rwkv":
+    if not isinstance(model_type, str) or model_type not in _VERSIONS:
+        known = " and ".join(f"RWKV-{n}, whose model_type is {x!r}" for x, n in _VERSIONS.items())
         raise ValueError(
-            f"{path}: the model_type is {reprlib.repr(model_type)}; "
-            "this release reads RWKV-4, whose model_type is 'rwkv'"
+            f"{path}: the model_type is {reprlib.repr(model_type)}; this release reads {known}"
         )
     width, attention = fields.get("hidden_size"), fields.get("attention_hidden_size")
     if attention not in (None, width):
         raise ValueError(
             f"{path}: attention_hidden_size is {reprlib.repr(attention)} and hidden_size "
             f"{reprlib.repr(width)}; this release reads models where they are equal, as in every "
-            "published RWKV-4"
+            "published one"
         )
     return fields
 
@@ -98,14 +111,47 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
         tensors = _with_head(tensors)
     config, official = conform(tensors, directory)
     path = directory / "config.json"
-    for theirs, ours in _SIZES.items():
-        if fields.get(theirs) not in (None, getattr(config, ours)):
+    if (version := _VERSIONS[fields["model_type"]]) != config.version:
+        raise ValueError(
+            f"{path}: the model_type is that of RWKV-{version}, but the tensors beside it are of "
+            f"RWKV-{config.version}; the two files do not belong together"
+        )
+    found = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
+    for theirs, size in found.items():
+        if fields.get(theirs) not in (None, size):
             raise ValueError(
                 f"{path}: {theirs} is {reprlib.repr(fields[theirs])}, but the tensors beside it "
-                f"have {getattr(config, ours)}; the two files do not belong together"
+                f"have {size}; the two files do not belong together"
             )
-    config = _with_epsilon(config, fields.get("layer_norm_epsilon"), path)
-    return HFWeights(config, official, find_tokenizer(directory, config.vocab_size))
+    try:
+        known = dataclasses.replace(config, **_told(config, fields))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if known.extras != config.extras:  # A rank that no tensor shows is that of unused ones.
+        official = conform(tensors, directory, known)[1]
+    return HFWeights(known, official, find_tokenizer(directory, config.vocab_size))
+
+
+def _told(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ModelConfig that only config.json tells: epsilons, and a hidden rank."""
+    told: dict[str, Any] = {}
+    epsilon = fields.get("norm_eps", fields.get("layer_norm_epsilon"))
+    if epsilon is not None:
+        if not isinstance(epsilon, float):
+            raise ValueError(
+                f"the epsilon of layer norms is {reprlib.repr(epsilon)}; it must be a number like "
+                "1e-5"
+            )
+        told["layer_norm_epsilon"] = epsilon
+    if config.version == 7:
+        extras = dict(config.extras)
+        if config.num_layers == 1 and isinstance(rank := fields.get("v_low_rank_dim"), int):
+            extras["value_rank"] = rank
+        if "norm_eps" in fields:
+            # The rule of the packages with this field. Official code has a constant instead.
+            extras["group_norm_epsilon"] = told["layer_norm_epsilon"] * extras["head_size"]
+        told["extras"] = extras
+    return told
 
 
 def _with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,19 +163,6 @@ def _with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "emb.weight" in official and "head.weight" not in official:
         official["head.weight"] = official["emb.weight"].clone()
     return official
-
-
-def _with_epsilon(config: ModelConfig, epsilon: object, path: Path) -> ModelConfig:
-    if epsilon is None:
-        return config
-    if not isinstance(epsilon, float):
-        raise ValueError(
-            f"{path}: layer_norm_epsilon is {reprlib.repr(epsilon)}; it must be a number like 1e-5"
-        )
-    try:
-        return dataclasses.replace(config, layer_norm_epsilon=epsilon)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -206,6 +239,8 @@ def write_hf(
     Tensors are read one at a time, by their official names, which the layout has too.
     ValueError when one has values too large for its type.
     """
+    unused = config.architecture.unused(config)
+    layout = {name: planned for name, planned in layout.items() if name not in unused}
     fields = config_fields(config, layout["emb.weight"][0])
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     shards = _shards(layout, shard_bytes)
@@ -213,29 +248,72 @@ def write_hf(
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        renamed = {to_hf(name): layout[name] for name in names}
-        write_safetensors(directory / file, renamed, ((to_hf(n), tensors[n]) for n in names))
+        renamed = {to_hf(n, config.version): _turned(n, config, layout[n]) for n in names}
+        pairs = ((to_hf(n, config.version), tensors[n]) for n in names)
+        turned = ((n, x.mT.contiguous() if is_transposed(n) else x) for n, x in pairs)
+        write_safetensors(directory / file, renamed, turned)
         files |= dict.fromkeys(renamed, file)
     if len(shards) > 1:
         write_index(directory, "model", files, sum(map(_nbytes, layout.values())))
 
 
+def check_hf(config: ModelConfig) -> None:
+    """ValueError if config.json cannot say what this model computes."""
+    usual = config.layer_norm_epsilon * config.extras.get("head_size", 1)
+    epsilon = config.extras.get("group_norm_epsilon", usual)
+    if not math.isclose(epsilon, usual, rel_tol=1e-9):
+        raise ValueError(
+            f"the group_norm_epsilon is {epsilon}, and the packages that read this format take "
+            f"the size of a head times the epsilon of layer norms, {usual:.3g}; use another format"
+        )
+
+
 def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of config.json for a model whose matrices are of this type."""
     return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        "attention_hidden_size": config.width,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        # With any other value than 0, transformers divides weights when it evaluates the model, and
-        # epsilon then acts on smaller numbers. In float16 models overflow without that.
-        "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
+        **(_fields_4(config, dtype) if config.version == 4 else _fields_7(config)),
         "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _fields_4(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "architectures": ["RwkvForCausalLM"],
+        "model_type": "rwkv",
+        "attention_hidden_size": config.width,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        # With any other value than 0, transformers divides weights when it evaluates the model, and
+        # epsilon then acts on smaller numbers. In float16 models overflow without that.
+        "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
+    }
+
+
+def _fields_7(config: ModelConfig) -> dict[str, Any]:
+    """Those of flash-linear-attention, whose defaults are not those of published models."""
+    return {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        **{theirs: config.extras[ours] for theirs, ours in _EXTRAS_7.items()},
+        "num_heads": config.width // int(config.extras["head_size"]),
+        "hidden_ratio": config.ffn_width / config.width,
+        "value_dim": [config.width] * config.num_layers,
+        "hidden_act": "sqrelu",
+        "norm_eps": config.layer_norm_epsilon,
+        "norm_bias": True,
+        "norm_first": True,
+        "fuse_norm": False,  # The fused norm has another epsilon.
+        "pad_token_id": 0,
+    }
+
+
+def _turned(name: str, config: ModelConfig, planned: Planned) -> Planned:
+    """The type and shape of a tensor in the file, which may be the transpose of the official."""
+    dtype, shape = planned
+    return dtype, shape[::-1] if is_transposed(to_hf(name, config.version)) else shape
 
 
 def tokenizer_fields(end_of_text: str) -> dict[str, Any]:
@@ -260,7 +338,7 @@ def _shards(layout: Schema, shard_bytes: float) -> list[list[str]]:
     return shards
 
 
-def _nbytes(planned: tuple[torch.dtype, tuple[int, ...]]) -> int:
+def _nbytes(planned: Planned) -> int:
     dtype, shape = planned
     return math.prod(shape) * dtype.itemsize
 

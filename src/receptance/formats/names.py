@@ -1,14 +1,13 @@
-"""The names of RWKV's tensors in official files and in transformers, and the versions they show.
+"""The official names of RWKV's tensors, and the version and the sizes that they show.
 
-Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py. Other versions' files are
-recognized by the names in its siblings RWKV-v2-RNN to RWKV-v7, in the transformers ports of RWKV-5
-and RWKV-6, and in flash-linear-attention.
+Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py and RWKV-v7/train_temp.
+Versions are recognized by the names in RWKV-v2-RNN to RWKV-v7 beside them. names_hf.py has the
+names that other packages use.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -16,53 +15,16 @@ import torch
 from torch import Tensor
 
 from receptance.config import ModelConfig
+from receptance.formats.names_hf import to_official
 from receptance.model.architecture import Shape
-from receptance.model.versions import architecture
+from receptance.model.versions import VERSIONS, architecture
 
 # The version of files that nothing marks as another one.
-_VERSION = 4
+_UNMARKED = 4
 
+TIME_STATE = "blocks.{}.att.time_state"
+"""The name of a layer's tensor in the official files of learned states."""
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-# Where transformers names a part differently. All but the head also get the prefix `rwkv.` there.
-_HF_PARTS = {
-    "emb": "embeddings",
-    "ln0": "pre_ln",
-    "att": "attention",
-    "ffn": "feed_forward",
-    "time_mix_k": "time_mix_key",
-    "time_mix_v": "time_mix_value",
-    "time_mix_r": "time_mix_receptance",
-}
-_OFFICIAL_PARTS = {theirs: ours for ours, theirs in _HF_PARTS.items()}
-
-
-def to_hf(name: str) -> str:
-    """The name that transformers gives to an official tensor name."""
-    renamed = ".".join(_HF_PARTS.get(part, part) for part in name.split("."))
-    return renamed if renamed.startswith("head.") else f"rwkv.{renamed}"
-
-
-def from_hf(name: str) -> str:
-    """The official name of a tensor of transformers; unknown names come back as they are."""
-    parts = name.removeprefix("rwkv.").split(".")
-    return ".".join(_OFFICIAL_PARTS.get(part, part) for part in parts)
-
-
-def is_hf(names: Iterable[str]) -> bool:
-    """Whether these are the names of transformers' RwkvForCausalLM or RwkvModel."""
-    return any(name.startswith(("rwkv.", "embeddings.")) for name in names)
-
-
-def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under official names; ValueError if two would get the same name."""
-    if not is_hf(tensors):
-        return dict(tensors)
-    renamed = {from_hf(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        twice = [name for name, count in Counter(map(from_hf, tensors)).items() if count > 1]
-        raise ValueError(f"these tensors are there under two names each: {some(twice)}")
-    return renamed
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -77,9 +39,9 @@ def infer_config(shapes: Mapping[str, Shape]) -> ModelConfig:
     missing, unexpected or of a wrong shape, or says what the tensors are instead: a version or
     variant that is not built, an adapter, no RWKV at all.
     """
-    _refuse_others(shapes)
-    _check_names(shapes)
-    config = ModelConfig(**architecture(_VERSION).infer(shapes))
+    version = _version(shapes)
+    _check_names(shapes, version)
+    config = ModelConfig(**architecture(version).infer(shapes))
     _check_shapes(shapes, tensor_shapes(config))
     return config
 
@@ -90,7 +52,8 @@ def conform(
     """The tensors, checked, under official names in official shapes, and their configuration.
 
     The names may be official ones or those of transformers. The configuration is inferred unless
-    it is given. ValueError starts with the source.
+    it is given. Tensors that files may lack because no model uses them become zeros. ValueError
+    starts with the source.
     """
     try:
         official = to_official(tensors)
@@ -104,8 +67,11 @@ def conform(
         _check_dtypes(official)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    wanted = tensor_shapes(config)
-    return config, {name: official[name].view(shape) for name, shape in wanted.items()}
+    like = official["emb.weight"]
+    return config, {
+        name: official[name].view(shape) if name in official else like.new_zeros(shape)
+        for name, shape in tensor_shapes(config).items()
+    }
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
@@ -121,10 +87,10 @@ def _num_layers(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
-def _check_names(shapes: Mapping[str, Shape]) -> None:
+def _check_names(shapes: Mapping[str, Shape], version: int) -> None:
     """ValueError unless these are the names of a whole model, whatever its sizes."""
     layers = max(1, _num_layers(shapes))
-    anything = ModelConfig(version=_VERSION, vocab_size=1, width=1, num_layers=layers)
+    anything = ModelConfig(version=version, vocab_size=1, width=1, num_layers=layers)
     _check_whole(anything, shapes)
 
 
@@ -134,9 +100,9 @@ def _check_num_layers(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
 
 
 def _check_whole(config: ModelConfig, shapes: Mapping[str, Shape]) -> None:
-    wanted = tensor_shapes(config)
-    found = []
-    if missing := [name for name in wanted if name not in shapes]:
+    wanted, found = tensor_shapes(config), []
+    may_lack = config.architecture.unused(config)
+    if missing := [name for name in wanted if name not in shapes and name not in may_lack]:
         found.append(f"missing are {some(missing)}")
     if unexpected := [name for name in shapes if name not in wanted]:
         found.append(f"unexpected are {some(unexpected)}")
@@ -151,7 +117,7 @@ def _check_shapes(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> N
     for name, shape in wanted.items():
         # Some converters squeeze the vectors of shape (1,1,C) to (C); the values are the same.
         squeezed = shape[2:] if shape[:2] == (1, 1) and len(shape) == 3 else shape
-        if shapes[name] not in (shape, squeezed):
+        if shapes.get(name, shape) not in (shape, squeezed):
             raise ValueError(
                 f"{name} has the shape {shapes[name]}; "
                 f"with the other sizes of this model it must be {shape}"
@@ -167,18 +133,33 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _refuse_others(shapes: Mapping[str, Shape]) -> None:
-    """Raise a ValueError that says what these tensors are, if they are recognizably not RWKV-4."""
+def _version(shapes: Mapping[str, Shape]) -> int:
+    """The number of the version; ValueError says what these tensors are if it is none of ours."""
     _refuse_adapters(shapes)
-    if version := other_version(shapes):
-        raise ValueError(f"this is an {version} file; this release reads RWKV-4")
-    _refuse_variants(shapes)
+    marked = marked_version(shapes)
+    version = _built(marked)
+    if version is None:
+        raise ValueError(f"this is an {marked} file; this release reads {_readable()}")
+    if marked is None:
+        _refuse_variants(shapes)
     _refuse_prefixes(shapes)
     if not any(name.startswith("blocks.") and ".att." in name for name in shapes):
         raise ValueError(
             f"this is no RWKV model: there are {len(shapes)} tensors, named {some(shapes)}; "
             "RWKV-4 has tensors such as 'blocks.0.att.time_decay'"
         )
+    return version
+
+
+def _built(marked: str | None) -> int | None:
+    """The number of the version of this name; None if this release does not have it."""
+    if marked is None:
+        return _UNMARKED
+    return next((number for number in VERSIONS if marked == f"RWKV-{number}"), None)
+
+
+def _readable() -> str:
+    return " and ".join(f"RWKV-{number}" for number in VERSIONS)
 
 
 def _refuse_adapters(names: Iterable[str]) -> None:
@@ -189,13 +170,15 @@ def _refuse_adapters(names: Iterable[str]) -> None:
         )
 
 
-# The last parts of names that only one version has; the first version that fits decides.
-# `att` is official and, once mapped, transformers; `attn` is flash-linear-attention.
+# The last parts of names that only one version or variant has; the first that fits decides.
 _MARKS: dict[str, Callable[[str, Shape], bool]] = {
     "RWKV-8": lambda name, shape: name.endswith(".ffn.enn.weight"),
-    "RWKV-7": lambda name, shape: name.endswith((".att.r_k", ".att.x_r", ".att.w0", ".attn.r_k")),
+    "RWKV-7b (with attention)": lambda name, shape: ".qkv." in name,
+    "RWKV-7a (with deep embeddings)": lambda name, shape: ".ffn.s_emb" in name,
+    "RWKV-7 of rwkv.cpp": lambda name, shape: name.endswith(".att.x_rwkvag"),
+    "RWKV-7": lambda name, shape: name.endswith((".att.r_k", ".att.x_r", ".att.w0")),
     "RWKV-6": lambda name, shape: (
-        ".att.time_maa_" in name or name.endswith((".att.time_decay_w1", ".attn.x_bias"))
+        ".att.time_maa_" in name or name.endswith((".att.time_decay_w1", ".att.x_bias"))
     ),
     # Here the axes are heads and the channels in them; RWKV-5 has one decay for a whole head.
     "RWKV-5.2": lambda name, shape: (
@@ -209,8 +192,8 @@ _MARKS: dict[str, Callable[[str, Shape], bool]] = {
 }
 
 
-def other_version(shapes: Mapping[str, Shape]) -> str | None:
-    """The version that tensors of these names and shapes are of, if it is not RWKV-4."""
+def marked_version(shapes: Mapping[str, Shape]) -> str | None:
+    """The version that tensors of these official names and shapes are of; None marks RWKV-4."""
     for version, marked in _MARKS.items():
         if any(marked(name, shape) for name, shape in shapes.items()):
             return version

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ def _inspect_legacy(path: Path) -> None:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def write_pth(path: Path, layout: Schema, tensors: Mapping[str, Tensor]) -> None:
+def write_pth(path: Path | IO[bytes], layout: Schema, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, each as the layout has it, as the file that torch.save makes of their dict.
 
     Tensors are read one at a time, so that memory holds at most one. ValueError when one has values

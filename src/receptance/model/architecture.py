@@ -61,8 +61,8 @@ class Sizes(Protocol):
         ...
 
     @property
-    def extras(self) -> Mapping[str, int]:
-        """The sizes that only this version has, by name."""
+    def extras(self) -> Mapping[str, float]:
+        """The sizes and epsilons that only this version has, by name."""
         ...
 
 
@@ -94,6 +94,8 @@ class Architecture(ABC):
     """
     layer_state: ClassVar[type[Any]]
     """The NamedTuple of the tensors in one layer's state, each [B,...]; see `empty_layer`."""
+    operator: ClassVar[str | None] = None
+    """The name of the recurrence in receptance.ops, whose backends the model can be told to use."""
     matrices: ClassVar[Mapping[str, Layout]]
     """The matrices of a block that are packed and quantized, and the layout of each."""
     residual_outputs: ClassVar[tuple[str, ...]]
@@ -105,6 +107,11 @@ class Architecture(ABC):
     intermediates: ClassVar[Mapping[str, Place]] = {}
     """The tensors [B,T,...] inside time mixing and channel mixing that analysis can read and
     write, by their names in the block. Its sums, norms and states need no entry."""
+    decay_center: ClassVar[str | None] = None
+    """The parameter of a block around which the decay of its channels varies, if it does."""
+    time_state: ClassVar[str | None] = None
+    """The only tensor of `learnable_state`, [L,...], if the official files of learned states have
+    it layer by layer."""
     native_kernel: ClassVar[str | None] = None
     """The name of the class in the native library that runs this version, if there is one."""
     native_vectors: ClassVar[tuple[str, ...]] = ()
@@ -147,9 +154,18 @@ class Architecture(ABC):
         """Whether this is the official name of a parameter that `log_decay` takes."""
         return self.static_decay is not None and name.endswith(f".{self.static_decay}")
 
+    def is_decay(self, name: str) -> bool:
+        """Whether a parameter sets a decay, or the center of one; `log_decay` takes both."""
+        center = self.decay_center
+        return self.is_static_decay(name) or (center is not None and name.endswith(f".{center}"))
+
+    def unused(self, sizes: Sizes) -> tuple[str, ...]:
+        """The official names of tensors that files hold and no model uses or trains."""
+        return ()
+
     def log_decay(self, parameter: Tensor) -> Tensor:
-        """The logarithm of the decay per token, never positive, of the parameter `static_decay`."""
-        raise NotImplementedError(f"RWKV-{self.number} has no static decay")
+        """The logarithm of the decay per token, never positive, of a parameter of `is_decay`."""
+        raise NotImplementedError(f"RWKV-{self.number} has no parameter of a decay")
 
     def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
         """Whether weight decay acts on a parameter, as it does on matrices."""
@@ -157,8 +173,11 @@ class Architecture(ABC):
 
     # ---- sizes ---------------------------------------------------------------------------------
 
-    def default_extras(self, width: int) -> dict[str, int]:
-        """The sizes that only this version has, with their usual values."""
+    def default_extras(self, width: int) -> Mapping[str, float]:
+        """The sizes and epsilons that only this version has, with their usual values.
+
+        A size is an int and an epsilon a float, of which a configuration may have others.
+        """
         return {}
 
     def default_ffn_width(self, width: int) -> int:

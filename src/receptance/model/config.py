@@ -7,6 +7,7 @@ L layers, V vocabulary, F feed-forward width.
 from __future__ import annotations
 
 import dataclasses
+import math
 import reprlib
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,9 +33,9 @@ class ModelConfig:
     """F, the hidden width of channel mixing; 0 means the usual multiple of the width."""
     layer_norm_epsilon: float = 1e-5
     """The epsilon of every layer norm but the last, which the official code leaves at 1e-5."""
-    extras: dict[str, int] = field(default_factory=dict, hash=False)
-    """The sizes that only some versions have, such as ranks, by name; those left out get their
-    usual values. Version 4 has none."""
+    extras: dict[str, float] = field(default_factory=dict, hash=False)
+    """The sizes and epsilons that only some versions have, such as ranks, by name; those left out
+    get their usual values. Version 4 has none."""
 
     def __post_init__(self) -> None:
         version = architecture(self.version)
@@ -43,14 +44,11 @@ class ModelConfig:
         if self.ffn_width == 0:
             object.__setattr__(self, "ffn_width", version.default_ffn_width(self.width))
         _check_size("ffn_width", self.ffn_width)
-        epsilon = self.layer_norm_epsilon
-        if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
-            found = reprlib.repr(epsilon)
-            raise ValueError(f"layer_norm_epsilon is {found}; it must lie between 0 and 1")
+        _check_epsilon("layer_norm_epsilon", self.layer_norm_epsilon)
         object.__setattr__(self, "extras", self._all_extras())
         version.check(self)
 
-    def _all_extras(self) -> dict[str, int]:
+    def _all_extras(self) -> dict[str, float]:
         """The extras given, and the usual values of the others; ValueError for an unknown name."""
         if not isinstance(self.extras, dict):
             raise ValueError(
@@ -61,8 +59,8 @@ class ModelConfig:
             if name not in usual:
                 known = ", ".join(usual) or "none"
                 raise ValueError(f"RWKV-{self.version} has no size {name!r}; it has {known}")
-            _check_size(name, value)
-        return usual | self.extras
+            (_check_epsilon if isinstance(usual[name], float) else _check_size)(name, value)
+        return {**usual, **self.extras}
 
     @property
     def architecture(self) -> Architecture:
@@ -73,6 +71,13 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """The exact count; for version 4 with F = 4C it is the paper's 2VD + 13D²L + D(11L + 4)."""
         return self.architecture.num_parameters(self)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """The parameters that training changes: all but those that no model uses."""
+        shapes = self.architecture.shapes(self)
+        unused = self.architecture.unused(self)
+        return self.num_parameters - sum(math.prod(shapes[name]) for name in unused)
 
     @cached_property
     def forward_flops_per_token(self) -> int:
@@ -114,3 +119,8 @@ def _check_size(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = reprlib.repr(value)
         raise ValueError(f"{name} is {found}; it must be a whole number of at least 1")
+
+
+def _check_epsilon(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{name} is {reprlib.repr(value)}; it must lie between 0 and 1")

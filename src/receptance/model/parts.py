@@ -26,9 +26,14 @@ class Linear(nn.Module):
 
     def orthogonal_(self, scale: float, generator: torch.Generator) -> None:
         """Draw orthogonal starting values, scaled up if the matrix widens its input (RWKV-LM)."""
-        outputs, inputs = self.weight.shape
-        gain = scale * max(1.0, outputs / inputs) ** 0.5
-        nn.init.orthogonal_(self.weight, gain=gain, generator=generator)
+        orthogonal_(self.weight, scale, generator)
+
+
+def orthogonal_(matrix: Tensor, scale: float, generator: torch.Generator) -> None:
+    """Draw orthogonal values, scaled up if the matrix has more rows than columns (RWKV-LM)."""
+    rows, columns = matrix.shape
+    gain = scale * max(1.0, rows / columns) ** 0.5
+    nn.init.orthogonal_(matrix, gain=gain, generator=generator)
 
 
 class LayerNorm(nn.Module):
@@ -44,6 +49,23 @@ class LayerNorm(nn.Module):
         """[..., C] -> [..., C], in x's dtype."""
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
+
+
+class GroupNorm(nn.Module):
+    """Layer norm within each of several groups of channels, with weight and bias."""
+
+    def __init__(self, groups: int, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.groups, self.epsilon = groups, epsilon
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,T,C] -> [B,T,C], in x's dtype."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        groups = x.unflatten(-1, (self.groups, -1))
+        normal = F.layer_norm(groups, groups.shape[-1:], eps=self.epsilon)
+        return torch.addcmul(bias, normal.flatten(-2), weight)
 
 
 class Reading(NamedTuple):
@@ -75,3 +97,26 @@ def token_shift(x: Tensor, last: Tensor, reading: Reading) -> tuple[Tensor, Tens
 def mix(x: Tensor, previous: Tensor, share: Tensor) -> Tensor:
     """share * x + (1 - share) * previous: [B,T,C], [B,T,C], [1,1,C] -> [B,T,C]."""
     return torch.lerp(previous, x, share.to(x.dtype))
+
+
+def low_rank(inputs: int, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Two matrices through a narrow middle, stored with their inputs first: [in,rank], [rank,in].
+
+    That is how the official files have them, while the weight of a `Linear` is [out,in].
+    """
+    return nn.Parameter(torch.empty(inputs, rank)), nn.Parameter(torch.empty(rank, inputs))
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """[...,in], [in,out] -> [...,out], in x's dtype."""
+    return x @ matrix.to(x.dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The same tensor, in float32 unless it is as wide already."""
+    return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
+    """Two measures of a layer's depth: one falls from 1 to about 0, one rises from 0 to 1."""
+    return 1 - layer / num_layers, layer / max(num_layers - 1, 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from receptance.model.architecture import Architecture, Place, Shape, Sizes
-from receptance.model.parts import Linear, Reading, mix, token_shift
+from receptance.model.parts import Linear, Reading, depth_fractions, mix, token_shift
 from receptance.ops import Sources, WKVState, wkv4, wkv4_sources
 
 
@@ -93,7 +93,7 @@ class TimeMix(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Set the starting values, drawing the orthogonal matrix from the generator."""
-        early, late = _depth_fractions(*self.depth)
+        early, late = depth_fractions(*self.depth)
         width = self.time_decay.numel()
         channel = torch.arange(width, dtype=torch.float64)
         fraction = channel / max(width - 1, 1)
@@ -136,7 +136,7 @@ class ChannelMix(nn.Module):
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
         """Set the starting values, drawing the orthogonal matrix from the generator."""
-        early, _ = _depth_fractions(*self.depth)
+        early, _ = depth_fractions(*self.depth)
         width = self.time_mix_k.shape[-1]
         share = torch.arange(width, dtype=torch.float64) / width
         self.time_mix_k[0, 0] = share**early
@@ -155,11 +155,6 @@ def log_decay(time_decay: Tensor) -> Tensor:
     return -time_decay.exp()
 
 
-def _depth_fractions(layer: int, num_layers: int) -> tuple[float, float]:
-    """Two measures of a layer's depth: one falls from 1 to about 0, one rises from 0 to 1."""
-    return 1 - layer / num_layers, layer / max(num_layers - 1, 1)
-
-
 # ---- the architecture ---------------------------------------------------------------------------
 
 _MIXED = ("receptance", "key", "value")  # the matrices of time mixing that read mixtures of tokens
@@ -168,7 +163,7 @@ _MIXED = ("receptance", "key", "value")  # the matrices of time mixing that read
 class RWKV4(Architecture):
     """Version 4 as the rest of the package sees it."""
 
-    number = 4
+    number, operator = 4, "wkv4"
     time_mix, channel_mix, layer_state = TimeMix, ChannelMix, LayerState
     matrices = {  # noqa: RUF012 The dict is never changed.
         **dict.fromkeys(("att.key", "att.value", "att.receptance", "att.output"), "tiles"),

@@ -6,8 +6,9 @@ import reprlib
 
 from receptance.model.architecture import Architecture
 from receptance.model.v4 import RWKV4
+from receptance.model.v7 import RWKV7
 
-VERSIONS: dict[int, Architecture] = {4: RWKV4()}
+VERSIONS: dict[int, Architecture] = {4: RWKV4(), 7: RWKV7()}
 
 
 def architecture(version: int) -> Architecture:
@@ -16,6 +17,6 @@ def architecture(version: int) -> Architecture:
         known = ", ".join(map(str, VERSIONS))
         raise ValueError(
             f"RWKV version {reprlib.repr(version)} is not supported; "
-            f"this release builds version {known}"
+            f"this release builds versions {known}"
         )
     return VERSIONS[version]

@@ -6,6 +6,7 @@ many as pairs of tokens. They exist for analysis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,36 @@ def wkv4_sources(
         kept * state.numerator[:, None] / total,
         carried_weight / total,
     )
+
+
+def wkv7_sources(
+    inputs: Sequence[Tensor],
+    state: Tensor,
+    *,
+    positions: Tensor,
+    resets: Tensor | None = None,
+) -> Sources:
+    """The weights of RWKV-7's recurrence at `positions` [P].
+
+    inputs are the first six arguments of wkv7, for which see there, and state is its state. With
+    M_j = diag(w_j) + a_j b_j^T the output at t is the sum of v_i (k_i . M_{i+1} ... M_t r_t) over
+    i <= t, and of S M_1 ... M_t r_t for the state S before the text. The weights are one number for
+    each head, may be negative, and do not add up to 1.
+    """
+    receptance, log_decay, key, value, removal, replacement = (x.to(state.dtype) for x in inputs)
+    decay = log_decay.exp()
+    asked = receptance[:, positions]  # [B,P,H,N], what is read from the state after a token
+    weights = asked.new_zeros(*asked.shape[:2], key.shape[1], asked.shape[2])
+    for i in reversed(range(key.shape[1])):
+        k, w, a, b = (x[:, i, None] for x in (key, decay, removal, replacement))
+        reached = (positions >= i)[None, :, None]
+        weights[:, :, i] = ((asked * k).sum(-1)).masked_fill(~reached, 0)
+        before = w * asked + a * (asked * b).sum(-1, keepdim=True)
+        if resets is not None:
+            before = before.masked_fill(resets[:, i, None, None, None], 0)
+        asked = torch.where(reached[..., None], before, asked)
+    carried = torch.einsum("bhvk,bphk->bphv", state, asked).flatten(2)
+    return Sources(weights, value.flatten(2), carried, None)
 
 
 def _visible(positions: Tensor, time: Tensor, resets: Tensor | None) -> tuple[Tensor, Tensor]:

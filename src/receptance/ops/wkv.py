@@ -6,30 +6,16 @@ forms of the model, parallel and recurrent, are this call with different T.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from receptance.ops import chunked, native, reference, triton_wkv4
-from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
+from receptance.ops import reference
+from receptance.ops.arguments import BackwardInputs, Inputs, check_masks
+from receptance.ops.backends import choose_backend
 from receptance.ops.reference import EMPTY_EXPONENT
-
-
-class Kernel(Protocol):
-    """What a kernel module offers; the reference is differentiated by autograd instead."""
-
-    def kept_states(self, time: int, /) -> int:
-        """How many states forward keeps for backward."""
-
-    def forward(self, x: Inputs, /) -> Results:
-        """The output, the final state's three parts, and the states that were kept."""
-
-    def backward(self, x: BackwardInputs, /) -> Gradients:
-        """Gradients of log_decay, bonus, key, value, numerator, denominator."""
-
-
-KERNELS: dict[str, Kernel] = {"native": native, "triton": triton_wkv4, "chunked": chunked}
+from receptance.ops.registration import Operator, register
 
 
 class WKVState(NamedTuple):
@@ -54,30 +40,6 @@ class WKVState(NamedTuple):
         """The state of rows that have seen nothing: three times [B,C]."""
         zeros = torch.zeros(batch, width, device=device, dtype=dtype)
         return cls(zeros, zeros.clone(), torch.full_like(zeros, EMPTY_EXPONENT))
-
-
-def available_backends(device: torch.device | str = "cpu") -> list[str]:
-    """Names that `wkv4(backend=...)` accepts on this device, the fastest first."""
-    return [*_compiled(torch.device(device)), "chunked", "reference"]
-
-
-def choose_backend(device: torch.device, requested: str | None) -> str:
-    """The fastest backend, or the requested one; ValueError if that one cannot run here."""
-    available = available_backends(device)
-    if requested is None:
-        return available[0]
-    if requested not in available:
-        raise ValueError(
-            f"no wkv4 backend {requested!r} on {device.type}; available: {', '.join(available)}"
-        )
-    return requested
-
-
-def _compiled(device: torch.device) -> list[str]:
-    """The compiled backend for this kind of device, or none if it is absent."""
-    if device.type == "cpu":
-        return ["native"] * native.is_available()
-    return ["triton"] * (device.type == "cuda" and triton_wkv4.is_available())
 
 
 def wkv4(
@@ -109,7 +71,7 @@ def wkv4(
         state = WKVState.empty(key.shape[0], key.shape[-1], device=key.device, dtype=dtype)
     state = WKVState(*state)
     _check(Inputs(log_decay, bonus, key, value, *state, resets, lengths))
-    name = choose_backend(key.device, backend)
+    name = choose_backend("wkv4", key.device, backend)
     # A decay of e^-1e30 is 0 like e^-inf, but 0 tokens of it are a factor of 1 and not NaN.
     log_decay, bonus = log_decay.to(dtype).clamp(min=-1e30), bonus.to(dtype)
     x = Inputs(log_decay, bonus, key, value, *state, resets, lengths)
@@ -153,76 +115,17 @@ def _check(x: Inputs) -> None:
     for name, tensor in (("log_decay", x.log_decay), ("bonus", x.bonus)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}; it must be a float type")
-    if x.resets is not None and x.resets.dtype != torch.bool:
-        raise ValueError(f"resets is {x.resets.dtype}; it must be torch.bool")
-    if x.lengths is not None and (x.lengths.is_floating_point() or x.lengths.dtype == torch.bool):
-        raise ValueError(f"lengths is {x.lengths.dtype}; it must hold integers")
+    check_masks(x.resets, x.lengths)
 
 
-# A custom op takes tensors one by one: the fields of Inputs or of BackwardInputs, in order, and
-# then the name of the backend. Only the functions below know that.
-
-
-def _wkv4(*flat: Any) -> Results:
-    return KERNELS[flat[-1]].forward(Inputs(*flat[:-1]))
-
-
-def _fake(*flat: Any) -> Results:
-    x, backend = Inputs(*flat[:-1]), flat[-1]
-    batch, time, width = x.key.shape
-    out, numerator, denominator, exponent = map(
-        _like, (x.value, x.numerator, x.denominator, x.exponent)
+register(
+    Operator(
+        name="wkv4",
+        inputs=Inputs,
+        backward_inputs=BackwardInputs,
+        results=("value", "numerator", "denominator", "exponent"),
+        # The exponent has none: every consumer sees numerator e^exponent, so it cancels.
+        gradients=(*Inputs._fields[:4], "grad_numerator", "grad_denominator"),
+        kept_shape=lambda x, count: (x.numerator.shape[0], count, 3, x.numerator.shape[1]),
     )
-    kept = KERNELS[backend].kept_states(time)
-    return out, numerator, denominator, exponent, x.numerator.new_empty(batch, kept, 3, width)
-
-
-def _wkv4_backward(*flat: Any) -> Gradients:
-    return KERNELS[flat[-1]].backward(BackwardInputs(*flat[:-1]))
-
-
-def _fake_backward(*flat: Any) -> tuple[Tensor, ...]:
-    x = BackwardInputs(*flat[:-1])
-    like = (x.log_decay, x.bonus, x.key, x.value, x.grad_numerator, x.grad_denominator)
-    return tuple(map(_like, like))
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    x, ctx.backend = Inputs(*inputs[:-1]), inputs[-1]
-    saved = (x.log_decay, x.bonus, x.key, x.value, output[-1], x.resets, x.lengths)
-    ctx.save_for_backward(*saved)
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_a: Tensor, grad_b: Tensor, *_: Tensor) -> Any:
-    x = BackwardInputs(grad_out, grad_a, grad_b, *ctx.saved_tensors)
-    grads = torch.ops.receptance.wkv4_backward.default(*x, ctx.backend)
-    # None for the exponent: every consumer sees numerator e^exponent, so it carries no gradient.
-    return *grads, None, None, None, None
-
-
-def _backward_of_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("wkv4 has no autograd formula for its second derivative")
-
-
-def _schema(arguments: type[Inputs] | type[BackwardInputs], results: int) -> str:
-    """The signature of an op: a tensor for every field, then the backend -> so many tensors."""
-    optional = arguments._field_defaults
-    tensors = [f"Tensor{'?' * (name in optional)} {name}" for name in arguments._fields]
-    return f"({', '.join(tensors)}, str backend) -> ({', '.join(['Tensor'] * results)})"
-
-
-# This does what torch.library.custom_op does, without its wrapper, which costs as much time as a
-# small step.
-for _name, _function, _shapes, _signature in (
-    ("receptance::wkv4", _wkv4, _fake, _schema(Inputs, 5)),
-    ("receptance::wkv4_backward", _wkv4_backward, _fake_backward, _schema(BackwardInputs, 6)),
-):
-    torch.library.define(_name, _signature)
-    torch.library.impl(_name, "CompositeExplicitAutograd", _function)
-    torch.library.register_fake(_name, _shapes)
-torch.library.register_autograd("receptance::wkv4", _backward, setup_context=_setup_context)
-torch.library.register_autograd("receptance::wkv4_backward", _backward_of_backward)
+)

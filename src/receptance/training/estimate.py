@@ -176,7 +176,7 @@ def memory(
     logits is how many of them exist at a time (see objective.logits_at_once).
     """
     every = _FLOAT32 * config.num_parameters / shares
-    learning = every if trained is None else _FLOAT32 * trained
+    learning = _FLOAT32 * (config.num_trained / shares if trained is None else trained)
     positions = math.prod(piece)
     return Memory(
         parameters=every if trained is None else every + learning,

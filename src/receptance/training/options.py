@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -57,8 +58,10 @@ class TrainOptions:
     """The rate at the start and through constant_steps. The default depends on what is trained:
     6e-4 for a new model, 2e-5 for all of a given one, 2e-4 for LoRA, 0.1 for a state."""
     final_learning_rate: float | None = None
-    """The rate at the last step, reached by exponential decay. The default is 1e-5 (1e-3 for a
-    state), or the rate at the start if that is lower."""
+    """The rate at the last step. The default is 1e-5 (1e-3 for a state), or the rate at the start
+    if that is lower."""
+    schedule: Literal["exponential", "cosine"] = "exponential"
+    """The form of the decay between these two: that of RWKV-4, or that of RWKV-7."""
     warmup_steps: int = 0
     """Steps over which the learning rate grows from a fifth of itself, as in RWKV-LM."""
     constant_steps: int = 0
@@ -68,7 +71,7 @@ class TrainOptions:
     epsilon: float = 1e-8
     """Adam's epsilon."""
     layerwise_rates: bool = True
-    """Whether some vectors learn faster, in RWKV-4 decays twice and the bonus three times as fast
+    """Whether some vectors learn faster: decays twice as fast, in RWKV-4 also the bonus three times
     (RWKV-LM's layerwise_lr)."""
     weight_decay: float = 0.0
     """Decay of the weights, which acts on matrices only; the paper uses none."""
@@ -103,6 +106,7 @@ class TrainOptions:
             "carry": ("gradient", "state"),
             "packing": get_args(Packing),
             "dtype": ("float32", "bfloat16"),
+            "schedule": ("exponential", "cosine"),
         }
         wanted = {
             **{
@@ -192,8 +196,10 @@ class StartOptions:
     tokenizer: str | None = None
     """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless init or the
     corpus has one."""
+    version: int | None = None
+    """The version of RWKV of a new model, 4 or 7: 4 unless size says otherwise."""
     size: str | None = None
-    """A published size (169m, 430m, 1.5b, 3b, 7b, 14b) instead of width and layers."""
+    """A published size (169m to 14b, rwkv7-0.1b to rwkv7-13.3b) instead of width and layers."""
     width: int | None = None
     """Channels, C: 256 unless size or init says otherwise."""
     layers: int | None = None
@@ -266,32 +272,41 @@ class StartOptions:
             model = replace(published(self.size), vocab_size=vocab_size)
             if (self.width, self.layers) != (None, None):
                 raise ValueError(f"size {self.size!r} says width and layers; leave those out")
+            if self.version not in (None, model.version):
+                raise ValueError(
+                    f"size {self.size!r} is one of RWKV-{model.version}; leave version out"
+                )
             return model
         width = 256 if self.width is None else self.width
         layers = 6 if self.layers is None else self.layers
-        return ModelConfig(vocab_size=vocab_size, width=width, num_layers=layers)
+        version = 4 if self.version is None else self.version
+        return ModelConfig(version=version, vocab_size=vocab_size, width=width, num_layers=layers)
 
     def check_sizes(self, found: ModelConfig) -> None:
         """ValueError if other sizes were asked for than the model of init has."""
         wanted = self.sizes(found.vocab_size)
-        for name, said in {"width": self.width, "num_layers": self.layers}.items():
+        given = {"version": self.version, "width": self.width, "num_layers": self.layers}
+        for name, said in given.items():
             asked, has = getattr(wanted, name), getattr(found, name)
             if (self.size or said is not None) and asked != has:
                 raise ValueError(
                     f"the model of init has {name.removeprefix('num_')} {has}, not {asked}; "
-                    "leave size, width and layers out, of a recipe as well"
+                    "leave version, size, width and layers out, of a recipe as well"
                 )
 
 
 def learning_rate(step: int, options: TrainOptions, clock: float = 0.0) -> float:
-    """The rate of a step counted from 0: warm-up, constant, exponential decay.
+    """The rate of a step counted from 0: warm-up, constant, decay.
 
-    The formula is that of RWKV-v4neo's trainer.py. clock is the share of a time limit that is used
-    up; the decay follows it if it is ahead of the steps.
+    The formula is that of RWKV-v4neo's trainer.py, or has the cosine of RWKV-v7's. clock is the
+    share of a time limit that is used up; the decay follows it if it is ahead of the steps.
     """
     warmup, constant = options.warmup_steps, options.constant_steps
     span = max(1, options.total_steps - constant - warmup)
     progress = min(1.0, max(0.0, clock, (step - constant - warmup + 1) / span))
     first, last = options.rates
-    rate = first * (last / first) ** progress
+    if options.schedule == "cosine":
+        rate = last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        rate = first * (last / first) ** progress
     return rate * (0.2 + 0.8 * step / warmup) if step < warmup else rate

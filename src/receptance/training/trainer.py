@@ -151,7 +151,9 @@ class Trainer:
             self.parameters.update(adapter.tensors())
         is_decayed = model.config.architecture.is_weight_decayed
         rules = () if adapter else (is_decayed,)
-        self.optimizer = make_optimizer(self.parameters.items(), scales, options, *rules)
+        # Some versions hold parameters that no model uses, which stay as they are.
+        trained = [(n, x) for n, x in self.parameters.items() if x.requires_grad]
+        self.optimizer = make_optimizer(trained, scales, options, *rules)
         random = options.dropout > 0 or adapter is not None  # an adapter may drop as well
         self._passes = Passes(self.objective, self._empty_state, options, self.ranks, random=random)
         self._base = model.fingerprint() if adapter else ""
@@ -214,7 +216,7 @@ class Trainer:
         total = max(1, batch.learned) / ranks.data_count
         entropy = self._passes.run(self._here(ours), total, self.step)
         if ranks.count > 1 and (ranks.time_count > 1 or self.adapter is not None):
-            ranks.sum_gradients(list(self.parameters.values()))
+            ranks.sum_gradients([x for x in self.parameters.values() if x.requires_grad])
         return ranks.sum([entropy], self.device)[0] / ranks.data_count
 
     def _here(self, batch: Batch) -> Batch:
@@ -299,7 +301,7 @@ class Trainer:
         states = {
             f"{name}/{key}": tensor
             for name, parameter in self.parameters.items()
-            for key, tensor in sorted(self.optimizer.state[parameter].items())
+            for key, tensor in sorted(self.optimizer.state.get(parameter, {}).items())
         }
         stem, metadata = "model", {"format": "pt"}
         if self.adapter is not None:
