@@ -26,7 +26,8 @@ SIZES = {"vocab_size": 11, "width": 8, "num_layers": 2}
 
 
 def test_all_published_sizes_are_there():
-    assert PUBLISHED_SIZES.keys() == PAPER.keys()
+    names = [name for name in PUBLISHED_SIZES if not name.startswith("rwkv7-")]
+    assert names == [*PAPER]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -103,7 +104,7 @@ def test_epsilon_must_be_small_and_positive(value):
         ModelConfig(**SIZES, layer_norm_epsilon=value)
 
 
-@pytest.mark.parametrize("version", [5, 7, "4", None])
+@pytest.mark.parametrize("version", [5, 6, "4", None])
 def test_versions_to_come_are_refused(version):
     with pytest.raises(ValueError, match=f"version {version!r} is not supported; this"):
         ModelConfig(**SIZES, version=version)

@@ -1,7 +1,6 @@
 """What is found in files and directories: sizes, types, decays, digests, damage, other versions."""
 
 import hashlib
-import json
 import math
 import re
 import struct
@@ -280,12 +279,7 @@ V6 = EACH | MATRICES | FFN | GATED | {f"att.time_maa_{x}": (1, 1, C) for x in "x
 V6 |= {"att.time_maa_w1": (C, 160), "att.time_maa_w2": (5, 32, C), "att.time_decay": (1, 1, C)}
 V6 |= {"att.time_decay_w1": (C, 64), "att.time_decay_w2": (64, C), "att.time_faaaa": (H, C // H)}
 V6 |= {"ffn.time_maa_k": (1, 1, C), "ffn.time_maa_r": (1, 1, C)}
-V7 = EACH | MATRICES | {f"att.x_{x}": (1, 1, C) for x in "rwkvag"} | {"ffn.x_k": (1, 1, C)}
-V7 |= {f"att.{x}0": (1, 1, C) for x in "wav"} | {f"att.{x}1": (C, 32) for x in "wavg"}
-V7 |= {f"att.{x}2": (32, C) for x in "wavg"} | {"att.k_k": (1, 1, C), "att.k_a": (1, 1, C)}
-V7 |= {"att.r_k": (H, C // H), "att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
-V7 |= {"ffn.key.weight": (32, C), "ffn.value.weight": (C, 32)}
-VERSIONS = {"RWKV-5": V5, "RWKV-5.2": V52, "RWKV-6": V6, "RWKV-7": V7}
+VERSIONS = {"RWKV-5": V5, "RWKV-5.2": V52, "RWKV-6": V6}
 
 
 def official(version: str) -> dict[str, torch.Tensor]:
@@ -296,13 +290,6 @@ def official(version: str) -> dict[str, torch.Tensor]:
     return {name: torch.zeros(shape).bfloat16() for name, shape in shapes.items()}
 
 
-def in_fla(name: str) -> str:
-    """As flash-linear-attention names it, near enough."""
-    for ours, theirs in (("blocks", "layers"), ("att.", "attn."), ("emb.", "embeddings.")):
-        name = name.replace(ours, theirs)
-    return name.replace("head.", "lm_head.") if name.startswith("head") else f"model.{name}"
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("rename", [str, to_hf])
 @pytest.mark.parametrize("version", VERSIONS)
@@ -311,20 +298,11 @@ def test_other_versions_are_named(version, rename, suffix, tmp_path):
     path = write(tmp_path / f"other{suffix}", tensors)
     found = inspect(path)
     assert found.version == version
-    assert f"this is an {version} file; this release reads RWKV-4" in str(found.problem)
+    assert f"this is an {version} file; this release reads RWKV-4 and RWKV-7" in str(found.problem)
     assert sizes(path) == (V, C, 3, None)
     assert found.half_lives == {} and found.tensors == len(tensors)
     with pytest.raises(ValueError, match=f"this is an {version} file"):
         formats.read(path)
-
-
-def test_rwkv_7_of_flash_linear_attention_is_named(tmp_path):
-    tensors = {in_fla(name): x for name, x in official("RWKV-7").items()}
-    write(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rwkv7"}))
-    found = inspect(tmp_path)
-    assert (found.version, found.layers, found.vocabulary) == ("RWKV-7", 3, V)
-    assert "RWKV-7" in str(found.problem)
 
 
 @pytest.mark.parametrize("stray", [{"head.weight": torch.full((2, 2), math.nan)}, None])

@@ -98,7 +98,7 @@ FOREIGN = {
     "RWKV-5.2 file": block("att.time_faaaa", "att.ln_x.weight", "att.gate.weight")
     | {"blocks.0.att.time_decay": (2, 4)},
     "RWKV-6 file": block("att.time_maa_x", "att.time_maa_w1", "att.time_decay_w1", "att.ln_x.bias"),
-    "RWKV-7 file": block("att.x_r", "att.w0", "att.a0", "att.r_k", "att.k_k", "ffn.x_k"),
+    "a whole RWKV-7 model": block("att.x_r", "att.w0", "att.a0", "att.r_k", "ffn.x_k"),
     "RWKV-8 file": block("att.x_r", "att.w0", "att.r_k", "ffn.enn.weight"),
     "RWKV-4a": SHAPES | {"blocks.2.tiny_q.weight": (8, 8), "blocks.2.tiny_mask": (8, 8)},
     "RWKV-4b": SHAPES | {"blocks.0.att.qq.weight": (8, 8), "blocks.0.att.time_mix_qq": (1, 1, 8)},
@@ -125,7 +125,6 @@ def test_other_files_are_told_what_they_are(what: str):
         ("RWKV-5", "rwkv.blocks.0.attention.gate.weight"),
         ("RWKV-6", "rwkv.blocks.0.attention.time_maa_w"),
         ("RWKV-6", "model.layers.0.attn.x_bias"),
-        ("RWKV-7", "model.layers.0.attn.r_k"),
     ],
 )
 def test_other_versions_are_recognized_by_their_names_in_transformers_and_fla(version, name):

@@ -21,7 +21,7 @@ from torch import Tensor
 from receptance.config import ModelConfig
 from receptance.formats.files import reason
 from receptance.formats.names import conform, some
-from receptance.formats.names_hf import is_transposed, to_hf, to_official
+from receptance.formats.names_hf import is_transposed, shape_in_hf, to_hf, to_official
 from receptance.formats.pth import read_pth
 from receptance.formats.safetensors import read_safetensors, write_safetensors
 from receptance.formats.writing import Schema
@@ -58,8 +58,7 @@ _EXTRAS_7 = {
     "v_low_rank_dim": "value_rank",
     "gate_low_rank_dim": "gate_rank",
 }
-_VERSIONS = {"rwkv": 4, "rwkv7": 7}
-"""The versions that this release reads, by their model_type."""
+_VERSIONS = {"rwkv": 4, "rwkv7": 7}  # by model_type
 
 
 @dataclass(frozen=True)
@@ -135,19 +134,16 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
 def _told(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ModelConfig that only config.json tells: epsilons, and a hidden rank."""
     told: dict[str, Any] = {}
-    epsilon = fields.get("norm_eps", fields.get("layer_norm_epsilon"))
-    if epsilon is not None:
+    name = "norm_eps" if "norm_eps" in fields else "layer_norm_epsilon"
+    if (epsilon := fields.get(name)) is not None:
         if not isinstance(epsilon, float):
-            raise ValueError(
-                f"the epsilon of layer norms is {reprlib.repr(epsilon)}; it must be a number like "
-                "1e-5"
-            )
+            raise ValueError(f"{name} is {reprlib.repr(epsilon)}; it must be a number like 1e-5")
         told["layer_norm_epsilon"] = epsilon
     if config.version == 7:
         extras = dict(config.extras)
         if config.num_layers == 1 and isinstance(rank := fields.get("v_low_rank_dim"), int):
             extras["value_rank"] = rank
-        if "norm_eps" in fields:
+        if name == "norm_eps" and epsilon is not None:
             # The rule of the packages with this field. Official code has a constant instead.
             extras["group_norm_epsilon"] = told["layer_norm_epsilon"] * extras["head_size"]
         told["extras"] = extras
@@ -248,10 +244,11 @@ def write_hf(
     for number, names in enumerate(shards, start=1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         file = f"model{part}.safetensors"
-        renamed = {to_hf(n, config.version): _turned(n, config, layout[n]) for n in names}
         pairs = ((to_hf(n, config.version), tensors[n]) for n in names)
-        turned = ((n, x.mT.contiguous() if is_transposed(n) else x) for n, x in pairs)
-        write_safetensors(directory / file, renamed, turned)
+        renamed = {to_hf(n, config.version): _planned(n, config, layout[n]) for n in names}
+        turned = ((n, x.mT if is_transposed(n) else x) for n, x in pairs)
+        shaped = ((n, x.reshape(renamed[n][1]).contiguous()) for n, x in turned)
+        write_safetensors(directory / file, renamed, shaped)
         files |= dict.fromkeys(renamed, file)
     if len(shards) > 1:
         write_index(directory, "model", files, sum(map(_nbytes, layout.values())))
@@ -310,10 +307,9 @@ def _fields_7(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _turned(name: str, config: ModelConfig, planned: Planned) -> Planned:
-    """The type and shape of a tensor in the file, which may be the transpose of the official."""
-    dtype, shape = planned
-    return dtype, shape[::-1] if is_transposed(to_hf(name, config.version)) else shape
+def _planned(name: str, config: ModelConfig, official: Planned) -> Planned:
+    """The type and shape of a tensor in the file, by its official name, type and shape."""
+    return official[0], shape_in_hf(name, official[1], config.version)
 
 
 def tokenizer_fields(end_of_text: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from receptance.model.architecture import Shape
+
 # What transformers names differently in RWKV-4, where all but the head get the prefix `rwkv.`.
 _PARTS_4 = {
     "emb": "embeddings",
@@ -88,6 +90,18 @@ def from_hf(name: str) -> str:
 def is_transposed(name: str) -> bool:
     """Whether a tensor of this name in transformers is the transpose of the official one."""
     return "_lora.lora." in name and name.endswith(".weight")
+
+
+def shape_in_hf(name: str, shape: Shape, version: int) -> Shape:
+    """The shape of a tensor there, by its official name and shape.
+
+    Some are transposed, and of the vectors of RWKV-7 only the shares of token shift in time mixing
+    keep their axes of size 1.
+    """
+    if is_transposed(to_hf(name, version)):
+        return shape[::-1]
+    squeezed = version == 7 and shape[:2] == (1, 1) and ".att.x_" not in name
+    return shape[2:] if squeezed else shape
 
 
 def is_hf(names: Iterable[str]) -> bool:

@@ -140,7 +140,7 @@ class TimeMix(nn.Module):
 
     def _by_heads(self, x: Tensor) -> Tensor:
         """[B,T,C] -> [B,T,H,N]."""
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        return x.reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
