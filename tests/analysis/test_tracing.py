@@ -9,7 +9,8 @@ from planted import CARRIER, LAYERS, LENGTH, planted, prompts
 
 from receptance.analysis import EVERYTHING, OUTPUT, Tracer, causal_trace, parts
 from receptance.evaluation.results import Result
-from receptance.model.versions import VERSIONS
+
+VERSIONED = [4, pytest.param(7, marks=pytest.mark.slow)]
 
 
 def trace(model, fact=3, **options):
@@ -41,12 +42,12 @@ def check(found):
         assert bool(unchanged[elsewhere].all()), name
 
 
-@pytest.mark.parametrize("version", [v for v in VERSIONS if v in (4, 7)])
+@pytest.mark.parametrize("version", VERSIONED)
 def test_the_planted_place_is_found(version):
     check(trace(planted(version)))
 
 
-@pytest.mark.parametrize("version", [v for v in VERSIONS if v in (4, 7)])
+@pytest.mark.parametrize("version", VERSIONED)
 def test_without_the_place_it_is_not_found(version):
     with pytest.raises(AssertionError):
         check(trace(planted(version, carrier=False)))
