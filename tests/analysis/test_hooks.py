@@ -180,6 +180,17 @@ def test_gradients_reach_what_was_recorded(model):
     assert cache["blocks.2.ln1"].requires_grad
 
 
+def test_what_an_adapter_adds_is_seen():
+    """Hooks of torch on a module, such as those of LoRA, come before what is recorded."""
+    model = tiny(4)
+    handle = model.blocks[1].att.key.register_forward_hook(lambda module, given, out: out + 3)
+    with record(model, "blocks.1.att.*") as cache:
+        model(TOKENS)
+    handle.remove()
+    mixed = cache["blocks.1.att.mix_k"]
+    torch.testing.assert_close(cache["blocks.1.att.key"], model.blocks[1].att.key(mixed) + 3)
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 

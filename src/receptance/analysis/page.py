@@ -46,7 +46,8 @@ class Analysis:
     words: dict[int, str]
     """The texts of the tokens that the lens names."""
     shares: list[Tensor]
-    """What each layer reads from, [T,T] for each of L layers (see Attention.shares)."""
+    """What each layer reads from, [T,T] for each of L layers (see Attention.shares); empty, as are
+    the distances, if the version does not tell."""
     distances: list[float]
     """The mean distance in tokens from which each layer reads."""
     units: Activations | None
@@ -108,10 +109,12 @@ class Analysis:
 
     def _by_layer(self) -> list[tuple[str, str, list[float]]]:
         """Name, unit and a value for each layer of what is known of layers."""
-        rows = [("mean reading distance", "tokens", self.distances)]
+        rows = []
         if self.log_decays is not None:
             medians = half_lives(self.log_decays).median(dim=1).values
-            rows.insert(0, ("median half-life", "tokens", medians.tolist()))
+            rows.append(("median half-life", "tokens", medians.tolist()))
+        if self.distances:
+            rows.append(("mean reading distance", "tokens", self.distances))
         if self.units is not None:
             rows.append(("zeros in channel mixing", "share", self.units.sparsity.tolist()))
             rows.append(("hidden units never used", "units", self.units.dead.tolist()))
@@ -122,7 +125,7 @@ class Analysis:
         columns = self._by_layer()
         rows = [
             [str(i + 1), *(_shown(values[i], unit) for _, unit, values in columns)]
-            for i in range(len(self.shares))
+            for i in range(len(self.lens.ids) - 1)
         ]
         losses = [None, *(round(x, 4) for x in self.losses)]
         return {
@@ -177,11 +180,12 @@ def analyze(
     tokens = torch.tensor(ids, device=model.device)[None]
     with model.evaluating():
         lens = logit_lens(model, tokens, top=min(_TOP, model.config.vocab_size))
-        read = attention(model, tokens)
+        read = _attention(model, tokens)
         shares, distances = [], []
-        for layer in range(len(read)):
-            shares.append(read.shares(layer)[0, :, 1:].float().cpu())
-            distances.append(float(read.memory(layer).mean()))
+        for layer in range(model.config.num_layers):
+            if read is not None:
+                shares.append(read.shares(layer)[0, :, 1:].float().cpu())
+                distances.append(float(read.memory(layer).mean()))
             note(1)
         done = attribution(model, tokens[0], note=note).cpu() if effects else None
         named = {int(i) for i in lens.ids.unique()}
@@ -241,6 +245,13 @@ def _about(model: Model, tokenizer: Tokenizer) -> str:
         f"RWKV-{sizes.version}, {sizes.num_parameters:,} parameters: {sizes.num_layers} layers, "
         f"width {sizes.width}, vocabulary {sizes.vocab_size} ({tokenizer.kind})"
     )
+
+
+def _attention(model: Model, tokens: Tensor) -> Attention | None:
+    try:
+        return attention(model, tokens)
+    except ValueError:  # This version does not tell what its layers read from.
+        return None
 
 
 def _units(model: Model, tokens: Tensor) -> Activations | None:
