@@ -32,6 +32,7 @@ APPS = {
     "evaluate": "say how good a model is: texts, positions, benchmarks",
     "compare": "train RWKV and Transformers alike, and compare them",
     "report": "make a page of the results in a folder",
+    "analyze": "show in a web page what a model does with a text",
     "bench": "measure how fast a model runs on this machine",
     "completion": "print a script for the completion of commands in a shell",
     "doctor": "say what this machine and installation can do",

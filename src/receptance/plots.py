@@ -1,4 +1,4 @@
-"""Pictures of losses and of a model's decays, drawn with matplotlib."""
+"""Pictures of losses, decays, curves and matrices, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ _BYTES_PER_PLACE = 1024
 _MOST_VALIDATIONS = 5000
 # Up to this many points get a mark each; the marks of more would run together.
 _MARKED = 100
+# An axis has about so many labels.
+_LABELS = 24
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
@@ -55,17 +57,26 @@ def draw_losses(metrics: Path, picture: Path) -> None:
     _save(figure, picture)
 
 
-def draw_decays(retentions: Mapping[int, Sequence[float]], picture: Path) -> None:
+def draw_decays(
+    retentions: Mapping[int, Sequence[float]],
+    picture: Path,
+    *,
+    before: Mapping[int, Sequence[float]] | None = None,
+) -> None:
     """Draw the share that each channel keeps from a token to the next, layer by layer, as a PNG.
 
-    The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2.
-    ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
+    The channels of a layer stand in descending order, as in figure 10 of arXiv 2305.13048v2. Those
+    of `before`, the shares before training, are dotted. ValueError if a file that is not a PNG is
+    in the way, or if matplotlib is not installed.
     """
     figure = _figure()
     axes = figure.subplots()
     for layer, shares in sorted(retentions.items()):
         shade = 0.9 * layer / max(1, *retentions)
-        axes.plot(shares, color=(shade, 0.2, 1 - shade), linewidth=1, label=f"layer {layer + 1}")
+        color = (shade, 0.2, 1 - shade)
+        axes.plot(shares, color=color, linewidth=1, label=f"layer {layer + 1}")
+        if before is not None:
+            axes.plot(before[layer], ":", color=color, linewidth=1)
     axes.set_xlabel("channels, those that remember longest first")
     axes.set_ylabel("kept from a token to the next, exp(-w)")
     axes.legend(fontsize="x-small", ncols=2)
@@ -105,6 +116,34 @@ def draw_lines(lines: Sequence[Line], picture: Path, *, x: str, y: str, title: s
     _save(figure, picture)
 
 
+def draw_heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    picture: Path,
+    *,
+    title: str,
+    row_name: str,
+    column_name: str,
+    unit: str,
+) -> None:
+    """Draw a matrix as a PNG, a row of it from left to right, dark where it is large.
+
+    ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    drawn = axes.imshow(values, cmap="Purples", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), [_drawable(row) for row in rows], parse_math=False)
+    some = range(0, len(columns), max(1, len(columns) // _LABELS))
+    axes.set_xticks(some, [_drawable(columns[i]) for i in some], parse_math=False)
+    axes.set_xlabel(column_name)
+    axes.set_ylabel(row_name)
+    axes.set_title(title, wrap=True, parse_math=False)
+    figure.colorbar(drawn, label=unit)
+    _save(figure, picture)
+
+
 def check_picture(path: Path) -> None:
     """ValueError if there is something at path that is not a PNG: a picture would replace it."""
     check_replaceable(path, "the picture", "a PNG", _is_png)
@@ -113,6 +152,16 @@ def check_picture(path: Path) -> None:
 def _is_png(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(_PNG)) == _PNG
+
+
+def _drawable(text: str) -> str:
+    """The text with characters that the font of pictures lacks as escapes."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _figure() -> Figure:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import receptance
 from receptance.adapters import StateTuningOptions, make_adapter
+from receptance.analysis import ablate, attention, patch, record
+from receptance.analysis.page import analyze
 from receptance.config import ModelConfig
 from receptance.data.batches import Batches
 from receptance.model import Model
@@ -262,6 +264,25 @@ def test_it_is_quantized_and_runs_through_torch(model, tmp_path):
         wanted, found = exact(tokens)[0], engine(tokens)[0]
     assert float((wanted - found).abs().max() / wanted.abs().max()) < 0.05
     assert engine.fingerprint() == model.fingerprint()
+
+
+def test_its_inside_can_be_seen(model):
+    tokens = torch.arange(9)[None]
+    with record(model, "**") as cache:
+        wanted, state = model(tokens)
+    assert "blocks.2.resid_mid" in cache and "blocks.0.att.wkv" not in cache
+    memory = cache.stack("state.memory")
+    torch.testing.assert_close(memory[:, :, -1], state.tensors["memory"])
+    with patch(model, "blocks.1.state.memory", memory[1], where=[4]):
+        torch.testing.assert_close(model(tokens)[0], wanted, atol=1e-5, rtol=1e-5)
+    assert same_tensors(ablate(model, state, parts=["memory"]), model.empty_state())
+    with pytest.raises(ValueError, match="RWKV-99 does not tell what its layers read from"):
+        attention(model, tokens)
+    assert "null" in analyze(model, ByteTokenizer(), "abc").html()
+
+
+def same_tensors(one, other):
+    return all(torch.equal(x, other.tensors[name]) for name, x in one.tensors.items())
 
 
 def test_an_engine_that_does_not_know_it_says_so(model, tmp_path):

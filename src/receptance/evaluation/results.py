@@ -113,7 +113,7 @@ class Result:
 
     def save(self, path: Path) -> None:
         """Write the result as JSON. ValueError if something else than a result is at path."""
-        check_replaceable(path, "the result", "a result", is_result)
+        check_result(path)
         content = {"format": FORMAT, "schema": SCHEMA, **dataclasses.asdict(self)}
         with written(path) as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -139,6 +139,11 @@ class Result:
             return cls(**{k: v for k, v in content.items() if k not in ("format", "schema")})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a result: {error}") from None
+
+
+def check_result(path: Path) -> None:
+    """ValueError if there is something at path that is not a result: it would be lost."""
+    check_replaceable(path, "the result", "a result", is_result)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,16 @@ Shape = tuple[int, ...]
 
 Layout = Literal["tiles", "rows", "embedding"]
 """The order in which kernels want a matrix in memory (see quantize.packing)."""
+
+
+class Place(NamedTuple):
+    """Where a tensor can be seen in a block: it is an argument, or a result, of a call there."""
+
+    call: str
+    """A module of the block or a method of one, such as "att.output"."""
+    side: Literal["argument", "result"] = "result"
+    number: int = 0
+    """The number of the argument, or of the result if there are several."""
 
 
 class Sizes(Protocol):
@@ -72,6 +82,10 @@ class Architecture(ABC):
     The module takes (x [B,T,C], layer state, Reading, *handed) and returns (out [B,T,C], layer
     state, *handed). The next block gets the tensors handed on: none in most versions, the value of
     the first layer in RWKV-7.
+
+    For receptance.analysis it has a method `wkv`, which calls the operator and returns its output
+    first, and a method `sources`, which takes the same arguments and `positions` [P], and returns
+    the ops.Sources that the output at these positions is made of.
     """
     channel_mix: ClassVar[type[Any]]
     """The class of the feed-forward network; it is made as channel_mix(sizes, layer).
@@ -90,6 +104,9 @@ class Architecture(ABC):
     """The parameters of a block that are never narrower than float32."""
     static_decay: ClassVar[str | None] = None
     """The parameter of a block that alone sets the decay of its channels, if there is one."""
+    intermediates: ClassVar[Mapping[str, Place]] = {}
+    """The tensors [B,T,...] inside time mixing and channel mixing that analysis can read and
+    write, by their names in the block. Its sums, norms and states need no entry."""
     decay_center: ClassVar[str | None] = None
     """The parameter of a block around which the decay of its channels varies, if it does."""
     time_state: ClassVar[str | None] = None
@@ -216,6 +233,16 @@ class Architecture(ABC):
         """The names of a state's tensors, in order."""
         fields: tuple[str, ...] = self.layer_state._fields
         return fields
+
+    @property
+    def state_parts(self) -> Mapping[str, tuple[str, ...]]:
+        """The parts of a state that mean something alone: the names of the fields in each."""
+        return {name: (name,) for name in self.state_fields}
+
+    def interpolate(self, one: Any, other: Any, share: float) -> Any:
+        """The `layer_state` between two, which is `one` at share 0 and `other` at share 1."""
+        parts = zip(one, other, strict=True)
+        return self.layer_state(*(torch.lerp(x, y, share) for x, y in parts))
 
     @abstractmethod
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:

@@ -56,10 +56,22 @@ class Block(nn.Module):
         """[B,T,C] -> [B,T,C], the layer's next state, and the tensors handed to the next block."""
         if self.first:
             x = self.ln0(x)
+        x, state, *handed_on = self.mix_time(x, state, reading, dropout, *handed)
+        return *self.mix_channels(x, state, reading, dropout), *handed_on
+
+    def mix_time(
+        self, x: Tensor, state: Any, reading: Reading, dropout: float, *handed: Tensor
+    ) -> tuple[Any, ...]:
+        """The first sum, [B,T,C] -> [B,T,C], the layer's state, and the tensors handed on."""
         mixed, state, *handed_on = self.att(self.ln1(x), state, reading, *handed)
-        x = F.dropout(x + mixed, dropout, self.training)
-        mixed, state = self.ffn(self.ln2(x), state, reading)
         return F.dropout(x + mixed, dropout, self.training), state, *handed_on
+
+    def mix_channels(
+        self, x: Tensor, state: Any, reading: Reading, dropout: float
+    ) -> tuple[Tensor, Any]:
+        """The second sum, [B,T,C] -> [B,T,C], and the layer's state."""
+        mixed, state = self.ffn(self.ln2(x), state, reading)
+        return F.dropout(x + mixed, dropout, self.training), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         # torch calls this to cast or move a module. bfloat16 would round a decay of 0.999 to 1, and

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from receptance.model.architecture import Architecture, Shape, Sizes
+from receptance.model.architecture import Architecture, Place, Shape, Sizes
 from receptance.model.parts import Linear, Reading, depth_fractions, mix, token_shift
-from receptance.ops import WKVState, wkv4
+from receptance.ops import Sources, WKVState, wkv4, wkv4_sources
 
 
 class LayerState(NamedTuple):
@@ -62,18 +62,33 @@ class TimeMix(nn.Module):
         r = self.receptance(mix(x, previous, self.time_mix_r))  # equation 11
         k = self.key(mix(x, previous, self.time_mix_k))  # equation 12
         v = self.value(mix(x, previous, self.time_mix_v))  # equation 13
-        average, wkv = wkv4(  # equation 16
+        average, wkv = self.wkv(k, v, state.wkv, reading)  # equation 16
+        out = self.output(torch.sigmoid(r) * average)  # equation 17
+        return out, LayerState(last, state.channel_shift, *wkv)
+
+    def wkv(
+        self, key: Tensor, value: Tensor, state: WKVState, reading: Reading
+    ) -> tuple[Tensor, WKVState]:
+        """The averages [B,T,C] of values by keys [B,T,C], and the operator's next state."""
+        return wkv4(
             log_decay(self.time_decay),
             self.time_first,
-            k,
-            v,
-            state.wkv,
+            key,
+            value,
+            state,
             resets=reading.resets,
             lengths=reading.lengths,
             backend=self.backend,
         )
-        out = self.output(torch.sigmoid(r) * average)  # equation 17
-        return out, LayerState(last, state.channel_shift, *wkv)
+
+    def sources(
+        self, key: Tensor, value: Tensor, state: WKVState, reading: Reading, *, positions: Tensor
+    ) -> Sources:
+        """What the averages at `positions` [P] are made of; the other arguments are wkv's."""
+        decay, bonus = log_decay(self.time_decay), self.time_first
+        return wkv4_sources(
+            decay, bonus, key, value, state, positions=positions, resets=reading.resets
+        )
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -142,6 +157,8 @@ def log_decay(time_decay: Tensor) -> Tensor:
 
 # ---- the architecture ---------------------------------------------------------------------------
 
+_MIXED = ("receptance", "key", "value")  # the matrices of time mixing that read mixtures of tokens
+
 
 class RWKV4(Architecture):
     """Version 4 as the rest of the package sees it."""
@@ -156,6 +173,18 @@ class RWKV4(Architecture):
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_first")
     static_decay = "att.time_decay"
+    intermediates = {  # noqa: RUF012 The dict is never changed.
+        **{f"att.mix_{x[0]}": Place(f"att.{x}", "argument") for x in _MIXED},
+        **{f"att.{x}": Place(f"att.{x}") for x in _MIXED},
+        "att.wkv": Place("att.wkv"),
+        "att.gated": Place("att.output", "argument"),
+        "ffn.mix_k": Place("ffn.key", "argument"),
+        "ffn.mix_r": Place("ffn.receptance", "argument"),
+        "ffn.key": Place("ffn.key"),
+        "ffn.receptance": Place("ffn.receptance"),
+        "ffn.hidden": Place("ffn.value", "argument"),
+        "ffn.value": Place("ffn.value"),
+    }
     native_kernel = "Rwkv4"
     native_vectors = (
         *("att.time_decay", "att.time_first"),
@@ -212,6 +241,25 @@ class RWKV4(Architecture):
         shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
         wkv = WKVState.empty(batch, sizes.width, device=like.device, dtype=dtype)
         return LayerState(shift, shift, *wkv)
+
+    @property
+    def state_parts(self) -> dict[str, tuple[str, ...]]:
+        """The three tensors of WKV mean nothing without each other."""
+        shifts = ("time_shift", "channel_shift")
+        return {**{name: (name,) for name in shifts}, "wkv": WKVState._fields}
+
+    def interpolate(self, one: LayerState, other: LayerState, share: float) -> LayerState:
+        """The sums a and b are interpolated, and not the three tensors that hold them."""
+        exponent = torch.maximum(one.exponent, other.exponent)
+        kept = (1 - share) * (one.exponent - exponent).exp()
+        taken = share * (other.exponent - exponent).exp()
+        return LayerState(
+            torch.lerp(one.time_shift, other.time_shift, share),
+            torch.lerp(one.channel_shift, other.channel_shift, share),
+            one.numerator * kept + other.numerator * taken,
+            one.denominator * kept + other.denominator * taken,
+            exponent,
+        )
 
     def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
         """Both shifts, and value and key of an imagined token that was read: [L,C] each.

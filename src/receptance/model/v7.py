@@ -35,7 +35,8 @@ from receptance.model.parts import (
     token_shift,
     wide,
 )
-from receptance.ops import wkv7
+from receptance.model.v7_places import INTERMEDIATES
+from receptance.ops import Sources, wkv7, wkv7_sources
 
 STRONGEST_DECAY = math.exp(-0.5)
 """The largest |log w|: at a token no channel keeps less than a share of 0.545."""
@@ -103,21 +104,19 @@ class TimeMix(nn.Module):
         kappa = F.normalize(wide(removed), dim=-1, eps=_SMALLEST_NORM).to(x.dtype)
         k = k * (1 + (rate - 1) * self.k_a.to(x.dtype))
         r, log_decay, k, v, rate = map(self._by_heads, (r, log_decay, k, v, rate))
-        read, value_by_key = wkv7(
-            r,
-            log_decay,
-            k,
-            v,
-            -kappa,
-            kappa * rate,
-            state.value_by_key,
-            resets=reading.resets,
-            lengths=reading.lengths,
-            backend=self.backend,
-        )
+        inputs = r, log_decay, k, v, -kappa, kappa * rate
+        read, value_by_key = self.wkv(state.value_by_key, reading, *inputs)
         bonus = (r * self.r_k.to(x.dtype) * k).sum(-1, keepdim=True) * v
         out = self.output((self.ln_x(read.flatten(2)) + bonus.flatten(2)) * gate)
         return out, LayerState(last, state.channel_shift, value_by_key), v_first
+
+    def wkv(self, state: Tensor, reading: Reading, *x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is read from the memory, [B,T,H,N], and its next state; x are the inputs of wkv7."""
+        return wkv7(*x, state, **reading._asdict(), backend=self.backend)  # type: ignore[call-arg]
+
+    def sources(self, state: Tensor, reading: Reading, *x: Tensor, positions: Tensor) -> Sources:
+        """What is read at `positions` [P] is made of these; the other arguments are wkv's."""
+        return wkv7_sources(x, state, positions=positions, resets=reading.resets)
 
     def _value(self, x: Tensor, *handed: Tensor) -> tuple[Tensor, Tensor]:
         """This layer's value [B,T,C], and that of the first layer, which is mixed into it."""
@@ -242,6 +241,7 @@ class RWKV7(Architecture):
     native_kernel, native_extras = "Rwkv7", ("head_size", "group_norm_epsilon")
     native_vectors = (*_VECTORS, "att.r_k", "att.ln_x.weight", "att.ln_x.bias", "ffn.x_k")
     native_factors = tuple(f"att.{x}" for x in _LOW_RANK)
+    intermediates = INTERMEDIATES
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""

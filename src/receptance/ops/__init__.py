@@ -1,7 +1,17 @@
 """The recurrence and its kernels. Knows only torch."""
 
 from receptance.ops.backends import OPERATORS, available_backends
+from receptance.ops.sources import Sources, wkv4_sources, wkv7_sources
 from receptance.ops.wkv import WKVState, wkv4
 from receptance.ops.wkv7 import wkv7
 
-__all__ = ["OPERATORS", "WKVState", "available_backends", "wkv4", "wkv7"]
+__all__ = [
+    "OPERATORS",
+    "Sources",
+    "WKVState",
+    "available_backends",
+    "wkv4",
+    "wkv4_sources",
+    "wkv7",
+    "wkv7_sources",
+]
