@@ -13,7 +13,7 @@ from receptance.server.scheduler import Scheduler
 
 
 class QueueFull(Exception):
-    """More jobs or tokens wait than the server is willing to keep."""
+    """More jobs or tokens wait than the server is willing to keep, or the thread is to end."""
 
 
 class EngineThread:
@@ -67,7 +67,7 @@ class EngineThread:
         with self._condition:
             full = len(self._queued) + count > self._max_waiting + self._free()
             tokens = sum(self._queued.values())
-            if full or (tokens and tokens + len(job.prompt) > self._max_tokens):
+            if self._stopping or full or (tokens and tokens + len(job.prompt) > self._max_tokens):
                 raise QueueFull
             self._queued[ticket] = len(job.prompt)
             self._inbox.append(lambda: self.scheduler.submit(ticket))
