@@ -9,7 +9,18 @@ from typing import Literal
 import msgspec
 
 from receptance.server import limits
-from receptance.server.api import about, chat, chat_schema, completions, embeddings, named
+from receptance.server.api import (
+    about,
+    chat,
+    chat_schema,
+    completions,
+    embeddings,
+    messages,
+    messages_schema,
+    named,
+    responses,
+    responses_schema,
+)
 from receptance.server.calls import Call, Reply, Streamed
 
 Answering = Callable[[Call], Awaitable[Reply | Streamed]]
@@ -55,6 +66,29 @@ ENDPOINTS = (
         chat.chat,
         chat_schema.ChatRequest,
         chat_schema.ChatCompletion,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        responses.create,
+        responses_schema.ResponseRequest,
+        responses_schema.Response,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages",
+        messages.create,
+        messages_schema.MessageRequest,
+        messages_schema.AnswerMessage,
+        anthropic=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        messages_schema.CountRequest,
+        messages_schema.TokenCount,
+        anthropic=True,
     ),
     Endpoint(
         "POST",

@@ -53,7 +53,7 @@ def messages_of(request: ChatRequest) -> list[Message]:
         if message.role == "tool":
             text = result_text(text)
         for made in message.tool_calls or ():
-            call = call_text(made.function.name, _arguments(made.function.arguments))
+            call = written_call(made.function.name, made.function.arguments)
             text = f"{text}\n{call}" if text else call
         if not text.strip():
             raise refusal(f"messages[{place}] is empty", f"messages[{place}].content")
@@ -65,12 +65,13 @@ def _content(content: str | list[TextPart] | None) -> str:
     return "".join(p.text for p in content) if isinstance(content, list) else content or ""
 
 
-def _arguments(arguments: str) -> str:
-    """Arguments in the form in which the model wrote them."""
+def written_call(name: str, arguments: str) -> str:
+    """A call of an earlier answer in the form in which the model wrote it."""
     try:
-        return json.dumps(json.loads(arguments), ensure_ascii=False, separators=(",", ":"))
+        compact = json.dumps(json.loads(arguments), ensure_ascii=False, separators=(",", ":"))
     except (ValueError, RecursionError):
         raise refusal("the arguments of a tool call are not JSON", "messages") from None
+    return call_text(name, compact)
 
 
 def tools_of(request: ChatRequest) -> tuple[list[Tool], Choice]:

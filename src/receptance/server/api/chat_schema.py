@@ -32,7 +32,7 @@ class ToolCall(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     id: str
     function: FunctionCall
     type: Literal["function"] = "function"
-    index: int | None = None
+    index: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
