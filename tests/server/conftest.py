@@ -22,7 +22,7 @@ from receptance.server.cache import StateCache
 from receptance.server.keys import Keys
 from receptance.server.limits import Limits
 from receptance.server.models import Models, Source
-from receptance.server.running import _bind, _Server
+from receptance.server.running import _bind, _Server, settings
 from receptance.server.scheduler import SchedulerOptions
 from receptance.server.serving import Served
 
@@ -87,15 +87,7 @@ def start(served: list[Served], *, keys: Keys | None = None, **options: Any) -> 
         address.append(url)
         ready.set()
 
-    settings: dict[str, Any] = {
-        "http": "h11",
-        "h11_max_incomplete_event_size": 64 << 10,
-        "ws": "none",
-        "log_config": None,
-        "access_log": False,
-        "timeout_graceful_shutdown": 60,
-    }
-    server = Server(uvicorn.Config(app, **settings), app, say)
+    server = Server(settings(app), app, say)
     began, found = threading.Event(), list[Any]()
     thread = threading.Thread(
         target=server.run_in_loop, args=([_bind("127.0.0.1", 0)], began, found)

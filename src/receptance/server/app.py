@@ -28,6 +28,7 @@ from receptance.server.wire import (
     Scope,
     Send,
     Sender,
+    check_headers,
     read_body,
     read_headers,
     until_gone,
@@ -125,6 +126,7 @@ class App:
         self.metrics.in_flight.inc()
         try:
             try:
+                check_headers(scope)
                 endpoint, path = self._match(scope, headers)
                 call = await self._admit(endpoint, path, scope, headers, receive)
                 await self._run(endpoint, call, receive, sender)

@@ -7,12 +7,38 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from receptance.server.app import App
 from receptance.server.limits import MOST_HEADERS
 
+# A connection without a request is closed after this many seconds, or twice as many.
+_PATIENCE = 30
 # What is left after the drain to close connections.
 _GRACE = 5
+
+
+class _Protocol(H11Protocol):
+    """Uvicorn's protocol, which also closes connections on which no request comes.
+
+    Uvicorn alone would wait for ever for the end of headers that were begun.
+    """
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to watch the connection."""
+        super().connection_made(transport)
+        self._was_idle = False
+        self._watch()
+
+    def _watch(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if self.transport.is_closing():
+            return
+        if idle and self._was_idle:
+            self.transport.close()
+            return
+        self._was_idle = idle
+        self.loop.call_later(_PATIENCE, self._watch)
 
 
 class _Server(uvicorn.Server):
@@ -40,23 +66,26 @@ def serve(app: App, *, host: str, port: int, ready: Callable[[str], None]) -> No
     The first SIGINT or SIGTERM lets answers end (see `Limits.drain_seconds`), a second one does
     not. OSError if the address is in use.
     """
-    limits = app.limits
-    options: dict[str, Any] = {
-        "http": "h11",  # httptools does not bound headers
-        "h11_max_incomplete_event_size": MOST_HEADERS,
-        "ws": "none",
-        "lifespan": "on",
-        "access_log": False,
-        "log_level": "error",
-        "log_config": None,
-        "server_header": False,
-        "limit_concurrency": limits.max_connections,
-        "timeout_keep_alive": 30,
-        "timeout_graceful_shutdown": int(limits.drain_seconds) + _GRACE,
-    }
     bound = _bind(host, port)
-    config = uvicorn.Config(app, **options)
-    _Server(config, app, ready).run(sockets=[bound])
+    _Server(settings(app), app, ready).run(sockets=[bound])
+
+
+def settings(app: App) -> uvicorn.Config:
+    """The settings of uvicorn."""
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        h11_max_incomplete_event_size=MOST_HEADERS,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_level="critical",
+        log_config=None,
+        server_header=False,
+        limit_concurrency=app.limits.max_connections,
+        timeout_keep_alive=_PATIENCE,
+        timeout_graceful_shutdown=int(app.limits.drain_seconds) + _GRACE,
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:

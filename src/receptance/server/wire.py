@@ -10,6 +10,7 @@ import msgspec
 
 from receptance.server.calls import JSON, Reply
 from receptance.server.errors import ApiError
+from receptance.server.limits import MOST_HEADERS
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -84,6 +85,13 @@ def read_headers(scope: Scope) -> dict[str, str]:
     for name, value in scope["headers"]:
         found.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
     return found
+
+
+def check_headers(scope: Scope) -> None:
+    """ApiError if the headers and the path are too large together."""
+    size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADERS:
+        raise ApiError(431, f"the headers are larger than {MOST_HEADERS} bytes")
 
 
 async def read_body(
