@@ -24,6 +24,7 @@ APPS = {
     "train": "train a model on text, or resume a run",
     "generate": "continue a prompt, or several as one batch",
     "chat": "talk with a model in the terminal",
+    "serve": "answer over HTTP, with a page to chat",
     "merge": "write a model with an adapter's changes in its weights",
     "convert": "write a model in another format, and check it",
     "quantize": "write a model with its matrices as int8 or int4",

@@ -3,6 +3,7 @@
 The modules, in reading order:
 
     sampling     logits to token ids
+    steering     biases and constraints of single requests
     streaming    token ids to the text that is certain, and where it stops
     rows         one text that is being continued
     reading      pieces of several texts through an engine

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from receptance.engine.base import Engine
-from receptance.inference import reading, sampling
-from receptance.inference.rows import Left, Prompt, Request, Row, Token
+from receptance.inference import reading, sampling, steering
+from receptance.inference.rows import Left, Likeliest, Prompt, Request, Row, Token
 from receptance.inference.transfer import upload
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
@@ -261,12 +261,12 @@ class Slots:
             features = features[_index(places, features)]
         rows = [group.rows[i] for i in places]
         chosen = zip(places, rows, *self._choose(rows, features), strict=True)
-        return {i: row.take(token, score) for i, row, token, score in chosen}
+        return {i: row.take(token, score, best) for i, row, token, score, best in chosen}
 
     def _choose(
         self, rows: Sequence[Row], features: Tensor
-    ) -> tuple[list[int], list[float | None]]:
-        """The next id of every row, and its log-probability if the row asks for it."""
+    ) -> tuple[list[int], list[float | None], list[Likeliest]]:
+        """The next id of every row, its log-probability and the likeliest ids, if asked for."""
         logits = self._logits(features)
         options = [row.request.sampling for row in rows]
         asked = [i for i, row in enumerate(rows) if row.request.log_probabilities]
@@ -276,14 +276,20 @@ class Slots:
             own = logits if len(asked) == len(rows) else logits[_index(asked, logits)]
             scores = sampling.log_probabilities(own)
         sampling.penalize(logits, [row.seen for row in rows], options)
+        requests = [row.request for row in rows]
+        steering.steer(logits, [r.bias for r in requests], [r.constraint for r in requests])
         uniform = upload(torch.tensor([row.uniform() for row in rows]), logits.device)
         ids = sampling.choose(logits, uniform, options)
         found: list[float | None] = [None] * len(rows)
+        likeliest: list[Likeliest] = [()] * len(rows)
         if scores is not None:
+            for place, i in enumerate(asked):
+                if count := rows[i].request.likeliest:
+                    likeliest[i] = steering.likeliest(scores[place], count)
             chosen = scores.gather(1, ids[_index(asked, ids)].clamp(min=0)[:, None])
             for i, score in zip(asked, chosen[:, 0].tolist(), strict=True):
                 found[i] = score
-        return ids.tolist(), found
+        return ids.tolist(), found, likeliest
 
     def _logits(self, features: Tensor) -> Tensor:
         head = reading.head_apart if self._apart else lambda engine, x: engine.head(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from receptance.inference.defaults import fill_defaults
 from receptance.inference.sampling import Sampling, Seen, is_counted
+from receptance.inference.steering import Constraint, checked_bias
 from receptance.inference.streaming import TextStream
 from receptance.state import State
 from receptance.tokenizer import Tokenizer
@@ -20,6 +21,9 @@ _DRAWS = 64
 
 Prompt = str | bytes | Sequence[int]
 """A text, as str or in any bytes, or its token ids."""
+
+Likeliest = tuple[tuple[int, float], ...]
+"""Token ids, each with its natural logarithm of probability, the largest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,9 @@ class Token:
     truncation; None if the request did not ask for it."""
     finish_reason: str | None = None
     """On a row's last token: "stop", "end_of_text" or "length"; or "error", with the id -1, if the
-    model's logits are not numbers."""
+    model's logits are not numbers, or if the constraint allows no token."""
+    likeliest: Likeliest = ()
+    """The likeliest tokens in this place, as many as the request wants."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +60,33 @@ class Request:
     """Whether to go on behind an end-of-text token."""
     log_probabilities: bool = True
     """False skips computing log-probabilities, which costs a pass over the vocabulary per token."""
+    likeliest: int = 0
+    """How many of the likeliest tokens to tell in each place, with their log-probabilities."""
+    bias: Mapping[int, float] = field(default_factory=dict)
+    """What to add to the logits of these token ids before a token is chosen."""
+    constraint: Constraint | None = None
+    """What the text may be, such as a grammar; it follows this one text and belongs to no other."""
 
     def __post_init__(self) -> None:
         fill_defaults(self)
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling is {self.sampling!r}; it must be a Sampling")
-        for name in ("max_tokens", "seed"):
+        for name in ("max_tokens", "seed", "likeliest"):
             value = getattr(self, name)
             if not isinstance(value, SupportsIndex):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
             object.__setattr__(self, name, value.__index__())
-        if self.max_tokens < 0:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 0")
+        for name in ("max_tokens", "likeliest"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.likeliest and not self.log_probabilities:
+            raise ValueError(
+                f"likeliest is {self.likeliest}; it needs log_probabilities, which are switched off"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}; it must be at least 0 and less than 2**63")
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "bias", checked_bias(self.bias))
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -118,7 +136,12 @@ class Row:
             self._start += _DRAWS
         return self._block[self.generated - self._start]
 
-    def take(self, token: int, log_probability: float | None) -> Token:
+    def take(
+        self,
+        token: int,
+        log_probability: float | None,
+        likeliest: Likeliest = (),
+    ) -> Token:
         """Go on by one token: the text that is certain with it, and why the row ends if it does."""
         if not self.generated:
             self.prompt = self.prompt.new_empty(0)  # a long prompt's memory is not needed any more
@@ -127,7 +150,9 @@ class Row:
         text, reason = self._read(token)
         if self.request.sampling.penalizes and reason is None:
             self._count(token)
-        return Token(self.number, token, text, log_probability, reason)
+        if self.request.constraint is not None and reason is None:
+            self.request.constraint.take(token)
+        return Token(self.number, token, text, log_probability, reason, likeliest)
 
     def _read(self, token: int) -> tuple[str, str | None]:
         if token < 0:

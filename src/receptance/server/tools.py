@@ -1,0 +1,119 @@
+"""Tools: how a prompt tells of them, and how an answer calls them.
+
+A call stands in the answer as
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Bern"}}
+    </tool_call>
+
+which is the form of the Hermes models, and a grammar sees to it that nothing else follows the first
+mark. Results are given to the model between <tool_response> and </tool_response>.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CALL_START = "<tool_call>\n"
+# A newline cannot stand in a string of JSON, so this ends a call and nothing inside of one.
+CALL_END = "}\n</tool_call>"
+_HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
+
+Choice = Literal["auto", "required", "none"] | str
+"""Whether tools are called; any other text is the name of the tool that is."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the client can call for the model."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    """The JSON schema of its arguments."""
+
+
+def told(tools: Sequence[Tool]) -> str:
+    """What the system message says of tools."""
+    lines = [
+        json.dumps(
+            {"name": t.name, "description": t.description, "parameters": t.parameters},
+            ensure_ascii=False,
+        )
+        for t in tools
+    ]
+    return "\n".join(
+        [
+            "You can call these functions, of which each line is one with the JSON schema of its "
+            "arguments:",
+            *lines,
+            "To call one, answer with a JSON object between two marks:",
+            call_text("name", '{"argument": "value"}'),
+        ]
+    )
+
+
+def call_text(name: str, arguments: str) -> str:
+    """A call as it stands in an answer; the arguments are JSON."""
+    return f'{CALL_START}{{"name": {json.dumps(name)}, "arguments": {arguments}{CALL_END}'
+
+
+def result_text(content: str) -> str:
+    """The result of a call as it stands in the prompt."""
+    return f"<tool_response>\n{content}\n</tool_response>"
+
+
+def calls_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> str:
+    """The grammar of answers that may call tools, in the language of llguidance.
+
+    With "auto" any text may stand before a call.
+    """
+    named = tools if choice in ("auto", "required") else [t for t in tools if t.name == choice]
+    rules, calls = [], []
+    for number, tool in enumerate(named):
+        head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
+        rules.append(f"call_{number}: {head} args_{number} {json.dumps(CALL_END)}")
+        rules.append(f"args_{number}: %json {compact(tool.parameters)}")
+        calls.append(f"call_{number}")
+    which = f"({' | '.join(calls)})"
+    mark = json.dumps(CALL_START)
+    if choice == "auto":
+        rules += ["TEXT: /(.|\\n)*/", f"opened[lazy]: TEXT {mark}"]
+        start = f"start: (opened {which}){'*' if parallel else '?'} TEXT"
+    else:
+        more = f' ("\\n"? {mark} {which})*' if parallel and choice == "required" else ""
+        start = f'start: " "? {mark} {which}{more}'
+    return "\n".join(["%llguidance {}", start, *rules])
+
+
+def compact(schema: dict[str, Any] | bool) -> str:
+    """A JSON schema for the grammar, without freedom in whitespace."""
+    ruled = {} if schema is True else schema
+    if isinstance(ruled, dict):
+        ruled = {**ruled, "x-guidance": {"whitespace_flexible": False}}
+    return json.dumps(ruled)
+
+
+class CallReader:
+    """The name and the arguments of one call, as its text comes."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._named = False
+
+    def push(self, text: str) -> tuple[str | None, str]:
+        """The name, once it is known, and the arguments that came with this text."""
+        self._held += text
+        name = None
+        if not self._named:
+            head = _HEAD.match(self._held)
+            if head is None:
+                return None, ""
+            name, self._named = json.loads(head[1]), True
+            self._held = self._held[head.end() :]
+        arguments, self._held = self._held, ""
+        return name, arguments
