@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from _common import report, time_in_turns
+from _common import Progress, report, time_in_turns
+from rich.console import Console
 from torch import Tensor
 
 from receptance.ops import available_backends, wkv7
@@ -37,17 +40,23 @@ def main() -> None:
         parser.error(f"--width is {options.width}; it must be a multiple of {HEAD_SIZE}")
     backends = available_backends("cpu", "wkv7")
     heads = options.width // HEAD_SIZE
-    for backend in backends[:-1]:
-        check(backend, *make_inputs(1, 200, heads))
-    inputs, grad = make_inputs(options.batch, options.time, heads)
-    both = time_in_turns(
-        {name: lambda name=name: step(name, inputs, grad) for name in backends},
-        rounds=options.rounds,
-    )
-    forward = time_in_turns(
-        {name: lambda name=name: forward_only(name, inputs) for name in backends},
-        rounds=options.rounds,
-    )
+    with Progress(Console(stderr=True)) as say:
+        for backend in backends[:-1]:
+            say(f"checking {backend}")
+            check(backend, *make_inputs(1, 200, heads))
+        inputs, grad = make_inputs(options.batch, options.time, heads)
+
+        def run(call: Callable[..., object], name: str) -> object:
+            say(f"{name}: {call.__name__.replace('_', ' ')}")
+            return call(name, inputs, grad)
+
+        both, forward = (
+            time_in_turns(
+                {name: partial(run, call, name) for name in backends}, rounds=options.rounds
+            )
+            for call in (step, forward_only)
+        )
+        longer = growth(backends[:-1], options.longest, say)
     states = options.batch * options.time * heads
     results: dict[str, object] = {
         "shape": f"B{options.batch} T{options.time} C{options.width}, heads of 64, float32"
@@ -57,19 +66,19 @@ def main() -> None:
         results[f"{name}: times the reference loop"] = both["reference"] / both[name]
         per_thread = forward[name] * torch.get_num_threads() / states
         results[f"{name}: forward, ns per token, head and thread"] = per_thread * 1e9
-    report(results | growth(backends[:-1], options.longest))
+    report(results | longer)
 
 
-def growth(backends: list[str], longest: int) -> dict[str, object]:
+def growth(backends: list[str], longest: int, say: Callable[[str], None]) -> dict[str, object]:
     """How much longer a token takes in long rows of two heads than in one of SHORTEST tokens."""
     results: dict[str, object] = {}
     base: dict[str, float] = {}
     length = SHORTEST
     while length <= longest:
+        say(f"rows of {length:,} tokens")
         inputs, grad = make_inputs(1, length, 2)
         seconds = time_in_turns(
-            {name: lambda name=name: step(name, inputs, grad) for name in backends},  # noqa: B023
-            rounds=3,
+            {name: partial(step, name, inputs, grad) for name in backends}, rounds=3
         )
         for name, taken in seconds.items():
             per_token = taken / length
@@ -110,7 +119,7 @@ def step(backend: str, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Ten
 
 
 @torch.no_grad()
-def forward_only(backend: str, inputs: dict[str, Tensor]) -> None:
+def forward_only(backend: str, inputs: dict[str, Tensor], _: Tensor) -> None:
     """The forward pass without a gradient."""
     wkv7(**inputs, backend=backend)
 
