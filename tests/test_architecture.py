@@ -209,7 +209,7 @@ print("\\n" + json.dumps({
 """
 NOT_FOR_IMPORT = (
     "transformers tokenizers tyro rich matplotlib triton huggingface_hub datasets tensorboard "
-    "wandb lm_eval pandas scipy sympy pytest"
+    "wandb gguf lm_eval pandas scipy sympy pytest"
 )
 
 

@@ -28,20 +28,21 @@ class Options:
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance convert model.pth model.st --dtype float16",
-        "receptance convert runs/mine mine-hf",
+        "receptance convert runs/mine mine-hf --to hf",
+        "receptance convert rwkv7.pth rwkv7.gguf --dtype Q8_0",
     )
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """The model: a file of weights, checkpoint directory, training run, Hugging Face directory or
     hub id."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The file or directory to write; it must not exist. The endings .pth, .st, .safetensors and
-    .bin (rwkv.cpp) choose the format."""
+    """The file or directory to write; it must not exist. The endings .pth, .st, .safetensors,
+    .gguf (llama.cpp) and .bin (rwkv.cpp) choose the format."""
     to: Format | None = None
     """Write this format; required for directories (hf, receptance) and for other endings."""
     dtype: Dtype | None = None
     """Write weights of this type; the default keeps the type of each tensor. Q8_0 and Q4_0 are for
-    rwkv.cpp."""
+    llama.cpp and rwkv.cpp."""
     unscale: bool = False
     """Multiply the weights that transformers divided before it saved them, as config.json says."""
     tokenizer: str | None = None
