@@ -19,6 +19,9 @@ METHODS = ("bernoulli_", "cauchy_", "exponential_", "geometric_", "normal_", "ra
 WITHOUT = {"rand_like", "randint_like", "randn_like"}
 # What the modules random and numpy.random have that draws nothing from a global generator.
 OWN = {"Generator", "Random", "SeedSequence", "SystemRandom", "default_rng"}
+# Where torch seeds its global generators: one for each kind of device.
+SEEDED = {"torch", "torch.random", "torch.cuda", "torch.mps", "torch.xpu"}
+SEEDING = {"manual_seed", "manual_seed_all", "seed", "seed_all"}
 # conftest.py seeds the global generators before each test and restores them afterwards.
 SEEDS = "conftest.py"
 
@@ -40,8 +43,9 @@ def bare_draws(code: str) -> Iterator[str]:
                 (owner == "torch" and name in DRAWS and not generator)
                 or (owner == "torch" and name in WITHOUT)
                 or (name.endswith(METHODS) and not generator)
+                or (owner.endswith("init") and name == "orthogonal_" and not generator)
                 or (owner in ("random", "np.random", "numpy.random") and name not in OWN)
-                or (owner == "torch" and name == "manual_seed" and id(call) not in forked)
+                or (owner in SEEDED and name in SEEDING and id(call) not in forked)
             )
             if bare:
                 yield f"{call.lineno}: {ast.unparse(call)}"
@@ -60,7 +64,10 @@ def test_every_draw_names_its_generator(path):
         "torch.randn_like(x)",
         "x.normal_()",
         "nn.init.xavier_uniform_(x)",
+        "nn.init.orthogonal_(x)",
         "torch.manual_seed(0)",
+        "torch.random.manual_seed(0)",
+        "torch.cuda.manual_seed_all(0)",
         "np.random.rand(3)",
         "random.choice(x)",
     ],

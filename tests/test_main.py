@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,23 +124,25 @@ def test_a_command_takes_no_more_threads_than_there_are_cpus(monkeypatch, cpus, 
 class TestInterrupts:
     """Ctrl-C while torch is being imported, which takes seconds."""
 
-    # Python starts, and then says when the command has begun to import.
-    BEGIN = (
-        "import sys; import receptance.__main__ as m; real = m.importlib.import_module;"
-        "m.importlib.import_module = lambda name: (print('go', flush=True), real(name))[1];"
-        "sys.exit(m.main(sys.argv[1:]))"
-    )
+    # The signal comes when so many modules have begun to be imported by the command.
+    CODE = """
+import signal, sys
+import receptance.__main__ as command
+begun = 0
+def interrupt(event, _):
+    global begun
+    begun += event == "import"
+    if event == "import" and begun == {moment}:
+        signal.raise_signal(signal.SIGINT)
+sys.addaudithook(interrupt)
+sys.exit(command.main(["inspect", "nothing/here"]))
+"""
 
-    @pytest.mark.parametrize("seconds", [0, 0.1, 0.3, 0.6])
-    def test_is_one_line(self, seconds):
-        command = [sys.executable, "-c", self.BEGIN, "inspect", "nothing/here"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        with process:
-            assert process.stdout and process.stdout.readline() == b"go\n"
-            time.sleep(seconds)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=100)
-        assert (process.returncode, said) == (130, b"\ninterrupted\n")
+    @pytest.mark.parametrize("moment", [1, 50, 300, 800])
+    def test_is_one_line(self, moment):
+        command = [sys.executable, "-c", self.CODE.format(moment=moment)]
+        done = subprocess.run(command, capture_output=True, timeout=100, check=False)
+        assert (done.returncode, done.stderr) == (130, b"\ninterrupted\n")
 
     def test_afterwards_it_is_an_exception_again(self):
         before = signal.getsignal(signal.SIGINT)

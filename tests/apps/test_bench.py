@@ -57,6 +57,7 @@ def model(tmp_path) -> str:
     return str(tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_every_type_is_measured_in_a_process_of_its_own(model, tmp_path, capsys):
     out = tmp_path / "figures.json"
     bench.main([model, *QUICK, "--dtypes", "float32", "--dtypes", "bfloat16", "--json", str(out)])
@@ -181,6 +182,7 @@ def test_only_figures_are_replaced(content, model, tmp_path, monkeypatch):
     assert out.read_text() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", '{"read bytes/s": 1.0, "results": {}}'])
 def test_figures_are_replaced(content, model, tmp_path):
     out = tmp_path / "figures.json"

@@ -29,6 +29,7 @@ from receptance.formats.ggmf import write_ggmf
 from receptance.model import Model
 from receptance.ops import chunked, native
 from receptance.quantize.weights import quantize_tensors
+from receptance.storage.directories import existing
 from receptance.storage.quantized import About, write_quantized
 
 MODEL = make_model(300, width=32)
@@ -248,6 +249,10 @@ def test_a_directory_that_one_is_in_has_a_name_too(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path / inside)
         assert recorded.beside(Path(path)) == tmp_path / "mine.logits"
     assert recorded.beside(Path("mine")) == Path("mine.logits")
+
+
+def test_the_logits_of_a_model_of_the_package_lie_in_the_current_folder():
+    assert recorded.beside(existing("tiny-python")) == Path("tiny-python.logits")
 
 
 def test_the_logits_of_a_run_lie_beside_its_folder(tmp_path):

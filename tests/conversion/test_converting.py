@@ -518,6 +518,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_tensors_not_by_the_model(tmp_path):
     official(make_model(), tmp_path / "small.pth", tokenizer=None)
     large = tmp_path / "large.pth"

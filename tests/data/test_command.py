@@ -108,6 +108,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no kill -9 here")
 @pytest.mark.parametrize(("end", "code"), [("SIGINT", 130), ("SIGKILL", -9)])
 def test_a_stopped_run_goes_on(end, code, tmp_path, monkeypatch):

@@ -238,6 +238,7 @@ def test_a_damaged_part_is_done_again(sources, tmp_path, monkeypatch):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_pieces")
 def test_processes_change_nothing(sources, tmp_path):
     alone = run(*sources, out=tmp_path / "alone", tokenizer=small_bpe())

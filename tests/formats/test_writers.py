@@ -203,6 +203,7 @@ print("\\n" + json.dumps(model.forward(tokens, None, full_output=True)[0].tolist
 """
 
 
+@pytest.mark.slow
 def test_the_rwkv_package_loads_ours_and_gives_our_logits(tmp_path, model):
     pytest.importorskip("rwkv")
     tensors = model.state_dict()

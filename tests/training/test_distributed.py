@@ -91,6 +91,7 @@ def close(one: list[list[float]], other: list[list[float]]) -> bool:
     return True
 
 
+@pytest.mark.slow
 class TestTwoProcesses:
     @pytest.mark.parametrize("mode", ["ddp", "fsdp", "context"])
     @pytest.mark.parametrize("case", CASES)
@@ -131,6 +132,7 @@ class TestAsOnGPUs:
         assert found["again"] == found["further"]
 
 
+@pytest.mark.slow
 class TestTheirCheckpoints:
     @pytest.mark.parametrize("mode", ["ddp", "fsdp", "context"])
     def test_they_are_what_was_trained(self, mode, found, folder):
@@ -161,6 +163,7 @@ class TestTheirCheckpoints:
         assert same_bits(model.state_dict(), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_nodes_that_share_no_disk_are_told_so(rank, folder):
     """Each would train alone, or wait for ever for checkpoints of the other."""

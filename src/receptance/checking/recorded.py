@@ -25,6 +25,7 @@ from torch import Tensor
 from receptance.atomic import written
 from receptance.errors import one_line
 from receptance.formats.files import reason
+from receptance.storage.directories import is_included
 
 FORMAT = "receptance-logits"
 FORMAT_VERSION = "1"
@@ -49,7 +50,12 @@ class Recorded:
 
 
 def beside(path: Path) -> Path:
-    """The path of the file with the logits of the model at a path."""
+    """The path of the file with the logits of the model at a path.
+
+    For a model that comes with the package it is in the current folder.
+    """
+    if is_included(path):
+        return Path(f"{path.name}.logits")
     named = path if path.name not in ("", "..") else Path(os.path.abspath(path))
     return named.with_name(named.name + ".logits")
 

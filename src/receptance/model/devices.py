@@ -27,5 +27,6 @@ def described(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        return f"{device} ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        return f"{device} ({threads} thread{'s' * (threads > 1)})"
     return str(device)

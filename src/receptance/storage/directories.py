@@ -223,6 +223,11 @@ def existing(source: str | Path) -> Path:
         return _old(path) if _old(path).is_dir() else path
 
 
+def is_included(path: Path) -> bool:
+    """Whether a path is that of a model which comes with this package."""
+    return path.parent == _INCLUDED
+
+
 def remove(directory: Path) -> None:
     """Rename a directory, then remove it, so that its name never holds half of it."""
     rubbish = _beside(directory)
