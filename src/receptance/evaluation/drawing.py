@@ -22,23 +22,34 @@ _WIDE_ACROSS, _WIDE_UP = 8, 30
 _BARS = 10
 _TICKS = 5
 
-STYLE = """
-.chart { --ink: #1c2430; --soft: #d5dae1; --paper: #ffffff;
-  --c0: #0a5fb4; --c1: #c2410c; --c2: #15803d; --c3: #7c3aed; --c4: #a16207; --c5: #0e7490; }
-@media (prefers-color-scheme: dark) { .chart { --ink: #e3e8ef; --soft: #3a4352; --paper: #14181f;
-  --c0: #6cb6ff; --c1: #ff9f6b; --c2: #6ee7a0; --c3: #c4a7ff; --c4: #fbbf24; --c5: #67e8f9; } }
-.chart { font: 12px system-ui, sans-serif; }
-.chart text { fill: var(--ink); }
+
+def _colors(ink: str, soft: str, paper: str, curves: Sequence[str]) -> str:
+    """The rules that color a chart: text, grid, background, and each curve."""
+    rules = [f".chart text {{ fill: {ink}; }}", f".chart .grid {{ stroke: {soft}; }}"]
+    rules.append(f".chart .paper {{ fill: {paper}; }}")
+    for n, color in enumerate(curves):
+        rules.append(f".chart .s{n} {{ stroke: {color}; fill: {color}; }}")
+    return "\n".join(rules) + "\n"
+
+
+_DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
+_LIGHT = ("#0a5fb4", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490")
+_DARK = ("#6cb6ff", "#ff9f6b", "#6ee7a0", "#c4a7ff", "#fbbf24", "#67e8f9")
+STYLE = (
+    ".chart { font: 12px system-ui, sans-serif; }\n"
+    + _colors("#1c2430", "#d5dae1", "#ffffff", _LIGHT)
+    + "@media (prefers-color-scheme: dark) {\n"
+    + _colors("#e3e8ef", "#3a4352", "#14181f", _DARK)
+    + """}
 .chart .title { font-weight: 600; font-size: 13px; }
-.chart .grid { stroke: var(--soft); stroke-width: 1; }
-.chart .curve { fill: none; stroke-width: 2; }
-.chart .bar { stroke-width: 1.5; }
+.chart .grid { stroke-width: 1; }
+.chart path.curve { fill: none; stroke-width: 2; }
+.chart path.bar { stroke-width: 1.5; }
 .chart path.band { stroke: none; fill-opacity: 0.15; }
-""" + "".join(
-    f".chart .s{n} {{ stroke: var(--c{n}); fill: var(--c{n}); }} "
-    f".chart .curve.s{n} {{ fill: none; stroke-dasharray: {dash}; }}\n"
-    for n, dash in enumerate(("none", "7 3", "2 3", "9 3 2 3", "4 2", "1 2"))
+"""
+    + "".join(f".chart .curve.s{n} {{ stroke-dasharray: {d}; }}\n" for n, d in enumerate(_DASHES))
 )
+"""The style of charts, in the light or dark colors that the reader prefers."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +190,7 @@ def _drawn(chart: Chart, alone: bool) -> str:
     parts.insert(0, f'<text class="title" x="4" y="16">{title}</text>')
     if alone:
         parts.insert(0, f"<style>{STYLE}</style>")
-        parts.insert(1, '<rect width="100%" height="100%" style="fill: var(--paper)"/>')
+        parts.insert(1, '<rect class="paper" width="100%" height="100%"/>')
     return (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" '
         f'viewBox="0 0 {_WIDTH} {height}">' + "".join(parts) + "</svg>"

@@ -22,32 +22,43 @@ from receptance.storage.directories import expanded
 _MARK = "<!-- receptance report -->"
 # The format of a result stands within so many bytes of its beginning.
 _SNIFFED = 200
-_PAGE_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #d5dae1; --paper: #fff; --shade: #f4f6f8;
-  --quiet: #5a6675; --link: #0a5fb4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ef; --soft: #3a4352; --paper: #14181f;
-  --shade: #1d232d; --quiet: #a3aebb; --link: #6cb6ff; } }
+
+
+def _colors(ink: str, quiet: str, link: str, paper: str, shade: str, soft: str) -> str:
+    """The rules that color the page."""
+    return (
+        f"body {{ color: {ink}; background: {paper}; }} a {{ color: {link}; }}\n"
+        f".quiet, small {{ color: {quiet}; }} th, pre {{ background: {shade}; }}\n"
+        f"th, td {{ border-bottom: 1px solid {soft}; }}\n"
+    )
+
+
+_PAGE_STYLE = (
+    ":root { color-scheme: light dark; }\n"
+    + _colors("#1c2430", "#5a6675", "#0a5fb4", "#ffffff", "#f4f6f8", "#d5dae1")
+    + "@media (prefers-color-scheme: dark) {\n"
+    + _colors("#e3e8ef", "#a3aebb", "#6cb6ff", "#14181f", "#1d232d", "#3a4352")
+    + """}
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 72rem; margin: 0 auto; padding: 1rem; }
-a { color: var(--link); }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 0.5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
-.quiet, small { color: var(--quiet); font-size: 0.85rem; }
+.quiet, small { font-size: 0.85rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--soft); padding: 0.3rem 0.7rem; text-align: left;
+th, td { padding: 0.3rem 0.7rem; text-align: left;
   vertical-align: top; }
-th { background: var(--shade); max-width: 12rem; } th + th { min-width: 4.5rem; }
+th { max-width: 12rem; } th + th { min-width: 4.5rem; }
 td.number { text-align: right; white-space: nowrap; }
 td small { display: block; }
 .charts { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .charts svg { width: 100%; height: auto; max-width: 40rem; }
 details { margin: 0.5rem 0; } summary { cursor: pointer; }
-pre { background: var(--shade); padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
+pre { padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; }
 li, p, h2 { overflow-wrap: anywhere; }
 """
+)
 
 
 def find_results(folder: str | Path) -> tuple[dict[Path, Result], dict[Path, str]]:

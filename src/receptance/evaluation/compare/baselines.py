@@ -78,22 +78,27 @@ class Baseline(Family):
         return model
 
     def check(self, shape: Shape) -> None:
+        """ValueError if the width cannot be divided into heads."""
         head_width(shape.width)
 
     def skeleton(self, shape: Shape) -> nn.Module:
+        """The model on the meta device."""
         with torch.device("meta"):
             model: nn.Module = self._build(shape)
         return model
 
     def ends(self, model: Any) -> tuple[Tensor, Tensor]:
+        """The matrices of the embedding and of the head."""
         return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
     def mixing_flops(self, shape: Shape, context: int) -> int:
+        """The scores of attention and the sums that they weigh."""
         # Position t has t scores and t weighted values, each of C products and sums, and t is
         # (context + 1) / 2 on average.
         return 2 * shape.layers * shape.width * (context + 1)
 
     def objective(self, shape: Shape, options: TrainOptions) -> TransformerObjective:
+        """A new model of transformers with the objective of training."""
         with torch.random.fork_rng([]):  # transformers draws from the global generator
             model = self._build(shape)
         self._initialize(model, shape, torch.Generator().manual_seed(options.seed))
@@ -108,6 +113,7 @@ class Baseline(Family):
                 parameter.normal_(0, deviation, generator=generator)
 
     def save(self, model: Any, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the model as transformers would."""
         # What save_pretrained and from_pretrained do, without the progress bars that they print.
         folder.mkdir(parents=True, exist_ok=True)
         model.config.architectures = [type(model).__name__]
@@ -116,6 +122,7 @@ class Baseline(Family):
         write_tensors(model.state_dict(), folder, _WEIGHTS)
 
     def decoder(self, folder: Path) -> Decoder:
+        """Load the model with a cache of keys and values."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with torch.random.fork_rng([]):
@@ -137,6 +144,7 @@ class NeoX(Baseline):
         return math.sqrt(2 / (5 * shape.width)), 2 / (shape.layers * math.sqrt(shape.width))
 
     def usual_ffn_width(self, width: int) -> int:
+        """Four times the width."""
         return 4 * width
 
     def build(self, shape: Shape, heads: int) -> Any:
@@ -165,6 +173,7 @@ class Llama(Baseline):
         return _LLAMA_DEVIATION, _LLAMA_DEVIATION
 
     def usual_ffn_width(self, width: int) -> int:
+        """Eight thirds of the width, as SwiGLU has three matrices."""
         return -(-8 * width // 3)
 
     def build(self, shape: Shape, heads: int) -> Any:

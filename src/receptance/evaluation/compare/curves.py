@@ -40,6 +40,7 @@ def mean_loss(records: Sequence[Record]) -> tuple[float, Interval | None, str]:
 
 
 def over_seeds(records: Sequence[Record]) -> str:
+    """The name of the interval of a mean over seeds; nothing for a single seed."""
     return f"95 % over {len(records)} seeds" if len(records) > 1 else ""
 
 
