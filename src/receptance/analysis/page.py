@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from receptance.analysis.decays import half_lives, log_decays, retentions
-from receptance.analysis.effective import attention
+from receptance.analysis.effective import Attention, attention
 from receptance.analysis.lens import Lens, logit_lens
 from receptance.analysis.occlusion import attribution
 from receptance.analysis.tracing import NOTE, Trace
