@@ -39,7 +39,7 @@ class TestFrontDoor:
         result = call("--version")
         assert (result.code, result.out) == (0, f"receptance {receptance.__version__}\n")
 
-    @pytest.mark.parametrize("word", ["compress", "--verbose", "", "../zzz"])
+    @pytest.mark.parametrize("word", ["fly", "--verbose", "", "../zzz"])
     def test_unknown_commands(self, word):
         result = call(word)
         assert (result.code, result.out) == (2, "")

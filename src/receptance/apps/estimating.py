@@ -26,7 +26,7 @@ def show_estimate(
     data: Sequence[str], start: StartOptions, *, device: str, devices: int, utilization: float
 ) -> None:
     """Check that the data exists, and show parameters, FLOPs, memory, steps and time of a run."""
-    start = located(start.checked())
+    start = located(start)
     own = corpus_tokenizer(data)
     if data and not is_one_corpus(data):
         check_sources(data, start.read, start.exclude)
