@@ -37,7 +37,7 @@ class Options:
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance serve runs/mine",
-        "receptance serve chat=World.pth --host 0.0.0.0 --keys keys.txt --cache-dir states",
+        "receptance serve chat=World.pth --host 0.0.0.0 --keys keys.txt",
     )
 
     models: Annotated[
