@@ -75,7 +75,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.gives is not None:
         ok["content"] = {JSON: {"schema": _reference(endpoint.gives)}}
         if "stream" in getattr(endpoint.body, "__struct_fields__", ()):
-            ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            ok["content"]["text/event-stream"] = {}
     error = {"content": {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
     if endpoint.anthropic:
         error = {"content": {JSON: {"schema": {"type": "object"}}}}
