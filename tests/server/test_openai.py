@@ -289,6 +289,8 @@ def test_responses_call_functions_and_read_results(client):
         ({"best_of": 2}, "best_of"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"extra_body": {"invented": 1}}, "invented"),
+        ({"extra_body": {"repetition_penalty": 5e-324}}, "repetition_penalty"),
+        ({"extra_body": {"top_k": 10**12}}, "top_k"),
         ({"prompt": [1, "x"]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [10**6]}, "prompt"),

@@ -71,11 +71,11 @@ class App:
 
         async def description(call: Call) -> Reply:
             """The description of all endpoints, as OpenAPI 3.1."""
-            return Reply(msgspec.json.encode(openapi(self.endpoints)))
+            return Reply(msgspec.json.encode(openapi(self.endpoints, list(self.models.sources))))
 
         async def docs(call: Call) -> Reply:
             """The same as a page."""
-            page = docs_page(openapi(self.endpoints))
+            page = docs_page(openapi(self.endpoints, list(self.models.sources)))
             return Reply(page, "text/html; charset=utf-8", headers=_PAGE_POLICY)
 
         return (

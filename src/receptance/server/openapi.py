@@ -44,13 +44,16 @@ _STATUSES = {
 }
 
 
-def openapi(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """The description, as OpenAPI 3.1."""
+def openapi(endpoints: Sequence[Endpoint], models: Sequence[str] = ()) -> dict[str, Any]:
+    """The description, as OpenAPI 3.1, with the names of the models that can be asked."""
     kinds = {e.body for e in endpoints if isinstance(e.body, type)}
     kinds |= {e.gives for e in endpoints if e.gives is not None}
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
     place = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components(ordered, ref_template=place)
+    for schema in schemas.values():
+        if (model := schema.get("properties", {}).get("model")) == {"type": "string"} and models:
+            model["enum"] = list(models)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         path = re.sub(r":path}", "}", endpoint.path)
@@ -72,7 +75,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     if endpoint.gives is not None:
         ok["content"] = {JSON: {"schema": _reference(endpoint.gives)}}
         if "stream" in getattr(endpoint.body, "__struct_fields__", ()):
-            ok["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            ok["content"]["text/event-stream"] = {}
     error = {"content": {JSON: {"schema": {"$ref": "#/components/schemas/Error"}}}}
     if endpoint.anthropic:
         error = {"content": {JSON: {"schema": {"type": "object"}}}}

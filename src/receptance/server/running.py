@@ -15,7 +15,7 @@ from receptance.server.limits import MOST_HEADERS
 # A connection without a request is closed after this many seconds, or twice as many.
 _PATIENCE = 30
 # What is left after the drain to close connections.
-_GRACE = 5
+_GRACE = 30
 
 
 class _Protocol(H11Protocol):

@@ -154,7 +154,8 @@ class Group:
             if not begun:
                 pause = min(pause, self.served.limits.wait_seconds - waited)
             try:
-                event = await asyncio.wait_for(self._queue.get(), pause)
+                async with asyncio.timeout(pause):
+                    event = await self._queue.get()
             except TimeoutError:
                 waited += pause
                 if not begun and waited >= self.served.limits.wait_seconds:

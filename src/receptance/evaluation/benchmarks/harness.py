@@ -1,7 +1,4 @@
-"""lm-evaluation-harness, as a library, over any engine. Only this module imports it.
-
-The harness builds requests out of tasks, and metrics out of what `EngineLM` answers.
-"""
+"""lm-evaluation-harness over any engine: it makes requests of tasks, and metrics of answers."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ try:
     from lm_eval.utils import handle_non_serializable
 except ImportError as error:
     raise ValueError(
-        f"benchmarks need lm-evaluation-harness ({error}): pip install 'receptance[evaluate]'"
+        f"benchmarks need lm-evaluation-harness ({error}): pip install lm-eval==0.4.13"
     ) from None
 
 from receptance.engine.base import Engine

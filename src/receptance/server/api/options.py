@@ -46,7 +46,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Subtract this from the logits of tokens that were written before."""
     frequency_penalty: Penalty | None = None
     """Subtract this from a token's logit for each time that it was written before."""
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     """Divide positive and multiply negative logits of tokens written before. Not one of OpenAI's
     parameters."""
     penalty_decay: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -84,17 +84,20 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return [f"{name} has no effect" for name in given]
 
     def sampling(self) -> Sampling:
-        """The sampler's options, with OpenAI's defaults."""
-        return Sampling(
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
-            top_k=self.top_k or 0,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            penalty_decay=_or(self.penalty_decay, 1.0),
-            count_digits=True,
-        )
+        """The sampler's options, with OpenAI's defaults; ApiError for what it does not take."""
+        try:
+            return Sampling(
+                temperature=_or(self.temperature, 1.0),
+                top_p=_or(self.top_p, 1.0),
+                top_k=self.top_k or 0,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=_or(self.repetition_penalty, 1.0),
+                penalty_decay=_or(self.penalty_decay, 1.0),
+                count_digits=True,
+            )
+        except ValueError as error:
+            raise refusal(str(error), str(error).partition(" ")[0]) from None
 
     def requests(
         self,

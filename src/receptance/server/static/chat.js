@@ -40,10 +40,10 @@ async function loadModels() {
 }
 
 function request(conversation, number) {
-  const messages = store.branch(conversation, conversation.nodes[number].parent).map((at) => {
-    const { role, text } = conversation.nodes[at];
-    return { role, content: text || " . " };
-  });
+  // An answer that was stopped before its first word is no message.
+  const messages = store.branch(conversation, conversation.nodes[number].parent)
+    .map((at) => conversation.nodes[at]).filter((node) => node.text.trim())
+    .map((node) => ({ role: node.role, content: node.text }));
   if (conversation.system.trim()) messages.unshift({ role: "system", content: conversation.system });
   const body = { model: $("model").value, messages, stream: true };
   for (const name of SETTINGS) {
@@ -190,6 +190,7 @@ function message(number, busy) {
   const writing = running?.number === number && running.conversation === current;
   const text = make("div", { class: writing ? "text waiting" : "text" });
   fill(text, node);
+  if (!node.text && !writing) text.append(make("em", {}, "nothing was said"));
   const item = make("li", { class: node.role, id: `message-${number}` },
     make("p", { class: "who" }, mine ? "You" : "Model"));
   const thought = make("div", { class: "thought", hidden: !node.thought }, node.thought);
