@@ -16,6 +16,7 @@ import receptance
 from receptance.__main__ import APPS
 from receptance.config import ModelConfig
 from receptance.model.v4 import RWKV4
+from receptance.model.v7 import RWKV7
 
 ROOT = Path(receptance.__file__).parent
 FILES = {
@@ -149,10 +150,28 @@ def test_versions_of_the_model_do_not_import_each_other():
 
 # Names of version 4 stand in its module, its operator and kernels, and the tables of names. What
 # all versions have in common, such as the matrix with the feed-forward width, is in architecture.
+# Version 7 has some of the same names.
 KNOW_VERSION_4 = (
-    *("receptance.model.v4", "receptance.model.architecture"),
+    *("receptance.model.v4", "receptance.model.v7", "receptance.model.architecture"),
     *("receptance.ops.", "receptance.formats.names"),
 )
+
+
+KNOW_VERSION_7 = ("receptance.model.v7", "receptance.ops.", "receptance.formats.names")
+
+
+def test_names_of_version_7_stand_in_its_room():
+    """Those that it shares with version 4 are looked for there."""
+    config = ModelConfig(version=7, vocab_size=1, width=1, num_layers=1)
+    shared = RWKV4().block_shapes(ModelConfig(vocab_size=1, width=1, num_layers=1), 0)
+    names = {*RWKV7().block_shapes(config, 0)} - {*shared} | {"value_by_key"}
+    names |= {"k_k", "k_a", "r_k", "ln_x"}
+    for module, path in FILES.items():
+        if module.startswith(KNOW_VERSION_7) or module.startswith("receptance.native"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        found = {name for name in names if re.search(rf"\b{re.escape(name)}\b", text)}
+        assert not found, f"{module} knows {found} of version 7"
 
 
 def test_names_of_version_4_stand_in_its_room():

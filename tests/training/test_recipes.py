@@ -25,6 +25,13 @@ PAPER = {
     "7b": (1.5e-4, 465, 1e-5),
     "14b": (1e-4, 544, 7e-6),
 }
+# The model card of BlinkDL/rwkv-7-pile: both learning rates and the rows of a step.
+RWKV_7 = {
+    "rwkv7-0.1b": (8e-4, 3e-5, 240),
+    "rwkv7-0.4b": (6e-4, 2e-5, 240),
+    "rwkv7-1.5b": (5e-4, 1.5e-5, 360),
+    **dict.fromkeys(("rwkv7-2.9b", "rwkv7-7.2b", "rwkv7-13.3b"), (5e-4, 1.5e-5, 360)),
+}
 MINI_EPOCH = 40_320 * 1024  # samples, tokens each
 # Section 5.2: context and tokens of each extension.
 EXTENSIONS = {
@@ -53,7 +60,8 @@ def tokens_per_step(options: TrainOptions) -> int:
 
 
 def test_the_names():
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, "cpu-10min", "one-gpu", "tiny-python"}
+    others = {"cpu-10min", "one-gpu", "tiny-python"}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *others}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -87,6 +95,20 @@ def test_the_command_says_what_14b_costs():
 def test_the_command_line_comes_first():
     result = call("train", "--recipe", "169m", "--dry-run", "--on", "h100", "--steps", 10)
     assert "10 of 131,072 tokens" in result.out
+
+
+@pytest.mark.parametrize("name", RWKV_7)
+def test_rwkv_7_is_trained_as_its_authors_say(name):
+    first, last, rows = RWKV_7[name]
+    recipe, options = load_recipe(name), trained(name)
+    assert recipe["size"] == name
+    assert (options.learning_rate, options.final_learning_rate) == (first, last)
+    assert (options.batch, options.context, options.weight_decay) == (rows, 4096, 0.1)
+    assert options.steps * tokens_per_step(options) == pytest.approx(332_115_325_534, rel=1e-5)
+    assert learning_rate(options.warmup_steps, options) == pytest.approx(first)
+    middle = learning_rate((options.steps + options.warmup_steps) // 2, options)
+    assert middle == pytest.approx((first + last) / 2, rel=1e-3)
+    assert learning_rate(options.steps - 1, options) == pytest.approx(last)
 
 
 class TestPublishedSizes:

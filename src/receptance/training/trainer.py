@@ -127,9 +127,7 @@ class Trainer:
         if adapter is not None and not adapter.attached:
             raise ValueError("the adapter is not attached; call adapter.attach(model) before")
         if adapter is None and not any(x.requires_grad for x in model.parameters()):
-            raise ValueError(
-                "no parameter of the model is trained; if an adapter is attached, pass adapter="
-            )
+            raise ValueError("no parameter is trained; if an adapter is attached, pass adapter=")
         self.model, self.batches, self.options = model, batches, options
         self.adapter, self.ranks = adapter, ranks or Ranks()
         self.device = working_device(model.emb.weight)
@@ -151,9 +149,9 @@ class Trainer:
             self.parameters.update(adapter.tensors())
         is_decayed = model.config.architecture.is_weight_decayed
         rules = () if adapter else (is_decayed,)
-        # Some versions hold parameters that no model uses, which stay as they are.
-        trained = [(n, x) for n, x in self.parameters.items() if x.requires_grad]
-        self.optimizer = make_optimizer(trained, scales, options, *rules)
+        # Some versions have parameters that no model uses.
+        learning = ((n, x) for n, x in self.parameters.items() if x.requires_grad)
+        self.optimizer = make_optimizer(learning, scales, options, *rules)
         random = options.dropout > 0 or adapter is not None  # an adapter may drop as well
         self._passes = Passes(self.objective, self._empty_state, options, self.ranks, random=random)
         self._base = model.fingerprint() if adapter else ""
