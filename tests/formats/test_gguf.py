@@ -6,7 +6,9 @@ conversion does it. llama.cpp itself is asked in test_llama_cpp.py.
 
 import struct
 import tracemalloc
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import hostile_files as hostile
@@ -92,7 +94,12 @@ def vectors(state: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
     return found
 
 
-def by_the_package(path: Path, model: Model = MODEL, **changed: object) -> Path:
+def by_the_package(
+    path: Path,
+    model: Model = MODEL,
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
+    **changed: object,
+) -> Path:
     """A file as llama.cpp's conversion writes it, with other values of some keys, or none."""
     writer = gguf.GGUFWriter(path, "rwkv7")
     config = model.config
@@ -114,8 +121,8 @@ def by_the_package(path: Path, model: Model = MODEL, **changed: object) -> Path:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add = writer.add_string if isinstance(value, str) else add
             add(key if "split" in key else f"rwkv7.{key}", value)
-    for name, tensor in theirs(model).items():
-        writer.add_tensor(name, tensor)
+    for name, tensor in (theirs(model) | dict(more)).items():
+        writer.add_tensor(name, tensor.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -401,10 +408,16 @@ def test_a_tensor_too_few_and_one_too_many(tmp_path, whole, refusal):
     for new, words in (
         (b"blk.1.time_mix_keY.weight", "missing are 'blocks.1.att.key.weight'"),
         (b"blk.9.time_mix_key.weight", "missing are"),
+        (b"blocks.1.ffn.key.weightzz", "unexpected are 'blocks.1.ffn.key.weightzz'"),
     ):
         changed = content.replace(b"blk.1.time_mix_key.weight", new)
         (tmp_path / "x.gguf").write_bytes(changed)
         assert words in refusal(open_gguf, tmp_path / "x.gguf")
+
+
+def test_a_tensor_under_two_names(tmp_path, refusal):
+    path = by_the_package(tmp_path / "x.gguf", more={"blocks.1.ffn.key.weight": np.ones((256, 64))})
+    assert "tensors 'blocks.1.ffn.key.weight' are there under two" in refusal(open_gguf, path)
 
 
 @settings(max_examples=60)
@@ -420,4 +433,5 @@ def test_any_number_of_any_header_changed(tmp_path_factory, whole, at, size, num
     changed = (number % 256**size).to_bytes(size, "little")
     path = tmp_path_factory.getbasetemp() / "changed.gguf"
     path.write_bytes(content[:place] + changed + content[place + size :])
-    hostile.outcome(lambda p: read(p).tokenizer and open_gguf(p).tokenizer(), path)
+    found = hostile.outcome(lambda p: (read(p), open_gguf(p).tokenizer()), path)
+    assert found is None or found.startswith(str(path))

@@ -124,5 +124,6 @@ def _check_dtype(format_: str | None, dtype: str | None) -> None:
         raise ValueError("files of rwkv.cpp know no bfloat16; choose float32, which is exact")
     if format_ not in _BLOCKS and dtype in KINDS:
         raise ValueError(
-            f'only files of rwkv.cpp (format="ggmf") and llama.cpp (format="gguf") hold {dtype}'
+            f'only files of rwkv.cpp (format="ggmf") hold {dtype}, and those of llama.cpp '
+            '(format="gguf")'
         )

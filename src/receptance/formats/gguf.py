@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -46,9 +46,6 @@ from receptance.formats.writing import blocks, pieces
 from receptance.model.architecture import Shape
 from receptance.tokenizer import Tokenizer
 
-Stored = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-"""The types that the matrices of a written file can have; everything else is F32."""
-
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The torch types of those stored types that are not blocks of quantized values."""
 
@@ -82,6 +79,7 @@ class GGUFFile(Mapping[str, Tensor]):
             raise ValueError(
                 "it is one part of several; join them with llama-gguf-split of llama.cpp"
             )
+        self.has_tokenizer = has_tokenizer(self.fields)
         self._entries: Mapping[str, Entry] = entries
         version = ARCHITECTURES[self.architecture]
         layers = len({name.split(".")[1] for name in entries if name.startswith("blk.")})
@@ -94,11 +92,6 @@ class GGUFFile(Mapping[str, Tensor]):
     def kinds(self) -> set[str]:
         """The types of the tensors in the file, such as F32 and Q4_K."""
         return {entry.kind for entry in self._entries.values()}
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the file holds a tokenizer."""
-        return has_tokenizer(self.fields)
 
     def tokenizer(self) -> Tokenizer | None:
         """Make the tokenizer that the file holds, if it does; ValueError if it is damaged."""
@@ -142,7 +135,8 @@ class GGUFFile(Mapping[str, Tensor]):
         }
         number = lambda key: self.fields.number(f"{self.architecture}.{key}")  # noqa: E731
         epsilon = number(_EPSILON)
-        if epsilon is not None and np.float32(epsilon) != np.float32(_EPSILONS[0]):
+        # Files have it in float32.
+        if epsilon is not None and not math.isclose(epsilon, _EPSILONS[0], rel_tol=1e-6):
             raise ValueError(
                 f"its key {_EPSILON} is {epsilon:g}; this release reads files of {_EPSILONS[0]}"
             )
@@ -220,7 +214,7 @@ def check_gguf(config: ModelConfig, kind: str | None) -> None:
 def stored_kinds(config: ModelConfig, kinds: Mapping[str, str]) -> dict[str, str]:
     """The type in which each tensor is stored, by official name, given those of the matrices.
 
-    Matrices that kernels read are of the type that is asked for, everything else is F32. As in
+    These are F32, F16, BF16, Q8_0 or Q4_0; everything that is no such matrix is F32. As in
     llama.cpp's own files of small types, the head of a Q4_0 file is more precise than the rest, and
     so is the embedding here: both are Q8_0.
     """
@@ -277,11 +271,9 @@ class _Planned:
     def size(self) -> int:
         """The size of the data in bytes."""
         count = math.prod(self.shape)
-        return (
-            count // BLOCK * block_bytes(self.kind)
-            if self.kind in KINDS
-            else (count * FLOATS[self.kind].itemsize)
-        )
+        if self.kind in KINDS:
+            return count // BLOCK * block_bytes(self.kind)
+        return count * FLOATS[self.kind].itemsize
 
 
 def _plan(config: ModelConfig, kinds: Mapping[str, str]) -> dict[str, _Planned]:

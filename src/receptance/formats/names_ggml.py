@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from receptance.config import ModelConfig
-from receptance.formats.names import infer_config
+from receptance.formats.names import infer_config, some
 from receptance.model.architecture import Shape
 
 ARCHITECTURES = {"rwkv7": 7}
@@ -94,7 +94,7 @@ def places(
     """The places of all tensors of a model, as far as a file with these stored names has them.
 
     A stored name that belongs to no tensor of such a model comes back as it is, so that it can be
-    named in an error.
+    named in an error. ValueError if that is the official name of a tensor that has another place.
     """
     left = dict.fromkeys(stored)
     # The names depend on the number of layers alone.
@@ -102,7 +102,10 @@ def places(
     wanted = {name: place(name, version) for name in anything.architecture.shapes(anything)}
     found = {name: where for name, where in wanted.items() if where.stored in left}
     known = {where.stored for where in found.values()}
-    return found | {name: Place(name) for name in left if name not in known}
+    others = {name: Place(name) for name in left if name not in known}
+    if twice := found.keys() & others.keys():
+        raise ValueError(f"its tensors {some(twice)} are there under two names each")
+    return found | others
 
 
 def official_shape(place: Place, shape: Shape) -> Shape:
