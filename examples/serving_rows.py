@@ -9,7 +9,7 @@ and `step` for the next token of every row.
 
 import argparse
 
-from receptance import Generation, Request, Sampling, Slots, load_engine
+from receptance import Request, Sampling, Slots, load_engine
 
 # When each request arrives, in steps, with its client, its prompt and its options.
 ARRIVALS = [
@@ -51,8 +51,10 @@ def main() -> None:
         step += 1
 
     for _, client, prompt, request in ARRIVALS:
-        alone = Generation(engine, tokenizer, [prompt], deterministic=True, **vars(request))
-        text = "".join(token.text for token in alone)
+        alone, text = Slots(engine, tokenizer, 1, deterministic=True), ""
+        alone.admit(prompt, request)
+        while alone.active or alone.waiting:
+            text += "".join(token.text for token in alone.step())
         if text != texts[client] and not (client == "Bob" and text.startswith(texts["Bob"])):
             raise SystemExit(f"the text for {client} differs from that of a solo run")
     print("every text is that of a solo run, and Bob's is the beginning of one")

@@ -71,7 +71,7 @@ def test_flops_of_rwkv_are_those_of_its_matrices_and_its_state():
 
 @pytest.mark.parametrize("by", ["parameters", "flops"])
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("width", "layers"), [(32, 2), (64, 3), (160, 5)])
+@pytest.mark.parametrize(("width", "layers"), [(64, 3), (128, 2), (192, 5)])
 def test_matched_models_are_equal_within_two_percent(by, name, width, layers):
     reference = family("rwkv4")
     shape = Shape(vocab_size=V, width=width, layers=layers, ffn_width=4 * width)

@@ -479,8 +479,14 @@ def test_a_device_that_is_not_there_is_one_line(device, saved):
     ("name", "words"),
     [
         ("missing", "no such file or directory: missing"),
-        ("empty", "wanted a config.json or a single .pth, .safetensors, .st or .gguf file in it"),
-        ("text.txt", "weights are read from .pth, .pt, .bin, .safetensors, .st, .gguf files"),
+        (
+            "empty",
+            "empty: wanted a config.json or a single .pth, .safetensors, .st or .gguf file in it",
+        ),
+        (
+            "text.txt",
+            "text.txt: weights are read from .pth, .pt, .bin, .safetensors, .st, .gguf files",
+        ),
         ("", "a path is empty"),
     ],
 )

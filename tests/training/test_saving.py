@@ -271,10 +271,10 @@ def test_options_survive_json():
     """As a checkpoint keeps them."""
     from dataclasses import asdict
 
-    from receptance.training.notes import _restored
+    from receptance.training.notes import restored_options
     from receptance.training.options import StartOptions
 
     options = StartOptions(
         init="x", tune="lora", train=TrainOptions(betas=(0.8, 0.95)), exclude=("a", "b")
     )
-    assert _restored(StartOptions(), json.loads(json.dumps(asdict(options)))) == options
+    assert restored_options(StartOptions(), json.loads(json.dumps(asdict(options)))) == options

@@ -304,12 +304,13 @@ class RWKV7(Architecture):
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
         """About 17 vectors of C in the type of activations, and two of the decay in float32.
 
-        There are also one of F, those of all ranks, and a state for every 16 positions.
+        There are also one of F, those of all ranks, and a state for every 32 positions, as the
+        native kernels keep it; the chunks of plain torch keep one for every 16.
         """
         width, extras = sizes.width, sizes.extras
         ranks = sum(int(extras[f"{name}_rank"]) for name in _RANKS)
         narrow = (16 + (element_bytes < 4) + 14 * inputs) * width + (1 + inputs) * sizes.ffn_width
-        wide_vectors = (2 + inputs) * width + int(extras["head_size"]) * width / 16
+        wide_vectors = (2 + inputs) * width + int(extras["head_size"]) * width / 32
         return element_bytes * (narrow + ranks) + 4 * wide_vectors
 
     def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
