@@ -304,8 +304,7 @@ class RWKV7(Architecture):
     def kept_per_position(self, sizes: Sizes, element_bytes: int, *, inputs: bool) -> float:
         """About 17 vectors of C in the type of activations, and two of the decay in float32.
 
-        There are also one of F, those of all ranks, and a state for every 32 positions, as the
-        native kernels keep it; the chunks of plain torch keep one for every 16.
+        There are also one of F, those of all ranks, and a state for every 32 positions (native).
         """
         width, extras = sizes.width, sizes.extras
         ranks = sum(int(extras[f"{name}_rank"]) for name in _RANKS)
