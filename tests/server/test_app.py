@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running, make_served, start
+from running_server import Running, make_served, start
 
 from receptance.server.app import App
 from receptance.server.keys import Keys
@@ -247,7 +247,7 @@ def test_who_leaves_is_forgotten_in_every_phase(stream):
         wait_until(lambda: idle(running))
         found = client.post("/v1/completions", json={**LONG, "max_tokens": 10})
         assert found.json()["usage"]["completion_tokens"] == 10
-        assert running.app.metrics.in_flight._value.get() == 0
+        wait_until(lambda: running.app.metrics.in_flight._value.get() == 0)
 
 
 def test_a_full_queue_and_a_long_wait_are_told():
