@@ -16,6 +16,7 @@ import torch
 import tyro
 from rich.table import Table
 
+from receptance.apps import compare_tasks
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.atomic import written
@@ -81,7 +82,8 @@ class Options:
     """Train RWKV and Transformers of the same size alike, on any text, and compare them.
 
     The folder gets a file for each run, the models, result.json and pictures; `receptance report`
-    makes a page of it. The same command continues after Ctrl-C or a crash.
+    makes a page of it. The same command continues after Ctrl-C or a crash. With --task they are
+    compared on recall, state tracking, images or series: receptance compare --task mqar --help.
     """
 
     COMMON: ClassVar[str] = (
@@ -121,6 +123,9 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, prepare the text, run what is not done yet, report."""
+    if compare_tasks.names_task(argv):
+        compare_tasks.main(argv)
+        return
     options = _parsed(argv, Options())
     if options.quick:
         options = _parsed(argv, replace(options, compare=QUICK))
