@@ -30,7 +30,7 @@ from receptance.data import (
 )
 from receptance.data.pool import in_processes
 from receptance.errors import one_line
-from receptance.evaluation.compare.comparing import Entry, Measurer, Plan, compare, make_plan
+from receptance.evaluation.compare.comparing import Entry, Plan, compare, make_plan
 from receptance.evaluation.compare.estimating import estimate, step_seconds
 from receptance.evaluation.compare.findings import LOSS, make_result
 from receptance.evaluation.compare.generation import Cost, Measurement, measure
@@ -162,15 +162,14 @@ def _compare(options: Options, out: Path, console: Console) -> None:
     plan = make_plan(options.compare, tokenizer.vocab_size)
     console.print(_sizes_table(plan))
     runs = _Runs(options, out, corpus, tokenizer)
-    measured: Measurer = _measured
-    found = compare(plan, corpus, out, runs, measured, console)
+    found = compare(plan, corpus, out, runs, _measured, console)
     result = make_result(plan, corpus, options.data, found, options.processes)
     with one_line(out, "the result to "):
         result.save(out / RESULT)
         _draw(result, out / _PICTURES)
     console.print(_losses_table(result))
-    for note in result.notes[3:]:
-        say(console, note)
+    for note in result.notes:
+        say(console, f"- {note}")
     say(console, f"result: {out / RESULT}, pictures: {out / _PICTURES}")
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
 
