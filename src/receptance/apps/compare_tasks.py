@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> None:
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
 
 
-def _table(figures: list[Figure]) -> Table:
+def _table(figures: Sequence[Figure]) -> Table:
     """Every figure with its place in the grid and its interval."""
     table = Table("model", "figure", "at", "", "", box=None, pad_edge=False)
     for figure in figures:
