@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from receptance.evaluation.compare.comparing import Findings, Plan
 from receptance.evaluation.compare.generation import Cost
-from receptance.evaluation.compare.intervals import Interval, mean_interval, ratio_interval
 from receptance.evaluation.compare.runs import Record
+from receptance.evaluation.intervals import Estimate, mean, ratio
 from receptance.evaluation.results import Curve
 
 PER_BYTE = "bits per byte"
@@ -28,15 +28,14 @@ def curves(plan: Plan, found: Findings) -> Iterator[Curve]:
     yield from _generation(plan, found, "memory of the process", lambda x: x.resident, "bytes")
 
 
-def mean_loss(records: Sequence[Record]) -> tuple[float, Interval | None, str]:
+def mean_loss(records: Sequence[Record]) -> tuple[Estimate, str]:
     """The mean over seeds with its interval; the interval of one seed is over pieces of text."""
     if len(records) > 1:
-        mean, interval = mean_interval([record.bits_per_byte for record in records])
-        return mean, interval, over_seeds(records)
+        return mean([record.bits_per_byte for record in records]), over_seeds(records)
     only = records[0]
     bits = [nats / math.log(2) for nats in only.nats]
-    ratio, interval = ratio_interval(bits, only.byte_counts)
-    return ratio, interval, f"95 % over {len(bits)} pieces of the held-out text, one seed"
+    found = ratio(bits, only.byte_counts)
+    return found, f"95 % over {len(bits)} pieces of the held-out text, one seed"
 
 
 def over_seeds(records: Sequence[Record]) -> str:
@@ -85,18 +84,17 @@ def _curve(
     records: Sequence[Record],
 ) -> Curve:
     """The means of the values at each place, with their intervals if there are several seeds."""
-    means, intervals = zip(*map(mean_interval, values), strict=True)
-    spread = [interval for interval in intervals if interval is not None]
+    found = [mean(at) for at in values]
     several = len(records) > 1
     return Curve(
         name=name,
         x_name=x_name,
         x=x,
         y_name=y_name,
-        y=list(means),
+        y=[at.value for at in found],
         model=model,
-        low=[low for low, _ in spread] if several else None,
-        high=[high for _, high in spread] if several else None,
+        low=[float(at.low or 0) for at in found] if several else None,
+        high=[float(at.high or 0) for at in found] if several else None,
         interval=over_seeds(records),
         about={"size": size},
     )
@@ -117,23 +115,23 @@ def _searches(plan: Plan, found: Findings) -> Iterator[Curve]:
         )
 
 
-def _against_parameters(plan: Plan, found: Findings) -> Iterator[Curve]:
+def _against_parameters(plan: Plan, runs: Findings) -> Iterator[Curve]:
     for name in plan.options.models:
         entries = [x for x in plan.entries if x.family == name]
-        entries = [x for x in entries if all(r.diverged is None for r in found.records[x.name])]
+        entries = [x for x in entries if all(r.diverged is None for r in runs.records[x.name])]
         entries.sort(key=lambda x: x.counts.non_embedding)
-        means = [mean_loss(found.records[entry.name]) for entry in entries]
-        whole = bool(means) and all(interval is not None for _, interval, _ in means)
+        means = [mean_loss(runs.records[entry.name]) for entry in entries]
+        whole = bool(means) and all(found.low is not None for found, _ in means)
         yield Curve(
             name="loss against parameters",
             x_name="non-embedding parameters",
             x=[float(entry.counts.non_embedding) for entry in entries],
             y_name=PER_BYTE,
-            y=[mean for mean, _, _ in means],
+            y=[found.value for found, _ in means],
             model=name,
-            low=[interval[0] for _, interval, _ in means if interval] if whole else None,
-            high=[interval[1] for _, interval, _ in means if interval] if whole else None,
-            interval="; ".join(dict.fromkeys(named for _, _, named in means)) if whole else "",
+            low=[float(found.low or 0) for found, _ in means] if whole else None,
+            high=[float(found.high or 0) for found, _ in means] if whole else None,
+            interval="; ".join(dict.fromkeys(named for _, named in means)) if whole else "",
         )
 
 

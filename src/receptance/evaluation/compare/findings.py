@@ -11,9 +11,9 @@ from receptance.data import TokenFiles
 from receptance.data.ondisk import blocks
 from receptance.evaluation.compare.comparing import Entry, Findings, Plan
 from receptance.evaluation.compare.curves import PER_BYTE, curves, mean_loss, over_seeds
-from receptance.evaluation.compare.intervals import Interval, mean_interval, ratio_interval
 from receptance.evaluation.compare.runs import Record
 from receptance.evaluation.compare.table import family
+from receptance.evaluation.intervals import Estimate, mean, ratio
 from receptance.evaluation.results import Figure, Result, Source, Subject, versions
 
 LOSS = "held-out bits per byte"
@@ -122,22 +122,20 @@ def _figures(plan: Plan, entry: Entry, found: Findings) -> Iterator[Figure]:
     records = found.records[entry.name]
     if any(record.diverged is not None for record in records):
         return
-    loss, interval, named = mean_loss(records)
-    yield _with_interval(LOSS, loss, interval, named, entry, PER_BYTE)
+    loss, named = mean_loss(records)
+    yield _with_interval(LOSS, loss, named, entry, PER_BYTE)
     reference = f"{plan.options.models[0]} {entry.size}"
     others = found.records[reference]
     if reference != entry.name and all(x.diverged is None for x in others):
         yield _difference(plan, entry, records, others)
     carried = [x.carried for x in records if x.carried is not None]
     if carried:
-        value, interval = mean_interval(carried)
         name = f"{LOSS}, state carried over the whole text"
-        yield _with_interval(name, value, interval, over_seeds(records), entry, PER_BYTE)
+        yield _with_interval(name, mean(carried), over_seeds(records), entry, PER_BYTE)
     speeds = [x.points[-1].tokens / x.seconds for x in records if x.seconds]
     if speeds:
-        value, interval = mean_interval(speeds)
         named = over_seeds(records)
-        yield _with_interval("training speed", value, interval, named, entry, "tokens/s")
+        yield _with_interval("training speed", mean(speeds), named, entry, "tokens/s")
 
 
 def _difference(
@@ -147,29 +145,26 @@ def _difference(
     pairs = list(zip(records, others, strict=True))
     if len(pairs) > 1:
         differences = [ours.bits_per_byte - theirs.bits_per_byte for ours, theirs in pairs]
-        value, interval = mean_interval(differences)
+        found = mean(differences)
         named = f"95 % over {len(pairs)} pairs of runs with the same seed"
     else:
         ours, theirs = pairs[0]
         bits = [(a - b) / math.log(2) for a, b in zip(ours.nats, theirs.nats, strict=True)]
-        value, interval = ratio_interval(bits, ours.byte_counts)
+        found = ratio(bits, ours.byte_counts)
         named = f"95 % over {len(bits)} pieces of the held-out text, one seed"
     name = f"{LOSS}, more than {plan.options.models[0]}"
-    return _with_interval(name, value, interval, named, entry, PER_BYTE)
+    return _with_interval(name, found, named, entry, PER_BYTE)
 
 
-def _with_interval(
-    name: str, value: float, interval: Interval | None, named: str, entry: Entry, unit: str
-) -> Figure:
-    low, high = interval or (None, None)
+def _with_interval(name: str, found: Estimate, named: str, entry: Entry, unit: str) -> Figure:
     return Figure(
         name=name,
-        value=value,
+        value=found.value,
         model=entry.name,
         unit=unit,
-        low=low,
-        high=high,
-        interval=named if interval else "",
+        low=found.low,
+        high=found.high,
+        interval="" if found.low is None else named,
         about={"size": entry.size},
     )
 

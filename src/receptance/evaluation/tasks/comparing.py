@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 from rich.console import Console
 
 from receptance.data.labeled import Examples
+from receptance.evaluation.intervals import mean
 from receptance.evaluation.results import Figure, Result, Source, Subject, versions
 from receptance.evaluation.tasks.base import DrawnExamples
 from receptance.evaluation.tasks.benchmarks import BENCHMARKS, benchmark, published_rows
@@ -32,8 +32,6 @@ from receptance.progress import say
 from receptance.training.options import TrainOptions
 
 RESULT = "result.json"
-# Student's quantile of a 95 % interval, by degrees of freedom.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,11 +316,9 @@ def over_seeds(tested: Sequence[Measured]) -> tuple[float, float, float, str]:
     """Mean and interval: over seeds if there are several, else over examples."""
     if len(tested) == 1:
         return tested[0].value, tested[0].low, tested[0].high, tested[0].interval
-    values = [each.value for each in tested]
-    mean, count = statistics.fmean(values), len(values)
-    quantile = _STUDENT[min(count - 1, len(_STUDENT)) - 1]
-    reach = quantile * statistics.stdev(values) / count**0.5
-    return mean, mean - reach, mean + reach, f"95 % over {count} seeds"
+    found = mean([each.value for each in tested])
+    assert found.low is not None and found.high is not None
+    return found.value, found.low, found.high, f"95 % over {len(tested)} seeds"
 
 
 def _chance(found: Sequence[Found]) -> float | None:
