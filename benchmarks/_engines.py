@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from receptance.engine import load_engine
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.inference import measure
 from receptance.inference.generation import prefill
 from receptance.storage.checkpoint import load

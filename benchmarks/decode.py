@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import RwkvConfig, RwkvForCausalLM
 
 from receptance.config import published
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.inference.generation import prefill
 from receptance.model import Model
 

@@ -26,7 +26,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, RwkvConfig, RwkvForC
 
 from receptance.config import ModelConfig, published
 from receptance.data.batches import Batch
-from receptance.formats.names import to_hf
+from receptance.formats.names_hf import to_hf
 from receptance.model import Model
 from receptance.training import TrainOptions, head_loss, make_optimizer
 from receptance.training.objective import Objective

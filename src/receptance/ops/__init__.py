@@ -3,7 +3,7 @@
 from receptance.ops.backends import OPERATORS, available_backends
 from receptance.ops.sources import Sources, wkv4_sources, wkv7_sources
 from receptance.ops.wkv import WKVState, wkv4
-from receptance.ops.wkv7 import wkv7
+from receptance.ops.wkv7_operator import wkv7
 
 __all__ = [
     "OPERATORS",
