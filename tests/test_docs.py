@@ -96,7 +96,8 @@ def check_app(app: str, *arguments: str) -> None:
     """The options are those of the app; nothing is run."""
     if app != "--version":
         assert app in APPS
-        module = importlib.import_module(f"receptance.apps.{app}")
+        other = "compare_tasks" if app == "compare" and "--task" in arguments else app
+        module = importlib.import_module(f"receptance.apps.{other}")
         if hasattr(module, "COMMANDS"):
             command, *arguments = arguments
             parse(module.COMMANDS[command], arguments, app)
