@@ -367,10 +367,12 @@ def test_bitwise_equal_on_repeat(backend, dtype):
     assert all(torch.equal(one.grads[n], other.grads[n]) for n in GRADIENTS)
 
 
-def test_few_tokens_take_the_same_path_as_many(monkeypatch):
-    x = draw(0, 2, 40)
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("change", [("STRONGEST", 0), ("PIECE", CHUNK), ("PIECE", 2 * CHUNK)])
+def test_every_way_through_chunked_gives_the_same(change, masks, monkeypatch):
+    x = draw(0, 2, 5 * CHUNK + 3, masks=masks)
     want = evaluate_backend("chunked", x)
-    monkeypatch.setattr(wkv7_chunked, "STRONGEST", 0)
+    monkeypatch.setattr(wkv7_chunked, *change)
     assert_same(evaluate_backend("chunked", x), want, 1e-12)
 
 

@@ -43,6 +43,8 @@ __all__ = ["CHUNK", "STRONGEST", "backward", "forward", "kept_states"]
 STRONGEST = 32 / CHUNK
 # Up to so many tokens take less time one by one.
 FEW = 3
+# The matrices of so many tokens are in memory at a time: about 20 times the inputs of these.
+PIECE = 64 * CHUNK
 
 _Arguments = TypeVar("_Arguments", Wkv7Inputs, Wkv7BackwardInputs)
 
@@ -51,7 +53,7 @@ def forward(x: Wkv7Inputs) -> Wkv7Results:
     """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N]."""
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    out, state, starts = _forward(x) if _is_wide(x, x.state) else wkv7_serial.forward(x)
+    out, state, starts = _in_pieces(x) if _is_wide(x, x.state) else wkv7_serial.forward(x)
     if lengths is not None:
         out = out.masked_fill(~_within(lengths, time), 0)
     return out, state, starts
@@ -61,12 +63,12 @@ def backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
     """Gradients of the six inputs [B,T,H,N] and of the state [B,H,N,N]."""
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    *grads, grad_state = _backward(x) if _is_wide(x, x.starts) else wkv7_serial.backward(x)
+    *grads, state = _back_in_pieces(x) if _is_wide(x, x.starts) else wkv7_serial.backward(x)
     if lengths is not None:
         outside = ~_within(lengths, time)
         grads = [g.masked_fill(outside, 0) for g in grads]
     r, w, k, v, a, b = grads
-    return r, w, k, v, a, b, grad_state
+    return r, w, k, v, a, b, state
 
 
 def without_padding(x: _Arguments) -> _Arguments:
@@ -97,6 +99,41 @@ def _is_wide(x: Wkv7Inputs | Wkv7BackwardInputs, states: Tensor) -> bool:
     # A sum that overflows is not finite either, and then the exact way is taken without need.
     total = torch.stack([part.sum(dtype=torch.float32) for part in inputs]).sum()
     return bool(total.isfinite() & (x.log_decay.abs().amax() <= STRONGEST))
+
+
+# ---- pieces of time -----------------------------------------------------------------------------
+
+
+def _in_pieces(x: Wkv7Inputs) -> Wkv7Results:
+    """The matrix form for one piece after another; padding is zero already."""
+    state, outputs, starts = x.state, [], []
+    for first in range(0, x.key.shape[1], PIECE):
+        out, state, kept = _forward(_between(x, first)._replace(state=state))
+        outputs.append(out)
+        starts.append(kept)
+    if len(outputs) == 1:
+        return outputs[0], state, starts[0]
+    return torch.cat(outputs, dim=1), state, torch.cat(starts)
+
+
+def _back_in_pieces(x: Wkv7BackwardInputs) -> Wkv7Gradients:
+    """The gradient of the matrix form, from the last piece to the first."""
+    grad_state, found = x.grad_state, []
+    for first in reversed(range(0, x.key.shape[1], PIECE)):
+        kept = x.starts[first // CHUNK : (first + PIECE) // CHUNK]
+        piece = _between(x, first)._replace(starts=kept, grad_state=grad_state)
+        *grads, grad_state = _backward(piece)
+        found.append(grads)
+    r, w, k, v, a, b = (torch.cat(parts[::-1], dim=1) for parts in zip(*found, strict=True))
+    return r, w, k, v, a, b, grad_state
+
+
+def _between(x: _Arguments, first: int) -> _Arguments:
+    """The arguments with a piece of time that begins at a position, and without lengths."""
+    fields = (*Wkv7Inputs._fields[:6], "resets", "grad_out")
+    parts = {n: getattr(x, n, None) for n in fields}
+    cut = {n: part[:, first : first + PIECE] for n, part in parts.items() if part is not None}
+    return x._replace(lengths=None, **cut)
 
 
 # ---- the matrix form ----------------------------------------------------------------------------
