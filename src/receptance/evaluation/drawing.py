@@ -146,9 +146,29 @@ class _Axis:
         return [n * step for n in range(first, last + 1)]
 
 
+def is_wide(chart: Chart) -> tuple[bool, bool]:
+    """Whether the places and the values of a chart need logarithmic axes."""
+    xs, ys = _extent(chart)
+    return _ranges(xs, _WIDE_ACROSS), _ranges(ys, _WIDE_UP)
+
+
+def _ranges(values: Sequence[float], factor: float) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= factor
+
+
+def _extent(chart: Chart) -> tuple[list[float], list[float]]:
+    """All places, and all values with the ends of their intervals."""
+    xs, ys = [], []
+    for curve in chart.curves:
+        for n in _places(curve):
+            xs.append(curve.x[n])
+            ys += [curve.y[n], *_spread(curve, n)]
+    return xs, ys
+
+
 def _axis(values: Sequence[float], start: float, end: float, wide: float) -> _Axis:
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low >= wide
+    logarithmic = _ranges(values, wide)
     if logarithmic:
         margin = (high / low) ** 0.03
         return _Axis(low / margin, high * margin, True, start, end)
@@ -170,11 +190,7 @@ def number(value: float) -> str:
 def _drawn(chart: Chart, alone: bool) -> str:
     legend = _legend(chart.labels)
     height = _HEIGHT + _LINE * (1 + max(row for row, _, _ in legend))
-    xs, ys = [], []
-    for curve in chart.curves:
-        for n in _places(curve):
-            xs.append(curve.x[n])
-            ys += [curve.y[n], *_spread(curve, n)]
+    xs, ys = _extent(chart)
     across = _axis(xs, _LEFT, _WIDTH - _RIGHT, _WIDE_ACROSS)
     up = _axis(ys, _HEIGHT - _BOTTOM, _TOP, _WIDE_UP)
     name = chart.curves[0]

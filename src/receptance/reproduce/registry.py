@@ -1,0 +1,9 @@
+"""All experiments of the paper, in its order."""
+
+from __future__ import annotations
+
+from receptance.reproduce.decays import Decays
+from receptance.reproduce.experiment import Experiment
+
+EXPERIMENTS: dict[str, type[Experiment]] = {kind.NAME: kind for kind in (Decays,)}
+"""The experiments by the names that the command has for them."""
