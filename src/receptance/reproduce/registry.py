@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from receptance.reproduce.complexity import Complexity
 from receptance.reproduce.decays import Decays
 from receptance.reproduce.experiment import Experiment
+from receptance.reproduce.sizes import Sizes
 
-EXPERIMENTS: dict[str, type[Experiment]] = {kind.NAME: kind for kind in (Decays,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    kind.NAME: kind
+    for kind in (
+        Complexity,
+        Sizes,
+        Decays,
+    )
+}
 """The experiments by the names that the command has for them."""
