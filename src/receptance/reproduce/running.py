@@ -89,6 +89,9 @@ def _run(experiment: Experiment, path: Path, measured: Measured, console: Consol
                     said = time.monotonic()
                     say(console, f"{experiment.NAME}: {(finished + more) / total:.0%}, {what}")
 
+            if left:
+                note("preparing", 0.0)
+                experiment.prepare(Work(path.with_suffix(""), note))
             for record in measured(experiment, path.with_suffix(""), left, note) if left else ():
                 journal.add(record)
                 done[_key(record["piece"])] = record
