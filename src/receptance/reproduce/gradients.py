@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from receptance.evaluation.intervals import mean
-from receptance.evaluation.results import Curve, Figure, Subject
+from receptance.evaluation.results import Curve, Figure, Result, Subject
+from receptance.plots import Line, Panel
 from receptance.reproduce.bounds import IDENTITIES, SHARES, derivatives
 from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
 from receptance.reproduce.norms import NETWORKS, backward, parameters
@@ -16,7 +18,11 @@ RWKV, LSTM, TRANSFORMER = NETWORKS
 _BOUNDS, _LENGTH, _DEPTH = "bounds", "length", "depth"
 # Float64 rounds at 1e-16; sums over thousands of positions and exponents lose some digits of it.
 _EXACT = 1e-9
-# A gradient is stable if its largest mean norm is at most so many times the smallest.
+# Norms that float32 cannot tell from 0 count as this.
+_LEAST = 1e-40
+# Pictures end here.
+_DRAWN = 1e-20
+# A gradient is stable if its largest norm is at most so many times the smallest.
 _STABLE = 10.0
 # The far end of a text is reached if it has this many times the share that the LSTM leaves it.
 _REACHES = 10.0
@@ -126,6 +132,31 @@ class Gradients(Experiment):
             ],
         )
 
+    def panels(self, result: Result) -> list[Panel]:
+        """The bounds, then the three questions about whole networks."""
+        made = [
+            Panel(
+                title="Derivatives of wkv, float64",
+                x="T, tokens",
+                y="largest, as a share of its bound",
+                lines=[Line(x.name, x.x, x.y) for x in result.curves if x.name in SHARES],
+                log_x=True,
+            )
+        ]
+        for name, unit in ((_WHOLE, ", tokens"), (_FIRST, ""), (_BACK, "")):
+            curves = [curve for curve in result.curves if curve.name == name]
+            made.append(
+                Panel(
+                    title=name,
+                    x=f"{curves[0].x_name}{unit}",
+                    y=curves[0].y_name,
+                    lines=[_line(curve) for curve in curves],
+                    log_x=True,
+                    log_y=True,
+                )
+            )
+        return made
+
     def _bounds(self, found: Sequence[tuple[Piece, Mapping[str, Any]]]) -> list[Curve]:
         """The worst over seeds of each identity and each bound, at every T."""
         made = []
@@ -164,25 +195,35 @@ class Gradients(Experiment):
 
 
 def _curve(name: str, x_name: str, values: Mapping[int, Sequence[float]], model: str) -> Curve:
-    """Means over seeds, and their intervals, which do not go below a hundredth of the mean."""
-    means = [mean(some, "seeds") for some in values.values()]
-    lows = [max(x.low, x.value / 100) for x in means if x.low is not None]
+    """Geometric means over seeds, and their intervals."""
+    means = [
+        mean([math.log(max(x, _LEAST)) for x in some], "seeds").map(math.exp)
+        for some in values.values()
+    ]
     return Curve(
         name=name,
         x_name=x_name,
         x=[*map(float, values)],
         y_name="share" if name == _BACK else "norm",
         y=[x.value for x in means],
-        low=lows if len(lows) == len(means) else None,
-        high=[x.high for x in means if x.high is not None] if len(lows) == len(means) else None,
+        low=[x.low for x in means if x.low is not None],
+        high=[x.high for x in means if x.high is not None],
         interval=means[0].interval,
         model=model,
     )
 
 
+def _line(curve: Curve) -> Line:
+    """The part of a curve that is not lost in nothing."""
+    assert curve.low is not None and curve.high is not None
+    rows = zip(curve.x, curve.y, curve.low, curve.high, strict=True)
+    x, y, low, high = zip(*(row for row in rows if row[1] > _DRAWN), strict=True)
+    return Line(str(curve.model), x, y, [max(n, _DRAWN) for n in low], high)
+
+
 def _spread(curve: Curve) -> float:
     """By which factor the largest value exceeds the smallest."""
-    return max(curve.y) / min(curve.y) if min(curve.y) > 0 else float("inf")
+    return max(curve.y) / min(curve.y)
 
 
 def _ratio(curve: Curve) -> Figure:
@@ -231,8 +272,8 @@ def stability_checks(curves: Sequence[Curve]) -> list[Check]:
         made.append(
             Check(
                 claim=f"Gradients of RWKV neither explode nor vanish with the {over}.",
-                rule=f"from {x[0]:g} to {x[-1]:g} the largest mean norm is at most {_STABLE:g} "
-                "times the smallest.",
+                rule=f"from {x[0]:g} to {x[-1]:g} the largest norm is at most {_STABLE:g} times "
+                "the smallest, both in the geometric mean over seeds.",
                 found="The factor is "
                 + ", ".join(f"{n:.3g} for {model}" for model, n in spreads.items())
                 + ".",

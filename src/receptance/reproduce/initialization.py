@@ -45,7 +45,7 @@ STARTS: dict[str, Callable[[Model, torch.Generator], None]] = {CODE: code, PRINT
 
 
 def matrices(model: Model) -> dict[str, nn.Parameter]:
-    """All matrices of the blocks, by the number of the block and their name in it: "0.att.key"."""
+    """All matrices of the blocks, by the number of the block and their name in it."""
     return {
         f"{layer}.{name}": block.get_parameter(f"{name}.weight")
         for layer, block in enumerate(model.blocks)

@@ -47,7 +47,7 @@ class Scaling(OnText):
         "front without its last order of magnitude, and compares what the line says of that"
     )
     NEEDS: ClassVar[str] = "nothing; better with a text of a few million tokens"
-    TAKES: ClassVar[tuple[str, str]] = ("1 to 2 minutes", "1 hour with --processes 2")
+    TAKES: ClassVar[tuple[str, str]] = ("1 to 2 minutes", "1 hour in two processes")
     PARALLEL: ClassVar[bool] = True
 
     sizes: tuple[str, ...] = ("32x2", "48x3", "64x3", "96x4", "128x5", "192x6")
