@@ -178,6 +178,7 @@ def caption(result: Result) -> str:
         for x in result.models
     ]
     hardware = result.machine.get("gpu") or result.machine.get("cpu", "")
-    threads = f"{result.machine.get('threads')} threads, torch {result.versions.get('torch')}"
+    count = result.machine.get("threads")
+    threads = f"{count} thread{'s' * (count != 1)}, torch {result.versions.get('torch')}"
     parts = [", ".join(models), result.details.get("caption", ""), f"{hardware}, {threads}"]
     return ". ".join(part for part in parts if part) + "."

@@ -6,6 +6,7 @@ from receptance.reproduce.complexity import Complexity
 from receptance.reproduce.decays import Decays
 from receptance.reproduce.experiment import Experiment
 from receptance.reproduce.inference import Inference
+from receptance.reproduce.prompts import PromptOrder
 from receptance.reproduce.sizes import Sizes
 from receptance.reproduce.trace import CausalTrace
 
@@ -17,6 +18,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         Inference,
         Decays,
         CausalTrace,
+        PromptOrder,
     )
 }
 """The experiments by the names that the command has for them."""
