@@ -12,6 +12,7 @@ from receptance.evaluation.intervals import (
     mean,
     ratio,
     resampled_error,
+    share,
     student_quantile,
 )
 
@@ -44,6 +45,21 @@ def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
         found = ratio(sums, sizes)
         held += found.low < 2.0 < found.high
     assert 360 <= held <= 396  # 380 are expected, with a standard deviation of 4.4.
+
+
+@pytest.mark.parametrize("right", [0, 1, 17, 39, 40])
+def test_the_interval_of_a_share_is_wilsons(right):
+    stats = pytest.importorskip("scipy.stats")
+    wanted = stats.binomtest(right, 40).proportion_ci(method="wilson")
+    found = share(right / 40, 40)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    assert found.low < found.high
+
+
+def test_what_is_no_share_is_refused():
+    for value, count in ((0.5, 0), (-0.1, 3), (1.1, 3)):
+        with pytest.raises(ValueError, match="is no share"):
+            share(value, count)
 
 
 def test_one_document_has_no_interval():

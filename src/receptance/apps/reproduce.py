@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
-from rich.table import Table
 
 from receptance.apps.console import Console
+from receptance.apps.gallery import ELSEWHERE, write_gallery
 from receptance.apps.options import parse
 from receptance.data.pool import in_processes
 from receptance.evaluation.results import Result
@@ -52,10 +52,12 @@ class Options:
     """Take the quick form of each, of at most two minutes on two processor cores."""
     out: Path | None = None
     """Write into this folder; by default runs/reproduce, or runs/reproduce-quick if quick."""
+    gallery: Path | None = None
+    """Write the results in --out into this page of Markdown, with their pictures beside it."""
 
     def __post_init__(self) -> None:
-        if self.list == self.all:
-            raise ValueError("list or all: take one of them, or name an experiment")
+        if self.list + self.all + (self.gallery is not None) != 1:
+            raise ValueError("list, all or gallery: take one of them, or name an experiment")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,9 @@ def main(argv: list[str]) -> None:
         options = parse(Options, argv or ["--help"], "receptance reproduce")
         if options.list:
             _list(console)
+        elif options.gallery is not None:
+            write_gallery(_folder(options.out, options.quick), options.gallery)
+            say(console, f"wrote {options.gallery}")
         else:
             _all(options, console)
         return
@@ -163,17 +168,21 @@ def _say_result(result: Result, console: Console) -> None:
 
 def _list(console: Console) -> None:
     for name, kind in EXPERIMENTS.items():
-        say(console, f"{name}: {kind.SHOWS}", style="bold")
-        table = Table.grid(padding=(0, 1))
         quick, full = kind.TAKES
-        for head, text in (
-            ("claim", kind.CLAIM),
-            ("does", kind.DOES),
-            ("needs", kind.NEEDS),
-            ("takes", f"quick {quick}, full {full}"),
-        ):
-            table.add_row(f"  {head}", text)
-        console.print(table, markup=False, highlight=False)
+        about = {"claim": kind.CLAIM, "does": kind.DOES, "needs": kind.NEEDS}
+        _say_about(
+            f"{name}: {kind.SHOWS}", about | {"takes": f"quick {quick}, full {full}"}, console
+        )
+    for other in ELSEWHERE:
+        about = {"claim": other.claim, "needs": other.needs, "run": other.command}
+        _say_about(f"{other.shows}, by another command", about, console)
+
+
+def _say_about(title: str, about: Mapping[str, str], console: Console) -> None:
+    say(console, title, style="bold")
+    for head, text in about.items():
+        for n, line in enumerate(textwrap.wrap(text, 88)):
+            say(console, f"  {'' if n else head:6} {line}")
 
 
 # ---- pieces of work, here or side by side -------------------------------------------------------

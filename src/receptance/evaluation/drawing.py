@@ -67,11 +67,16 @@ class Chart:
 
 def charts(result: Result) -> list[Chart]:
     """The charts of a result: one for each kind of curve, or for each part of what it is about."""
-    kinds: dict[tuple[str, str, str], list[Curve]] = {}
+    return [part for kind in kinds(result) for part in _divided(kind.title, kind.curves)]
+
+
+def kinds(result: Result) -> list[Chart]:
+    """The charts of a result with all curves of a kind in one, however many these are."""
+    found: dict[tuple[str, str, str], list[Curve]] = {}
     for curve in result.curves:
         if _places(curve):
-            kinds.setdefault((curve.name, curve.x_name, curve.y_name), []).append(curve)
-    return [chart for (name, *_), group in kinds.items() for chart in _divided(name, group)]
+            found.setdefault((curve.name, curve.x_name, curve.y_name), []).append(curve)
+    return [Chart(name, some, _labels(some)) for (name, *_), some in found.items()]
 
 
 def _divided(name: str, curves: list[Curve]) -> Iterator[Chart]:
@@ -85,13 +90,18 @@ def _divided(name: str, curves: list[Curve]) -> Iterator[Chart]:
         title = f"{name} ({about})" if about else name
         for at in range(0, len(part), _MOST_CURVES):
             some = part[at : at + _MOST_CURVES]
-            labels = [curve.model or curve.name for curve in some]
-            if len(set(labels)) < len(labels):
-                labels = [
-                    f"{label}, {more}" if (more := _about(curve, some)) else label
-                    for label, curve in zip(labels, some, strict=True)
-                ]
-            yield Chart(title, some, labels)
+            yield Chart(title, some, _labels(some))
+
+
+def _labels(curves: Sequence[Curve]) -> list[str]:
+    """The models of curves, and what they are about if that is needed to tell them apart."""
+    labels = [curve.model or curve.name for curve in curves]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [
+        f"{label}, {more}" if (more := _about(curve, curves)) else label
+        for label, curve in zip(labels, curves, strict=True)
+    ]
 
 
 def _about(curve: Curve, among: Sequence[Curve]) -> str:

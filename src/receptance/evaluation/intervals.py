@@ -66,6 +66,21 @@ def ratio(sums: ArrayLike, sizes: ArrayLike, what: str = "documents") -> Estimat
     return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}, Student's t")
 
 
+def share(value: float, count: int, what: str = "documents") -> Estimate:
+    """The share of so many documents in which something holds, with Wilson's interval.
+
+    The interval has a width where it holds in none or in all of them, unlike Student's (E. B.
+    Wilson, JASA 22, 1927). ValueError if there are no documents, or if the value is no share.
+    """
+    if count < 1 or not 0 <= value <= 1:
+        raise ValueError(f"{value} of {count} {what} is no share; wanted 0 to 1 of at least 1")
+    spread = _NORMAL**2 / count
+    middle = (value + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * value * (1 - value) + spread**2 / 4) / (1 + spread)
+    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
+    return Estimate(value, low, high, f"95 % over {count:,} {what}, Wilson's")
+
+
 def resampled_error(
     metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int
 ) -> float:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from receptance.evaluation.drawing import Chart, charts, is_wide
+from receptance.evaluation.drawing import Chart, is_wide, kinds
 from receptance.evaluation.results import Curve, Figure, Result, Source, Subject
 from receptance.plots import Line, Panel
 
@@ -128,8 +128,8 @@ class Experiment(ABC):
         """What all pieces together show."""
 
     def panels(self, result: Result) -> list[Panel]:
-        """The parts of the picture, made from the result alone: by default a panel for a chart."""
-        return [panel(chart) for chart in charts(result)]
+        """The parts of the picture, made from the result alone: by default one for each kind."""
+        return [panel(chart) for chart in kinds(result)]
 
     def result(
         self, found: Sequence[tuple[Piece, Mapping[str, Any]]], seconds: float, **about: Any
@@ -181,6 +181,7 @@ def caption(result: Result) -> str:
         for x in result.models
     ]
     hardware = result.machine.get("gpu") or result.machine.get("cpu", "")
-    threads = f"{result.machine.get('threads')} threads, torch {result.versions.get('torch')}"
+    count = result.machine.get("threads")
+    threads = f"{count} thread{'s' * (count != 1)}, torch {result.versions.get('torch')}"
     parts = [", ".join(models), result.details.get("caption", ""), f"{hardware}, {threads}"]
     return ". ".join(part for part in parts if part) + "."
