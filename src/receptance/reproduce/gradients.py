@@ -27,9 +27,9 @@ _STABLE = 10.0
 # The far end of a text is reached if it has this many times the share that the LSTM leaves it.
 _REACHES = 10.0
 # The figure of each question, and over what it is drawn.
-_WHOLE = "gradient of the last loss, all weights of the layers"
-_FIRST = "gradient of the last loss, weights of the first layer"
-_BACK = "gradient of the last loss at an input, as a share of the last input's"
+WHOLE = "gradient of the last loss, all weights of the layers"
+FIRST = "gradient of the last loss, weights of the first layer"
+BACK = "gradient of the last loss at an input, as a share of the last input's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class Gradients(Experiment):
                 )
                 for name in NETWORKS
             ],
-            figures=[_ratio(curve) for curve in curves if curve.name in (_WHOLE, _FIRST)],
+            figures=[_ratio(curve) for curve in curves if curve.name in (WHOLE, FIRST)],
             curves=curves,
             caption=f"Parameters are those of {self.layers} layers of {self.width} channels. "
             f"Before training; {self.rows} rows of random tokens, {self.layers} layers over T, "
@@ -143,7 +143,7 @@ class Gradients(Experiment):
                 log_x=True,
             )
         ]
-        for name, unit in ((_WHOLE, ", tokens"), (_FIRST, ""), (_BACK, "")):
+        for name, unit in ((WHOLE, ", tokens"), (FIRST, ""), (BACK, "")):
             curves = [curve for curve in result.curves if curve.name == name]
             made.append(
                 Panel(
@@ -187,9 +187,9 @@ class Gradients(Experiment):
             far = over_t[max(self.lengths)]
             back = {d: [it["back"][n] for it in far] for n, d in enumerate(far[0]["distances"])}
             made += [
-                _curve(_WHOLE, "T", whole, model),
-                _curve(_FIRST, "layers", first, model),
-                _curve(_BACK, "tokens between", back, model),
+                _curve(WHOLE, "T", whole, model),
+                _curve(FIRST, "layers", first, model),
+                _curve(BACK, "tokens between", back, model),
             ]
         return made
 
@@ -204,7 +204,7 @@ def _curve(name: str, x_name: str, values: Mapping[int, Sequence[float]], model:
         name=name,
         x_name=x_name,
         x=[*map(float, values)],
-        y_name="share" if name == _BACK else "norm",
+        y_name="share" if name == BACK else "norm",
         y=[x.value for x in means],
         low=[x.low for x in means if x.low is not None],
         high=[x.high for x in means if x.high is not None],
@@ -266,7 +266,7 @@ def stability_checks(curves: Sequence[Curve]) -> list[Check]:
     """Gradients of whole networks."""
     found = {(curve.name, curve.model): curve for curve in curves}
     made = []
-    for name, over in ((_WHOLE, "length"), (_FIRST, "depth")):
+    for name, over in ((WHOLE, "length"), (FIRST, "depth")):
         spreads = {model: _spread(found[name, model]) for model in NETWORKS}
         x = found[name, RWKV].x
         made.append(
@@ -280,8 +280,8 @@ def stability_checks(curves: Sequence[Curve]) -> list[Check]:
                 agrees=spreads[RWKV] <= _STABLE,
             )
         )
-    ends = {model: found[_BACK, model].y[-1] for model in NETWORKS}
-    far = found[_BACK, RWKV].x[-1]
+    ends = {model: found[BACK, model].y[-1] for model in NETWORKS}
+    far = found[BACK, RWKV].x[-1]
     made.append(
         Check(
             claim="A gradient vanishes over time only as far as the decay makes it.",

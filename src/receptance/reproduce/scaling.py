@@ -50,7 +50,7 @@ class Scaling(OnText):
     TAKES: ClassVar[tuple[str, str]] = ("1 to 2 minutes", "1 hour in two processes")
     PARALLEL: ClassVar[bool] = True
 
-    sizes: tuple[str, ...] = ("32x2", "48x3", "64x3", "96x4", "128x5", "192x6")
+    sizes: tuple[str, ...] = ("32x2", "48x3", "64x3", "96x4", "128x5", "160x6")
     """Sizes, as WIDTHxLAYERS."""
     tokens: tuple[int, ...] = (1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22)
     """Tokens that runs read, repetitions included. Every size is trained on each number of them,

@@ -84,7 +84,7 @@ class SmallInit(OnText):
     @classmethod
     def quick(cls) -> SmallInit:
         """A smaller model, and fewer steps."""
-        return cls(size="32x2", steps=300, held_out=1 << 10)
+        return cls(size="32x2", steps=240, held_out=1 << 10)
 
     def pieces(self) -> list[Piece]:
         """Every start with every seed."""

@@ -28,8 +28,8 @@ from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.options import TrainOptions
 
 _FAMILY = "rwkv4"
-# A curve over steps has so many points.
-_POINTS = 50
+# A curve over steps has at most so many points.
+_POINTS, _LEAST_STEPS = 50, 10
 STANDARD_LIBRARY = "the modules of Python's standard library"
 
 
@@ -67,7 +67,7 @@ class OnText(Experiment):
     def corpus(self, folder: Path) -> TokenFiles:
         """The tokens, made when they are not there yet."""
         names = self.data or (f"{sysconfig.get_path('stdlib')}/*.py",)
-        how = PrepareOptions(validation=self.validation, exclude=self.exclude, workers=0)
+        how = PrepareOptions(validation=self.validation, exclude=self.exclude)
         found = prepare(names, folder / "data", self.tokenizer, how, Console(quiet=True))
         if len(found.train) <= self.context:
             raise ValueError(
@@ -150,8 +150,8 @@ def counts_of(size: str, vocabulary: int, context: int) -> Counts:
 
 def check_seeds(seeds: int, steps: int) -> None:
     """ValueError if there are too few of either."""
-    if seeds < 2 or steps < _POINTS:
-        raise ValueError(f"{seeds} seeds, {steps} steps; wanted at least 2 and {_POINTS}")
+    if seeds < 2 or steps < _LEAST_STEPS:
+        raise ValueError(f"{seeds} seeds, {steps} steps; wanted at least 2 and {_LEAST_STEPS}")
 
 
 def losses_of(
@@ -173,7 +173,9 @@ def losses_of(
 
 def averaged(runs: Sequence[Sequence[float]]) -> tuple[list[float], list[list[float]]]:
     """Means over parts of equal length of each run, and the steps in the middle of these parts."""
-    edges = [round(n * len(runs[0]) / _POINTS) for n in range(_POINTS + 1)]
+    steps = len(runs[0])
+    points = min(_POINTS, steps)
+    edges = [round(n * steps / points) for n in range(points + 1)]
     parts = list(itertools.pairwise(edges))
     means = [[sum(run[a:b]) / (b - a) for a, b in parts] for run in runs]
     return [(a + b + 1) / 2 for a, b in parts], means
