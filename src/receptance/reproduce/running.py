@@ -72,6 +72,8 @@ def _identity(experiment: Experiment) -> Record:
 def _run(experiment: Experiment, path: Path, measured: Measured, console: Console) -> Result:
     pieces = {_key(piece): piece for piece in experiment.pieces()}
     about = {"experiment": experiment.NAME, **_identity(experiment)}
+    with console.status(f"{experiment.NAME}: preparing"):
+        experiment.prepare(Work(path.with_suffix("")))
     with Journal(journal_path(path), about) as journal:
         done = {_key(record["piece"]): record for record in journal.records}
         left = [piece for key, piece in pieces.items() if key not in done]
@@ -89,9 +91,6 @@ def _run(experiment: Experiment, path: Path, measured: Measured, console: Consol
                     said = time.monotonic()
                     say(console, f"{experiment.NAME}: {(finished + more) / total:.0%}, {what}")
 
-            if left:
-                note("preparing", 0.0)
-                experiment.prepare(Work(path.with_suffix(""), note))
             for record in measured(experiment, path.with_suffix(""), left, note) if left else ():
                 journal.add(record)
                 done[_key(record["piece"])] = record
