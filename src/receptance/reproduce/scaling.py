@@ -57,8 +57,9 @@ class Scaling(OnText):
     from the beginning, with a schedule of that length."""
     most_flops: float = 0.0
     """Leave out runs that cost more than this; 0 means none."""
-    rate: float = 0.5
-    """The learning rate times the width. The paper's six recipes have 0.38 to 0.61."""
+    rate: float = 0.8
+    """The learning rate times the width. The paper's six recipes have 0.38 to 0.61; short runs want
+    more."""
     highest_rate: float = 0.01
     """The highest learning rate, for narrow models."""
     factor: float = 10.0
