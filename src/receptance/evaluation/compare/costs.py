@@ -103,7 +103,7 @@ def _generation(work: Measurement) -> list[Cost]:
     found, read = [], 0
     for context in sorted(work.options.contexts):
         _read(decoder, read, context, work.shape.vocab_size)
-        remembered = decoder.remembered_bytes
+        remembered = sum(x.nbytes for x in decoder.remembered)
         for _ in range(_WARM_UP):
             decoder.step()
         middle = statistics.median(seconds(decoder.step) for _ in range(_STEPS))
