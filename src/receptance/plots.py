@@ -33,8 +33,8 @@ _MOST_VALIDATIONS = 5000
 _MARKED = 100
 # An axis has about so many labels.
 _LABELS = 24
-# A caption is folded to so many columns.
-_CAPTION = 130
+# A caption is folded to so many columns; up to so many panels stand below each other.
+_CAPTION, _STACKED = 130, 3
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
@@ -117,19 +117,21 @@ class Panel:
     columns: Sequence[str] = ()
     unit: str = ""
     """That of the matrix."""
+    range: tuple[float, float] | None = None
+    """Its values that are white and darkest; None are the least and the largest."""
 
 
 def draw_panels(panels: Sequence[Panel], pictures: Sequence[Path], caption: str) -> None:
-    """Draw panels below each other, with a caption, in files of the kinds that their names say.
+    """Draw panels and a caption in files of the kinds that their names say, PNG or SVG.
 
     ValueError if a file that is no picture is in the way, or if matplotlib is not installed.
     """
-    figure = _figure()
-    figure.set_size_inches(8, 4.5 * max(1, len(panels)))
-    found = figure.subplots(max(1, len(panels)), squeeze=False)
-    for axes, panel in zip(found[:, 0], panels, strict=False):
-        _draw(axes, panel)
-    words = "\n".join(textwrap.wrap(_drawable(caption), _CAPTION))
+    figure, across = _figure(), 1 if len(panels) <= _STACKED else 2
+    down = -(-len(panels) // across)
+    figure.set_size_inches(8 * across, 4.5 * down)
+    for n, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(down, across, n), panel)
+    words = "\n".join(textwrap.wrap(_drawable(caption), _CAPTION * across))
     figure.supxlabel(words, fontsize=7, x=0.01, ha="left", parse_math=False)
     for picture in pictures:
         _save(figure, picture)
@@ -148,15 +150,17 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
         (drawn,) = axes.plot(line.x, line.y, style, label=_drawable(line.label), markersize=3)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.2)
-    axes.set_xscale("log" if panel.log_x else "linear")
-    axes.set_yscale("log" if panel.log_y else "linear")
+    scales = {True: "log", False: "linear"}
+    axes.set(xscale=scales[panel.log_x], yscale=scales[panel.log_y])
     axes.legend(fontsize="x-small")
     axes.grid(alpha=0.3)
 
 
 def _draw_matrix(axes: Axes, panel: Panel) -> None:
     assert panel.matrix is not None and axes.figure is not None
-    drawn = axes.imshow(panel.matrix, cmap="Purples", aspect="auto", interpolation="nearest")
+    low, high = panel.range or (None, None)
+    how: dict[str, Any] = {"cmap": "Purples", "aspect": "auto", "interpolation": "nearest"}
+    drawn = axes.imshow(panel.matrix, vmin=low, vmax=high, **how)
     axes.set_yticks(range(len(panel.rows)), [_drawable(x) for x in panel.rows], parse_math=False)
     some = range(0, len(panel.columns), max(1, len(panel.columns) // _LABELS))
     axes.set_xticks(some, [_drawable(panel.columns[i]) for i in some], parse_math=False)
@@ -199,11 +203,8 @@ def draw_heat_map(
 
     ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
     """
-    figure = _figure()
-    axes = figure.subplots()
     panel = Panel(title=title, x=column_name, y=row_name, unit=unit)
-    _draw(axes, replace(panel, matrix=values, rows=rows, columns=columns))
-    _save(figure, picture)
+    draw_panels([replace(panel, matrix=values, rows=rows, columns=columns)], [picture], "")
 
 
 def check_picture(path: Path) -> None:

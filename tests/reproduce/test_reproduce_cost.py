@@ -14,7 +14,12 @@ from receptance.reproduce.mechanisms import counted as counted_bytes
 from receptance.reproduce.sizes import FLOPS, PARAMETERS, PRINTED, Sizes, checks, counted, slips
 
 TINY = Complexity(
-    lengths=(32, 64, 128), widths=(16, 32, 64), timed_lengths=(64, 128, 192), length=64, width=32
+    lengths=(32, 64, 128),
+    widths=(16, 32, 64),
+    timed_lengths=(64, 128, 192),
+    timed_width=32,
+    length=64,
+    width=32,
 )
 
 

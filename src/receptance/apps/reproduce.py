@@ -108,7 +108,9 @@ def main(argv: list[str]) -> None:
             write_gallery(_folder(options.out, options.quick), options.gallery)
             say(console, f"wrote {options.gallery}")
         else:
-            _all(options, console)
+            out = _folder(options.out, options.quick)
+            with RunLock(out):
+                _all(out, options.quick, console)
         return
     name, *rest = argv
     if name not in EXPERIMENTS:
@@ -117,7 +119,8 @@ def main(argv: list[str]) -> None:
     if options.quick:
         options = _parsed(name, rest, replace(options, experiment=EXPERIMENTS[name].quick()))
     out = _folder(options.out, options.quick)
-    _reported(options.experiment, out, getattr(options, "processes", 1), console)
+    with RunLock(out):
+        _reported(options.experiment, out, getattr(options, "processes", 1), console)
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
 
 
@@ -131,15 +134,15 @@ def _folder(out: Path | None, quick: bool) -> Path:
     return folder
 
 
-def _all(options: Options, console: Console) -> None:
+def _all(out: Path, quick: bool, console: Console) -> None:
     """Run all experiments that can run by themselves; what one of them refuses is told last."""
-    out, refused = _folder(options.out, options.quick), []
+    refused = []
     for name, kind in EXPERIMENTS.items():
         if not kind.READY:
             say(console, f"{name} is left out: it needs {kind.NEEDS}")
             continue
         try:
-            _reported(kind.quick() if options.quick else kind(), out, 1, console)
+            _reported(kind.quick() if quick else kind(), out, 1, console)
         except ValueError as error:
             refused.append(f"{name}: {error}")
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
@@ -148,12 +151,11 @@ def _all(options: Options, console: Console) -> None:
 
 
 def _reported(experiment: Experiment, out: Path, processes: int, console: Console) -> None:
-    with RunLock(out):
-        try:
-            result = run(experiment, out, _Work(experiment, processes), console)
-        except KeyboardInterrupt:
-            say(console, f"stopped; the same command goes on with {out}")
-            raise
+    try:
+        result = run(experiment, out, _Work(experiment, processes), console)
+    except KeyboardInterrupt:
+        say(console, f"stopped; the same command goes on with {out}")
+        raise
     _say_result(result, console)
     say(console, f"  {out / experiment.NAME}.json, .png, .svg")
 

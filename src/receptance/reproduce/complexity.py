@@ -43,8 +43,10 @@ class Complexity(Experiment):
     """T at which operations and bytes are counted."""
     widths: tuple[int, ...] = (32, 64, 128, 256)
     """d at which they are counted."""
-    timed_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    timed_lengths: tuple[int, ...] = (512, 1024, 2048, 4096)
     """T at which time is taken; multiples of 64."""
+    timed_width: int = 256
+    """d while time is taken."""
     length: int = 512
     """T while d changes."""
     width: int = 64
@@ -60,7 +62,7 @@ class Complexity(Experiment):
     @classmethod
     def quick(cls) -> Complexity:
         """Shorter texts."""
-        return cls(lengths=(128, 256, 512, 1024), timed_lengths=(512, 1024, 2048, 4096), length=256)
+        return cls(lengths=(128, 256, 512, 1024), timed_lengths=(256, 512, 1024, 2048), length=256)
 
     def pieces(self) -> list[Piece]:
         """Every mechanism at every T and every d."""
@@ -72,7 +74,7 @@ class Complexity(Experiment):
             for t, d, over in sorted(places)
         ]
         return made + [
-            {"how": TIMED, "model": name, "T": t, "d": self.width, "over": "T"}
+            {"how": TIMED, "model": name, "T": t, "d": self.timed_width, "over": "T"}
             for name, row in MECHANISMS.items()
             for t in sorted({*self.timed_lengths})
             if row.fast is not None
@@ -96,7 +98,7 @@ class Complexity(Experiment):
             figures=[_figure(curve, slopes[_name(curve)]) for curve in curves],
             curves=curves,
             caption=f"One head, float32, d = {self.width} over T and T = {self.length} over d; "
-            "bytes are those beyond the inputs and the output",
+            f"time is taken at d = {self.timed_width}; bytes are those beyond inputs and output",
             notes=[
                 "Reformer, AFT-local and MEGA of Table 1 are not measured.",
                 "Bytes are the most that a mechanism holds at once besides its inputs and its "

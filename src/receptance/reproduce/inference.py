@@ -33,7 +33,7 @@ from receptance.reproduce.mechanisms import Counter
 # A cost per token is constant if it grows by less than the first share over the run, and it grows
 # if that is more than the second; between them nobody can say.
 _CONSTANT, _GROWS = 0.1, 0.25
-_WARM_UP = 4
+_WARM_UP = 8
 TIME, STEP, MEMORY = "cumulative seconds", "seconds of a token", "memory"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 
 from receptance.errors import one_line
 from receptance.evaluation.journal import Journal, journal_path
@@ -40,12 +41,48 @@ def run(experiment: Experiment, out: Path, measured: Measured, console: Console)
     path = out / f"{experiment.NAME}.json"
     for picture in pictures(path):
         check_picture(picture)
-    found = there(experiment, path)
-    if found is None:
-        with one_line(out, "what is computed to "):
-            found = _run(experiment, path, measured, console)
-    draw(experiment, found, path)
+    with progress_bar(console) as bar:
+        shown = _Shown(experiment.NAME, bar)
+        found = there(experiment, path)
+        if found is None:
+            with one_line(out, "what is computed to "):
+                found = _run(experiment, path, measured, shown)
+        shown.note("drawing", 0.0)
+        draw(experiment, found, path)
+        shown.finish()
     return found
+
+
+class _Shown:
+    """What a terminal shows of an experiment: a bar, or lines where no bar can be seen."""
+
+    def __init__(self, name: str, bar: Progress) -> None:
+        self._name, self._bar = name, bar
+        self._task = bar.add_task(name, total=None, note="preparing")
+        self._done, self._total, self._said = 0.0, 1.0, time.monotonic()
+
+    def begin(self, done: float, total: float) -> None:
+        """So much of the whole work was done before."""
+        self._done, self._total = done, total
+        self._bar.update(self._task, total=total, completed=done)
+
+    def note(self, what: str, more: float) -> None:
+        """Say what is being done, and how much of its piece is done."""
+        done = self._done + more
+        self._bar.update(self._task, note=what, completed=done)
+        console = self._bar.console
+        if not console.is_terminal and time.monotonic() - self._said > _PATIENCE:
+            self._said = time.monotonic()
+            say(console, f"{self._name}: {done / self._total:.0%}, {what}")
+
+    def add(self, cost: float) -> None:
+        """A piece is done."""
+        self._done += cost
+        self.note("", 0.0)
+
+    def finish(self) -> None:
+        """All is done."""
+        self._bar.update(self._task, total=self._total, completed=self._total, note="")
 
 
 def there(experiment: Experiment, path: Path) -> Result | None:
@@ -69,7 +106,7 @@ def _identity(experiment: Experiment) -> Record:
     return about
 
 
-def _run(experiment: Experiment, path: Path, measured: Measured, console: Console) -> Result:
+def _run(experiment: Experiment, path: Path, measured: Measured, shown: _Shown) -> Result:
     pieces = {_key(piece): piece for piece in experiment.pieces()}
     about = {"experiment": experiment.NAME, **_identity(experiment)}
     with console.status(f"{experiment.NAME}: preparing"):
@@ -78,24 +115,12 @@ def _run(experiment: Experiment, path: Path, measured: Measured, console: Consol
         done = {_key(record["piece"]): record for record in journal.records}
         left = [piece for key, piece in pieces.items() if key not in done]
         total = sum(map(experiment.cost, pieces.values()))
-        with progress_bar(console) as bar:
-            task = bar.add_task(experiment.NAME, total=total, note="")
-            finished = total - sum(map(experiment.cost, left))
-            bar.update(task, completed=finished)
-            said = time.monotonic()
-
-            def note(what: str, more: float) -> None:
-                nonlocal said
-                bar.update(task, note=what, completed=finished + more)
-                if not console.is_terminal and time.monotonic() - said > _PATIENCE:
-                    said = time.monotonic()
-                    say(console, f"{experiment.NAME}: {(finished + more) / total:.0%}, {what}")
-
-            for record in measured(experiment, path.with_suffix(""), left, note) if left else ():
-                journal.add(record)
-                done[_key(record["piece"])] = record
-                finished += experiment.cost(record["piece"])
-                bar.update(task, completed=finished, note="")
+        shown.begin(total - sum(map(experiment.cost, left)), total)
+        folder = path.with_suffix("")
+        for record in measured(experiment, folder, left, shown.note) if left else ():
+            journal.add(record)
+            done[_key(record["piece"])] = record
+            shown.add(experiment.cost(record["piece"]))
         kept = [done[key] for key in pieces]
         result = experiment.result(
             [(record["piece"], record["found"]) for record in kept],
@@ -105,7 +130,7 @@ def _run(experiment: Experiment, path: Path, measured: Measured, console: Consol
         result.save(path)
         journal.remove()
     with suppress(OSError):  # Most experiments keep nothing there.
-        path.with_suffix("").rmdir()
+        folder.rmdir()
     return result
 
 

@@ -124,17 +124,19 @@ class CausalTrace(Experiment):
         )
 
     def panels(self, result: Result) -> list[Panel]:
-        """A heat map of each place, tokens from top to bottom."""
-        names = dict.fromkeys(curve.name for curve in result.curves)
+        """A heat map of each place, tokens from top to bottom; the paper's comes first."""
+        places = dict.fromkeys([EVERYTHING, *(curve.about["place"] for curve in result.curves)])
+        values = [y for curve in result.curves for y in curve.y]
         found = []
-        for name in names:
-            some = [curve for curve in result.curves if curve.name == name]
+        for place in places:
+            some = [curve for curve in result.curves if curve.about["place"] == place]
             found.append(
                 Panel(
-                    title=name,
+                    title=some[0].name,
                     x="layer",
                     y="token",
                     unit="nats",
+                    range=(min(values), max(values)),
                     matrix=[curve.y for curve in some],
                     rows=[curve.about["token"] for curve in some],
                     columns=[f"{x:g}" for x in some[0].x],
