@@ -74,7 +74,7 @@ class Architecture(ABC):
     that it has none.
     """
 
-    number: ClassVar[int]
+    number: ClassVar[float]
     """The number of the version, as in `ModelConfig.version`."""
     time_mix: ClassVar[type[Any]]
     """The class of time mixing, which replaces attention; it is made as time_mix(sizes, layer).

@@ -196,10 +196,10 @@ class StartOptions:
     tokenizer: str | None = None
     """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless init or the
     corpus has one."""
-    version: int | None = None
-    """The version of RWKV of a new model, 4 or 7: 4 unless size says otherwise."""
+    version: float | None = None
+    """The version of RWKV of a new model, 4, 5.0 to 5.2, 6 or 7: 4 unless size says otherwise."""
     size: str | None = None
-    """A published size (169m to 14b, rwkv7-0.1b to rwkv7-13.3b) instead of width and layers."""
+    """A published size (169m to 14b, rwkv5-0.1b to rwkv7-13.3b) instead of width and layers."""
     width: int | None = None
     """Channels, C: 256 unless size or init says otherwise."""
     layers: int | None = None
