@@ -128,8 +128,7 @@ class TimeMix(nn.Module):
         for matrix, scale in scales.items():
             nn.init.orthogonal_(matrix.weight, gain=scale, generator=generator)
         nn.init.zeros_(self.output.weight)
-        layer, layers = self.depth
-        nn.init.constant_(self.ln_x.weight, ((1 + layer) / layers) ** 0.7)
+        nn.init.constant_(self.ln_x.weight, ((1 + self.depth[0]) / self.depth[1]) ** 0.7)
 
     def learning_rate_scales(self) -> dict[str, float]:
         """The learning-rate factors that differ from 1 (RWKV-v5, layerwise_lr)."""
@@ -226,6 +225,13 @@ class RWKV52(Architecture):
     float32_parameters = ("att.time_decay", "att.time_faaaa")
     static_decay, time_state = "att.time_decay", "value_by_key"
     intermediates = _INTERMEDIATES | _GATE
+    native_kernel: ClassVar[str | None] = "Rwkv5"
+    native_extras = ("head_size", "group_norm_epsilon")
+    native_vectors = (
+        *(f"att.time_mix_{x}" for x in "kvrg"),
+        *("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias"),
+        *("ffn.time_mix_k", "ffn.time_mix_r"),
+    )
 
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of the published models."""
@@ -311,8 +317,7 @@ class RWKV52(Architecture):
     def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
         """The learned matrices behind a text of which no last token is known."""
         matrices = learned["value_by_key"].mT
-        layers, heads, size, _ = matrices.shape
-        shift = matrices.new_zeros(layers, heads * size, dtype=like.dtype)
+        shift = matrices.new_zeros(len(matrices), matrices[0, ..., 0].numel(), dtype=like.dtype)
         matrices = matrices.to(torch.promote_types(like.dtype, torch.float32))
         return {"time_shift": shift, "channel_shift": shift, "key_by_value": matrices}
 
@@ -332,7 +337,7 @@ class RWKV52(Architecture):
 class RWKV51(RWKV52):
     """Version 5.1 as the rest of the package sees it."""
 
-    number, time_mix = 5.1, HeadwiseTimeMix
+    number, time_mix, native_kernel = 5.1, HeadwiseTimeMix, None
 
 
 class RWKV50(RWKV51):

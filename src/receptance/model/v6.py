@@ -216,6 +216,15 @@ class RWKV6(Architecture):
     residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_faaaa")
     decay_center, time_state = "att.time_decay", "value_by_key"
+    native_kernel, native_extras = "Rwkv6", ("head_size", "group_norm_epsilon")
+    native_vectors = (
+        *(f"att.time_maa_{x}" for x in "xwkvrg"),
+        *("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias"),
+        *("ffn.time_maa_k", "ffn.time_maa_r"),
+    )
+    native_factors = (
+        *("att.time_maa_w1", "att.time_maa_w2", "att.time_decay_w1", "att.time_decay_w2"),
+    )
     intermediates = {  # noqa: RUF012 The dict is never changed.
         **{f"att.mix_{x}": Place(f"att.{call}", "argument") for x, call in _READERS.items()},
         **{f"att.{call.strip('_')}": Place(f"att.{call}") for call in _READERS.values()},
