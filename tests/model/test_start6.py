@@ -43,6 +43,35 @@ def test_vectors_follow_the_official_formulas(layers, width, head_size):
             assert found.flatten().tolist() == pytest.approx(values, rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize("version", [5.0, 5.1, 5.2])
+def test_those_of_rwkv_5(version):
+    config = ModelConfig(
+        version=version, vocab_size=30, width=32, num_layers=3, extras={"head_size": 8}
+    )
+    tensors = Model(config).state_dict()
+    count, share = 32 if version == 5.2 else 4, [i / 32 for i in range(32)]
+    for layer in range(3):
+        late, early = layer / 2, 1 - layer / 3
+        zigzag = [((n + 1) % 3 - 1) * 0.1 * (version == 5.2) for n in range(count)]
+        want = {
+            "att.time_mix_k": [s**early for s in share],
+            "att.time_mix_v": [s**early + 0.3 * late for s in share],
+            "att.time_mix_r": [s ** (0.5 * early) for s in share],
+            "ffn.time_mix_r": [s**early for s in share],
+            "att.time_decay": [
+                -6 + 5 * (n / (count - 1)) ** (0.7 + 1.3 * late) for n in range(count)
+            ],
+            "att.time_faaaa": [late * (1 - n / (count - 1)) + zigzag[n] for n in range(count)],
+        }
+        for name, values in want.items():
+            found = tensors[f"blocks.{layer}.{name}"]
+            assert found.flatten().tolist() == pytest.approx(values, rel=1e-5, abs=1e-6), name
+    assert ("blocks.0.att.gate.weight" in tensors) == (version > 5)
+    assert Model(config).learning_rate_scales() == {
+        f"blocks.{layer}.att.time_decay": 2.0 for layer in range(3)
+    }
+
+
 def test_matrices():
     tensors = new_model().state_dict()
     zero = {name for name, tensor in tensors.items() if not tensor.any()}

@@ -10,6 +10,7 @@ from receptance.adapters import LoRAOptions
 from receptance.config import ModelConfig, published
 from receptance.data import ReadOptions
 from receptance.data.batches import Packing
+from receptance.model.versions import architecture
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_STEPS = 1000
@@ -220,6 +221,8 @@ class StartOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
+        if self.version is not None:  # A flag makes 7.0 of 7.
+            object.__setattr__(self, "version", architecture(self.version).number)
         if self.tune != "all" and (self.parallel == "fsdp" or self.context_ranks > 1):
             raise ValueError(f"tune is {self.tune!r}; it works with ddp and one context rank")
         if self.tune != "all" and self.init is None:
