@@ -28,6 +28,7 @@ using namespace receptance;
 namespace {
 
 struct InstructionSet {
+    const char* name;
     const Wkv4Kernels* wkv4;
     const Wkv6Kernels* wkv6;
     const Wkv7Kernels* wkv7;
@@ -38,9 +39,10 @@ struct InstructionSet {
     const Rwkv7Kernels* rwkv7;
 };
 
-#define RECEPTANCE_KERNELS_OF(set) \
-    {&wkv4_##set,  &wkv6_##set,  &wkv7_##set,  &model_##set, \
-     &rwkv4_##set, &rwkv5_##set, &rwkv6_##set, &rwkv7_##set}
+// What a set adds to `base` serves the models alone; the operators' kernels are those of `base`.
+#define RECEPTANCE_KERNELS_OF(set, base)                                             \
+    {#set,         &wkv4_##base, &wkv6_##base, &wkv7_##base, &model_##set, &rwkv4_##set, \
+     &rwkv5_##set, &rwkv6_##set, &rwkv7_##set}
 
 // The instruction sets that this machine can run, the fastest first.
 std::vector<InstructionSet> runnable() {
@@ -50,14 +52,19 @@ std::vector<InstructionSet> runnable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni"))
-            found.push_back(RECEPTANCE_KERNELS_OF(avx512vnni));
-        found.push_back(RECEPTANCE_KERNELS_OF(avx512));
+            found.push_back(RECEPTANCE_KERNELS_OF(avx512vnni, avx512));
+        found.push_back(RECEPTANCE_KERNELS_OF(avx512, avx512));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        found.push_back(RECEPTANCE_KERNELS_OF(avx2));
+        __builtin_cpu_supports("f16c")) {
+#if defined(RECEPTANCE_AVXVNNI)
+        if (__builtin_cpu_supports("avxvnni"))
+            found.push_back(RECEPTANCE_KERNELS_OF(avxvnni, avx2));
 #endif
-    found.push_back(RECEPTANCE_KERNELS_OF(portable));
+        found.push_back(RECEPTANCE_KERNELS_OF(avx2, avx2));
+    }
+#endif
+    found.push_back(RECEPTANCE_KERNELS_OF(portable, portable));
     return found;
 }
 
@@ -65,7 +72,7 @@ const InstructionSet& kernels(const std::string& instruction_set) {
     static const auto available = runnable();
     if (instruction_set.empty()) return available.front();
     for (const InstructionSet& k : available)
-        if (instruction_set == k.wkv4->name) return k;
+        if (instruction_set == k.name) return k;
     throw std::invalid_argument("instruction set " + instruction_set + " is not available here");
 }
 
@@ -292,7 +299,7 @@ NB_MODULE(_native, m) {
     m.attr("WKV7_CHUNK") = kWkv7Chunk;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const InstructionSet& k : runnable()) names.emplace_back(k.wkv4->name);
+        for (const InstructionSet& k : runnable()) names.emplace_back(k.name);
         return names;
     });
     m.def("shares_torch_threads", [] { return shared_openmp() != nullptr; });

@@ -87,9 +87,11 @@ extern const Rwkv5Kernels rwkv5_portable;
 extern const Rwkv6Kernels rwkv6_portable;
 #if defined(RECEPTANCE_X86)
 extern const Rwkv5Kernels rwkv5_avx2;
+extern const Rwkv5Kernels rwkv5_avxvnni;
 extern const Rwkv5Kernels rwkv5_avx512;
 extern const Rwkv5Kernels rwkv5_avx512vnni;
 extern const Rwkv6Kernels rwkv6_avx2;
+extern const Rwkv6Kernels rwkv6_avxvnni;
 extern const Rwkv6Kernels rwkv6_avx512;
 extern const Rwkv6Kernels rwkv6_avx512vnni;
 #endif

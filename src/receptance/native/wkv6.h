@@ -55,7 +55,6 @@ extern const Wkv6Kernels wkv6_portable;
 #if defined(RECEPTANCE_X86)
 extern const Wkv6Kernels wkv6_avx2;
 extern const Wkv6Kernels wkv6_avx512;
-extern const Wkv6Kernels wkv6_avx512vnni;
 #endif
 
 }  // namespace receptance
