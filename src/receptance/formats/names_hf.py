@@ -113,13 +113,17 @@ def is_hf(names: Iterable[str]) -> bool:
 
 
 def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under official names; ValueError if two would get the same name."""
+    """The same tensors under official names; ValueError if two would get the same name.
+
+    A transposed matrix is copied: products of a view may differ in their last bits.
+    """
     if not is_hf(tensors):
         return dict(tensors)
     renamed: dict[str, Tensor] = {}
     twice = []
     for name, tensor in tensors.items():
-        for official, value in _split(from_hf(name), tensor.mT if _turns(name, tensor) else tensor):
+        turned = tensor.mT.contiguous() if _turns(name, tensor) else tensor
+        for official, value in _split(from_hf(name), turned):
             twice += [official] if official in renamed else []
             renamed[official] = value
     if twice:
