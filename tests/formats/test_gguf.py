@@ -364,7 +364,7 @@ HOSTILE = {
         header((key("general.architecture", 4, bytes(4)),)), "is no text"),
     "another architecture": (
         header((key("general.architecture", 8, text(b"lla\nma")),)), r"architecture is 'lla\\nma'"),
-    "no architecture": (header(()), "architecture is 'None'; this release reads rwkv7"),
+    "no architecture": (header(()), "architecture is 'None'; this release reads rwkv6, rwkv7"),
     "no tensors": (header(), "wkv.head_size is None"),
 }  # fmt: skip
 
