@@ -98,7 +98,7 @@ def check_app(app: str, *arguments: str) -> None:
         assert app in APPS
         other = "compare_tasks" if app == "compare" and "--task" in arguments else app
         module = importlib.import_module(f"receptance.apps.{other}")
-        if hasattr(module, "COMMANDS"):
+        if arguments and arguments[0] in getattr(module, "COMMANDS", {}):
             command, *arguments = arguments
             parse(module.COMMANDS[command], arguments, app)
         else:

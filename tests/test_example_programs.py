@@ -74,6 +74,7 @@ def test_state_as_a_value(model, tmp_path):
     assert len(re.findall(r"^  '\\n\\n", output, re.M)) == 3
 
 
+@pytest.mark.slow
 def test_fine_tuning(model, tmp_path):
     output = run(tmp_path, "fine_tuning.py", model, "--steps", 20)
     first, last = losses(output)
@@ -86,6 +87,7 @@ def test_fine_tuning(model, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_custom_data_source(tmp_path):
     output = run(tmp_path, "custom_data_source.py", "--steps", 30)
     first, last = losses(output)

@@ -9,11 +9,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).parent
 FILES = sorted(TESTS.rglob("*.py"))
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda x: x.relative_to(TESTS).as_posix())
+TREES = {
+    path.relative_to(TESTS).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in FILES
+}
 
 CLOCKS = {
     f"time.{name}{unit}"
@@ -43,10 +44,6 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def clocks(tree: ast.AST) -> set[str]:
     """The clocks that are looked at, and the ways to wait for one."""
     return {dotted(call.func) for call in ast.walk(tree) if isinstance(call, ast.Call)} & CLOCKS
@@ -73,20 +70,19 @@ def vacuous(tree: ast.AST) -> Iterator[str]:
                 yield test.name
 
 
-@every_file
-def test_no_clock_decides(path):
-    assert clocks(parsed(path)) <= MAY_LOOK.get(path.relative_to(TESTS).as_posix(), set())
+def test_no_clock_decides():
+    looked = {name: clocks(tree) - MAY_LOOK.get(name, set()) for name, tree in TREES.items()}
+    assert {name: found for name, found in looked.items() if found} == {}
 
 
-@every_file
-def test_nothing_outlives_a_test(path):
-    if path.relative_to(TESTS).as_posix() not in PROGRAMS:
-        assert list(lasting(parsed(path))) == []
+def test_nothing_outlives_a_test():
+    left = {name: list(lasting(tree)) for name, tree in TREES.items() if name not in PROGRAMS}
+    assert {name: found for name, found in left.items() if found} == {}
 
 
-@every_file
-def test_every_test_asserts_something(path):
-    assert list(vacuous(parsed(path))) == []
+def test_every_test_asserts_something():
+    empty = {name: list(vacuous(tree)) for name, tree in TREES.items()}
+    assert {name: found for name, found in empty.items() if found} == {}
 
 
 SOURCE = """

@@ -306,13 +306,18 @@ class TestPipes:
         [
             "generate model 12",
             "--help",
-            "doctor",
-            "inspect model",
-            "verify model",
-            "data inspect corpus",
-            "convert model out.pth",
-            "quantize model --to int8 --out out",
-            "bench model --seconds 0.001 --batches 1 --prefill 5 --dtypes float32",
+            *(
+                pytest.param(line, marks=pytest.mark.slow)
+                for line in [
+                    "doctor",
+                    "inspect model",
+                    "verify model",
+                    "data inspect corpus",
+                    "convert model out.pth",
+                    "quantize model --to int8 --out out",
+                    "bench model --seconds 0.001 --batches 1 --prefill 5 --dtypes float32",
+                ]
+            ),
         ],
     )
     def test_a_reader_that_goes_away(self, line):

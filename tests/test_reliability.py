@@ -31,6 +31,7 @@ def test_a_save_may_die_anywhere(reliability, tmp_path):
     assert len(found["left behind"]) >= 3
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(reliability, tmp_path):
     found = reliability.kills(tmp_path, count=6)
     assert sum(found["found"].values()) == 6

@@ -32,6 +32,7 @@ APPS = {
     "verify": "check a model on this machine: every form, kernel and engine",
     "evaluate": "say how good a model is: texts, positions, benchmarks",
     "compare": "train RWKV and Transformers alike, and compare them",
+    "reproduce": "redo the experiments of the RWKV paper",
     "report": "make a page of the results in a folder",
     "analyze": "show in a web page what a model does with a text",
     "bench": "measure how fast a model runs on this machine",

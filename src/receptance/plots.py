@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -20,6 +21,7 @@ Points = list[tuple[float, float]]
 Buffer = bytes | mmap.mmap
 
 _PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
+_SNIFFED = 1000  # an SVG says what it is within so many bytes
 _VALIDATION = "validation_bits_per_byte"
 # A file of up to this many bytes is read whole. In a longer one the lines at _PLACES places are
 # read, _BYTES_PER_PLACE at each, and of its validations at most _MOST_VALIDATIONS.
@@ -31,6 +33,8 @@ _MOST_VALIDATIONS = 5000
 _MARKED = 100
 # An axis has about so many labels.
 _LABELS = 24
+# A caption is folded to so many columns; up to so many panels stand below each other.
+_CAPTION, _STACKED = 130, 3
 
 
 def draw_losses(metrics: Path, picture: Path) -> None:
@@ -93,6 +97,74 @@ class Line:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    style: str = "o-"
+    """As matplotlib names it: "o-" for marks that a line joins, "o" for marks, "--" for dashes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One part of a picture: curves, or a matrix that is dark where it is large."""
+
+    title: str
+    x: str
+    y: str
+    lines: Sequence[Line] = ()
+    log_x: bool = False
+    log_y: bool = False
+    matrix: Sequence[Sequence[float]] | None = None
+    """Rows from top to bottom, each from left to right."""
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    unit: str = ""
+    """That of the matrix."""
+    range: tuple[float, float] | None = None
+    """Its values that are white and darkest; None are the least and the largest."""
+
+
+def draw_panels(panels: Sequence[Panel], pictures: Sequence[Path], caption: str) -> None:
+    """Draw panels and a caption in files of the kinds that their names say, PNG or SVG.
+
+    ValueError if a file that is no picture is in the way, or if matplotlib is not installed.
+    """
+    figure, across = _figure(), 1 if len(panels) <= _STACKED else 2
+    down = -(-len(panels) // across)
+    figure.set_size_inches(8 * across, 4.5 * down)
+    for n, panel in enumerate(panels, start=1):
+        _draw(figure.add_subplot(down, across, n), panel)
+    words = "\n".join(textwrap.wrap(_drawable(caption), _CAPTION * across))
+    figure.supxlabel(words, fontsize=7, x=0.01, ha="left", parse_math=False)
+    for picture in pictures:
+        _save(figure, picture)
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    (_draw_curves if panel.matrix is None else _draw_matrix)(axes, panel)
+    axes.set_title(panel.title, fontsize="small", wrap=True, parse_math=False)
+    axes.set_xlabel(panel.x, parse_math=False)
+    axes.set_ylabel(panel.y, parse_math=False)
+
+
+def _draw_curves(axes: Axes, panel: Panel) -> None:
+    for line in panel.lines:
+        style = line.style if len(line.x) <= _MARKED or line.style != "o-" else "-"
+        (drawn,) = axes.plot(line.x, line.y, style, label=_drawable(line.label), markersize=3)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.2)
+    scales = {True: "log", False: "linear"}
+    axes.set(xscale=scales[panel.log_x], yscale=scales[panel.log_y])
+    axes.legend(fontsize="x-small")
+    axes.grid(alpha=0.3)
+
+
+def _draw_matrix(axes: Axes, panel: Panel) -> None:
+    assert panel.matrix is not None and axes.figure is not None
+    low, high = panel.range or (None, None)
+    how: dict[str, Any] = {"cmap": "Purples", "aspect": "auto", "interpolation": "nearest"}
+    drawn = axes.imshow(panel.matrix, vmin=low, vmax=high, **how)
+    axes.set_yticks(range(len(panel.rows)), [_drawable(x) for x in panel.rows], parse_math=False)
+    some = range(0, len(panel.columns), max(1, len(panel.columns) // _LABELS))
+    axes.set_xticks(some, [_drawable(panel.columns[i]) for i in some], parse_math=False)
+    axes.figure.colorbar(drawn, ax=axes, label=panel.unit)
 
 
 def draw_lines(lines: Sequence[Line], picture: Path, *, x: str, y: str, title: str = "") -> None:
@@ -131,27 +203,24 @@ def draw_heat_map(
 
     ValueError if a file that is not a PNG is in the way, or if matplotlib is not installed.
     """
-    figure = _figure()
-    axes = figure.subplots()
-    drawn = axes.imshow(values, cmap="Purples", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [_drawable(row) for row in rows], parse_math=False)
-    some = range(0, len(columns), max(1, len(columns) // _LABELS))
-    axes.set_xticks(some, [_drawable(columns[i]) for i in some], parse_math=False)
-    axes.set_xlabel(column_name)
-    axes.set_ylabel(row_name)
-    axes.set_title(title, wrap=True, parse_math=False)
-    figure.colorbar(drawn, label=unit)
-    _save(figure, picture)
+    panel = Panel(title=title, x=column_name, y=row_name, unit=unit)
+    draw_panels([replace(panel, matrix=values, rows=rows, columns=columns)], [picture], "")
 
 
 def check_picture(path: Path) -> None:
-    """ValueError if there is something at path that is not a PNG: a picture would replace it."""
-    check_replaceable(path, "the picture", "a PNG", _is_png)
+    """ValueError if something at path is not of the kind of picture that would replace it."""
+    kind = "an SVG" if path.suffix == ".svg" else "a PNG"
+    check_replaceable(path, "the picture", kind, _is_svg if kind == "an SVG" else _is_png)
 
 
 def _is_png(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(_PNG)) == _PNG
+
+
+def _is_svg(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"<svg" in file.read(_SNIFFED)
 
 
 def _drawable(text: str) -> str:
@@ -174,8 +243,15 @@ def _figure() -> Figure:
 
 def _save(figure: Figure, picture: Path) -> None:
     check_picture(picture)
-    with written(picture) as file:
-        figure.savefig(file, format="png", dpi=120)
+    if picture.suffix != ".svg":
+        with written(picture) as file:
+            figure.savefig(file, format="png", dpi=120)
+        return
+    from matplotlib import rc_context
+
+    # The same figures make the same file: no date, and no names drawn at random.
+    with written(picture) as file, rc_context({"svg.hashsalt": "receptance"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _curve(axes: Axes, points: Points, label: str, color: str) -> None:

@@ -20,7 +20,7 @@ from receptance.analysis import (
 TOKENS = torch.randint(256, (2, 14), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=[4, 7])
+@pytest.fixture(scope="module", params=[4, 6, 7])
 def model(request):
     extras = {} if request.param == 4 else {"head_size": 8}
     return make_model(layers=3, version=request.param, **extras).requires_grad_(False)

@@ -143,6 +143,7 @@ def test_a_measurement_that_nobody_waits_for_is_ended(tmp_path, monkeypatch):
     assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_said(model, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="absent"):
         bench.main([str(tmp_path / "absent"), *QUICK])

@@ -42,6 +42,7 @@ class TestBash:
         found = completed(bash, "receptance", "generate", "--dtype", "in")
         assert sorted(found) == ["int4", "int8"]
 
+    @pytest.mark.slow
     def test_every_completion_is_one_word(self, bash):
         found = [word for app in APPS for word in completed(bash, "receptance", app, "--")]
         assert all(word.startswith("--") and " " not in word for word in found)

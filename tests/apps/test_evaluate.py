@@ -73,6 +73,17 @@ def test_lambada_says_its_protocols(model, text):
     assert "newline" not in one.out and "token-0" in one.out
 
 
+def test_recall_at_several_lengths(model, text):
+    settings = [f"--settings=pairs=2,vocabulary=16,length={length}" for length in (16, 32)]
+    words = ["--recall", "mqar", *settings, "--limit", "3", "--out", "r.json"]
+    done = call("evaluate", model / "ours", *words)
+    assert (done.code, done.err) == (0, "")
+    assert "mqar, accuracy, pairs 2, length 32" in done.out
+    result = Result.load(Path("r.json"))
+    assert [each.x for each in result.curves] == [[16.0, 32.0]]
+    assert {each.about["sequences"] for each in result.figures} == {3}
+
+
 def test_tasks(model, text):
     pytest.importorskip("lm_eval")
     Path("task.yaml").write_text(
@@ -151,6 +162,10 @@ def test_without_the_harness_one_line_says_what_to_install(model, monkeypatch):
         ("ours --enwik8 b.txt", "bytes and enwik8 has 100,000,000"),
         ("ours --lambada b.txt", "line 1"),
         ("ours --tasks t.yaml", "no file t.yaml"),
+        ("ours --recall mqa", "no task 'mqa'; did you mean mqar?"),
+        ("ours --recall mqar --settings pair=2", "did you mean pairs?"),
+        ("ours --recall passkey", "name a text file with --source"),
+        ("ours --text b.txt --settings pairs=2", "--settings is for --recall"),
         ("ours --tasks a --prefix newline --prefix token-0", "tasks have one --prefix"),
         ("ours --tasks a --lambada b.txt", "add --tasks lambada_openai"),
         ("none --text b.txt", "none"),

@@ -342,7 +342,8 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu, "cuda_graph", fake_graph)
 
 
-@pytest.mark.parametrize("kind", [None, pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "int4"])
 def test_load_engine_takes_files_of_any_type(kind, on_a_gpu, tmp_path):
     save(model := make_model(256), tmp_path / "model", ByteTokenizer())
     engine, tokenizer = load.load_engine(tmp_path / "model", device=DEVICE, dtype=kind)

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from compare_cases import TOKENIZER, job
+from compare_cases import TOKENIZER, job, small
 
 from receptance import Model
-from receptance.evaluation.compare import generation
+from receptance.evaluation.compare import costs
+from receptance.evaluation.compare.costs import Cost, Costs, Measurement, measure
 from receptance.evaluation.compare.families import Shape
-from receptance.evaluation.compare.generation import Cost, Measurement, measure
 from receptance.evaluation.compare.table import family
 from receptance.training import TrainOptions
 
@@ -82,11 +82,11 @@ def test_a_state_stays_as_it_is_and_a_cache_grows(saved):
     which, _, folder = saved
     decoder = which.decoder(folder)
     decoder.read(PROMPT)
-    first = decoder.remembered_bytes
+    first = sum(x.nbytes for x in decoder.remembered)
     decoder.step()
     shape = job(which.name).shape
     each = 0 if which.name == "rwkv4" else 2 * shape.layers * shape.width * 4
-    assert decoder.remembered_bytes - first == each
+    assert sum(x.nbytes for x in decoder.remembered) - first == each
     assert first == (5 * shape.layers * shape.width * 4 if each == 0 else each * len(PROMPT))
 
 
@@ -103,20 +103,21 @@ def test_transformers_opens_what_is_saved(name, tmp_path):
 
 def test_costs_are_measured_at_all_contexts_in_ascending_order(saved):
     which, _, folder = saved
-    work = Measurement(folder.name, which.name, folder.parent, 256, (40, 4))
-    costs = measure(work)
-    assert [cost.context for cost in costs] == [4, 40]
-    assert all(cost.seconds > 0 for cost in costs)
-    growth = 1 if which.name == "rwkv4" else 10
-    assert costs[1].remembered == growth * costs[0].remembered
+    work = Measurement(folder, which.name, job(which.name).shape, small(contexts=(40, 4)))
+    found = measure(work)
+    assert found.step > 0
+    first, second = found.generation
+    assert (first.context, second.context) == (4, 40)
+    assert first.seconds > 0 and second.seconds > 0
+    assert second.remembered == (1 if which.name == "rwkv4" else 10) * first.remembered
 
 
 def test_costs_are_kept(tmp_path):
-    costs = [Cost(context=4, seconds=0.5, remembered=7, resident=None)]
-    assert generation.stored(tmp_path, "a", (4,)) is None
-    generation.store(tmp_path, "a", costs)
-    assert generation.stored(tmp_path, "a", (4,)) == costs
-    assert generation.stored(tmp_path, "a", (4, 8)) is None
-    (tmp_path / "generation/a.json").write_text("{")
+    known = Costs(step=2.0, generation=[Cost(context=4, seconds=0.5, remembered=7, resident=None)])
+    assert costs.stored(tmp_path, "a", (4,)) is None
+    costs.store(tmp_path, "a", known)
+    assert costs.stored(tmp_path, "a", (4,)) == known
+    assert costs.stored(tmp_path, "a", (4, 8)) is None
+    (tmp_path / "costs/a.json").write_text("{")
     with pytest.raises(ValueError, match="delete it to measure again"):
-        generation.stored(tmp_path, "a", (4,))
+        costs.stored(tmp_path, "a", (4,))

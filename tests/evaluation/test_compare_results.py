@@ -13,8 +13,8 @@ from rich.console import Console
 
 from receptance.evaluation.compare import comparing
 from receptance.evaluation.compare.comparing import best, compare, extended
+from receptance.evaluation.compare.costs import Cost, Costs
 from receptance.evaluation.compare.findings import LOSS, make_result
-from receptance.evaluation.compare.generation import Cost
 from receptance.evaluation.compare.options import CompareOptions, parse_size
 from receptance.evaluation.compare.runs import Job, Record
 from receptance.evaluation.results import Result
@@ -62,7 +62,9 @@ class Runner:
 
 
 def measured(work):
-    return [Cost(context=n, seconds=n / 1e3, remembered=n, resident=None) for n in work.contexts]
+    contexts = work.options.contexts
+    each = [Cost(context=n, seconds=n / 1e3, remembered=n, resident=None) for n in contexts]
+    return Costs(step=0.5, generation=each)
 
 
 def found(tmp_path, runner=None, **changes):
@@ -219,7 +221,7 @@ class TestOptions:
             ({"models": ("neox", "neox")}, "each must be named once"),
             ({"models": ()}, "models is empty"),
             ({"learning_rates": (0.0,)}, "learning_rates is 0.0; it must be above 0"),
-            ({"tokens": 10}, "a step alone reads 2048"),
+            ({"tokens": (4096, 10)}, "tokens is 10; a step alone reads 2048"),
             ({"validation": 1.0}, "validation is 1.0; it must be above 0 and below 1"),
             ({"sweep_share": 0.0}, "sweep_share is 0.0"),
             ({"seeds": (0,)}, "seeds is 0; it must be at least 1"),
@@ -232,8 +234,16 @@ class TestOptions:
             CompareOptions(**changes)
 
     def test_seeds_are_for_all_sizes_or_for_each(self):
-        with pytest.raises(ValueError, match="give one, or one for each of the 3 sizes"):
+        with pytest.raises(ValueError, match="seeds= has 2 numbers; give one, or one for each of"):
             plan(small(sizes=("16x2", "24x2", "32x2"), seeds=(1, 2)))
+
+    def test_tokens_are_for_all_sizes_or_for_each(self, tmp_path):
+        with pytest.raises(ValueError, match="tokens= has 2 numbers"):
+            plan(small(tokens=(640, 1280)))
+        _, findings, _ = found(tmp_path, sizes=("16x2", "32x2"), tokens=(640, 1280))
+        read = {name: records[0].points[-1].tokens for name, records in findings.records.items()}
+        assert read["rwkv4 16x2"] == read["neox 16x2"] == 640
+        assert read["rwkv4 32x2"] == read["neox 32x2"] == 1280
 
     def test_a_size_is_width_and_layers(self):
         assert parse_size("128x4") == (128, 4)

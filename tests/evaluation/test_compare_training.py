@@ -76,7 +76,7 @@ def test_the_learning_rate_is_that_of_the_schedule(name):
 def test_all_architectures_read_the_same_tokens_in_the_same_order():
     digests = {}
     for name in MODELS:
-        run = begun(name, tokens=192)
+        run = begun(name, tokens=(192,))
         while run.step < run.job.train.total_steps:
             run.run_step()
         digests[name] = run.digest
@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path):
     run_job(job("llama"), corpus(), TOKENIZER, tmp_path)
-    other = job("llama", small(tokens=1280))
+    other = job("llama", small(tokens=(1280,)))
     with pytest.raises(ValueError, match="was made with steps 10, not 20"):
         run_job(other, corpus(), TOKENIZER, tmp_path)
 
@@ -222,7 +222,7 @@ RUNS = "".join(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_without_its_mixing_a_model_loses(name):
-    options = small(sizes=("32x1",), tokens=150 * 8 * 16, batch=8, points=1, held_out=400)
+    options = small(sizes=("32x1",), tokens=(150 * 8 * 16,), batch=8, points=1, held_out=400)
     losses = []
     for mixing in (True, False):
         run = Training(job(name, options, rate=3e-2), corpus(RUNS), TOKENIZER, CPU)

@@ -124,6 +124,7 @@ def test_gradients_pass_keys_that_are_far_apart(kernel, decays):
         assert relative_error(got.grads[name], want.grads[name]) < 2e-5, name
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("odd", ["key", "value", "numerator", "bonus"])
 def test_a_channel_that_needs_care_changes_no_other(kernel, odd):
@@ -172,6 +173,7 @@ def test_error_against_float64_on_the_same_rounded_inputs(kernel, dtype):
     assert_within_bars(got, want, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decays", [(-6, 2), (-12, -4)])
 def test_error_over_many_chunks(decays, monkeypatch):
     set_sizes(monkeypatch, *FULL)
@@ -182,6 +184,7 @@ def test_error_over_many_chunks(decays, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_slow_decay_survives_a_serial_walk():
     x = draw(3, 1, 512, 64, dtype=torch.float32, decays=(-12, -4))
     want = truth(x)
@@ -293,6 +296,7 @@ def test_extremes_stay_finite(kernel, dtype):
 # ---- nothing is left to chance ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_variant
 def test_the_same_bits_on_repeat_and_in_blocks_of_any_size(kernel, monkeypatch):
     x = ragged(0, TILE + 3, dtype=torch.float32)
@@ -303,6 +307,7 @@ def test_the_same_bits_on_repeat_and_in_blocks_of_any_size(kernel, monkeypatch):
         assert_bitwise(evaluate_kernel(kernel, x, frame), first)
 
 
+@pytest.mark.slow
 @every_variant
 def test_no_output_shows_memory_that_was_never_written(kernel, monkeypatch):
     x = ragged(0, TILE + 3, dtype=torch.float32)
@@ -393,6 +398,7 @@ def test_refused_on_a_cpu():
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_benchmark_checks_before_it_times(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     if DEVICE == "cpu":

@@ -216,7 +216,9 @@ def accuracy_case(name: str) -> tuple[Inputs, Result]:
 
 
 @every_kernel
-@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "slow-8192" else ()) for n in ACCURACY]
+)
 def test_error_against_float64_on_the_same_rounded_inputs(name, kernel):
     x, want = accuracy_case(name)
     assert_within_bars(evaluate_kernel(kernel, x, want.state.exponent), want, x.key.dtype)

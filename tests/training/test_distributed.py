@@ -109,6 +109,7 @@ class TestTwoProcesses:
         assert found["fsdp share"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow
 class TestAsOnGPUs:
     """Mixed precision and offload, by the policies that GPUs get."""
 

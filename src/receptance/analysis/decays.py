@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,11 +47,10 @@ def starting_log_decays(config: ModelConfig) -> Tensor:
     return log_decays(Model(dataclasses.replace(config, vocab_size=1, ffn_width=1)))
 
 
-def decay_result(model: Model, name: str) -> Result:
-    """The decays of every layer before and after training, as shares and half-lives."""
-    now, before = log_decays(model), starting_log_decays(model.config)
+def decay_figures(name: str, decays: Mapping[str, Tensor]) -> tuple[list[Figure], list[Curve]]:
+    """Median half-lives, shares and half-lives of log decays [L,C] by when they were there."""
     figures, curves = [], []
-    for when, found in (("now", now), ("before training", before)):
+    for when, found in decays.items():
         for layer, row in enumerate(found):
             row = row.sort(descending=True).values
             about = {"layer": layer, "when": when}
@@ -77,6 +77,13 @@ def decay_result(model: Model, name: str) -> Result:
                         about=about,
                     )
                 )
+    return figures, curves
+
+
+def decay_result(model: Model, name: str) -> Result:
+    """The decays of every layer before and after training, as shares and half-lives."""
+    now, before = log_decays(model), starting_log_decays(model.config)
+    figures, curves = decay_figures(name, {"now": now, "before training": before})
     return Result(
         kind="decays",
         what="how fast each channel forgets, before and after training",

@@ -23,6 +23,8 @@ from receptance.analysis.notebook import image, row_of_figures
 from receptance.evaluation.results import Curve, Figure, Result, Subject
 from receptance.model import Model
 from receptance.plots import draw_heat_map
+from receptance.tokenizer import Tokenizer
+from receptance.tokenizer.base import to_bytes
 
 _POSITIONS = 1 << 12  # positions that one call reads, over all rows
 
@@ -238,6 +240,24 @@ def causal_trace(
         noise=noise,
         samples=samples,
     )
+
+
+def subject_positions(subject: str, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """The tokens that hold any byte of the subject, where it first stands in the text.
+
+    ValueError if the text does not hold it.
+    """
+    wanted, whole = to_bytes(subject), tokenizer.decode_bytes(ids)
+    begin = whole.find(wanted)
+    if begin < 0 or not wanted:
+        raise ValueError(f"the text does not hold the subject {subject!r}")
+    found, at = [], 0
+    for position, token in enumerate(ids):
+        end = at + len(tokenizer.decode_bytes([token]))
+        if at < begin + len(wanted) and end > begin:
+            found.append(position)
+        at = end
+    return found
 
 
 def places(model: Model) -> dict[str, list[str]]:

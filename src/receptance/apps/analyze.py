@@ -20,7 +20,7 @@ from receptance.analysis.page import (
     check_page,
     token_text,
 )
-from receptance.analysis.tracing import EVERYTHING, places
+from receptance.analysis.tracing import EVERYTHING, places, subject_positions
 from receptance.apps.console import Console, say_device
 from receptance.apps.options import parse
 from receptance.apps.waiting import waiting
@@ -31,7 +31,6 @@ from receptance.progress import progress_bar, say
 from receptance.storage.checkpoint import load
 from receptance.storage.pairing import no_tokenizer
 from receptance.tokenizer import Tokenizer
-from receptance.tokenizer.base import to_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -146,7 +145,7 @@ class _Question:
         if not answer:
             raise ValueError("the answer is empty; --answer is the text that should follow")
         texts = [token_text(tokenizer, i) for i in ids]
-        return cls(ids, _positions(options.subject, tokenizer, ids), answer[0], texts)
+        return cls(ids, subject_positions(options.subject, tokenizer, ids), answer[0], texts)
 
     def traced(self, options: Options, model: Model, note: Callable[[int], object]) -> Trace:
         """Trace the answer."""
@@ -161,21 +160,6 @@ class _Question:
             texts=self.texts,
             note=note,
         )
-
-
-def _positions(subject: str, tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """The tokens that hold any byte of the subject, where it first stands in the text."""
-    wanted, whole = to_bytes(subject), tokenizer.decode_bytes(ids)
-    begin = whole.find(wanted)
-    if begin < 0 or not wanted:
-        raise ValueError(f"the text does not hold the subject {subject!r}")
-    found, at = [], 0
-    for position, token in enumerate(ids):
-        end = at + len(tokenizer.decode_bytes([token]))
-        if at < begin + len(wanted) and end > begin:
-            found.append(position)
-        at = end
-    return found
 
 
 def _looked_at(

@@ -31,9 +31,9 @@ from receptance.data import (
 from receptance.data.pool import in_processes
 from receptance.errors import one_line
 from receptance.evaluation.compare.comparing import Entry, Plan, compare, make_plan
-from receptance.evaluation.compare.estimating import estimate, step_seconds
+from receptance.evaluation.compare.costs import Costs, Measurement, measure, step_seconds
+from receptance.evaluation.compare.estimating import estimate
 from receptance.evaluation.compare.findings import LOSS, make_result
-from receptance.evaluation.compare.generation import Cost, Measurement, measure
 from receptance.evaluation.compare.options import CompareOptions
 from receptance.evaluation.compare.runs import Job, Record
 from receptance.evaluation.compare.training import Stopped, run_job
@@ -66,7 +66,7 @@ QUICK = _Compare(
     sizes=("64x3",),
     seeds=(2,),
     tokenizer="bpe:1024",
-    tokens=400_000,
+    tokens=(400_000,),
     context=128,
     learning_rates=(2e-3, 4e-3, 8e-3),
     validation=0.05,
@@ -162,7 +162,8 @@ def _compare(options: Options, out: Path, console: Console) -> None:
     plan = make_plan(options.compare, tokenizer.vocab_size)
     console.print(_sizes_table(plan))
     runs = _Runs(options, out, corpus, tokenizer)
-    found = compare(plan, corpus, out, runs, _measured, console)
+    measured = functools.partial(_measured, runs.devices[0])
+    found = compare(plan, corpus, out, runs, measured, console)
     result = make_result(plan, corpus, options.data, found, options.processes)
     with one_line(out, "the result to "):
         result.save(out / RESULT)
@@ -274,12 +275,13 @@ def _told_to_end() -> threading.Event:
     return threading.Event()
 
 
-def _measured(work: Measurement) -> list[Cost]:
+def _measured(device: str, work: Measurement) -> Costs:
     """Measure a model in a process of its own, so that its memory is its own."""
+    work = replace(work, device=device)
     return next(iter(in_processes([work], functools.partial(_measure, usable_threads()), 1)))
 
 
-def _measure(threads: int, work: Measurement) -> list[Cost]:
+def _measure(threads: int, work: Measurement) -> Costs:
     torch.set_num_threads(threads)
     return measure(work)
 
@@ -303,7 +305,7 @@ def _dry_run(options: Options, console: Console) -> None:
         task = bar.add_task("measuring", total=len(plan.entries), note="")
         for entry in plan.entries:
             bar.update(task, note=entry.name)
-            step = step_seconds(plan, entry)
+            step = step_seconds(plan.measurement(entry, options.out))
             hours = estimate(plan, entry, step) / 3600
             total += hours
             runs = sum(count for each, _, count in plan.runs() if each is entry)
@@ -313,7 +315,7 @@ def _dry_run(options: Options, console: Console) -> None:
     say(
         console,
         f"all runs: about {total / options.processes:.2g} hours in {options.processes} processes "
-        "on this machine's CPU; learning rates beyond those named, and generation, come on top",
+        "on this machine's CPU; learning rates beyond those named, and costs, come on top",
     )
 
 

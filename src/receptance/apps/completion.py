@@ -15,6 +15,7 @@ import tyro
 
 from receptance import apps
 from receptance.apps.options import parse
+from receptance.apps.waiting import waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,10 @@ class Options:
 
 def main(argv: list[str]) -> None:
     """Parse, print the script."""
-    print(script(parse(Options, argv, "receptance completion").shell), end="")
+    shell = parse(Options, argv, "receptance completion").shell
+    with waiting("gathering the options of all commands"):
+        found = script(shell)
+    print(found, end="")
 
 
 def script(shell: str) -> str:

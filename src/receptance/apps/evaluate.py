@@ -21,6 +21,7 @@ from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix
 from receptance.evaluation.benchmarks.tasks import TaskOptions
 from receptance.evaluation.journal import journal_path
 from receptance.evaluation.results import Figure, Result, Source, Subject, versions
+from receptance.evaluation.tasks.registry import make_task
 from receptance.evaluation.texts import documents, enwik8
 from receptance.evaluation.texts.enwik8 import Split
 from receptance.evaluation.texts.positions import Positions
@@ -28,6 +29,9 @@ from receptance.evaluation.texts.text import TextOptions, digest, subject
 from receptance.plots import Line, draw_lines
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
+
+# Sequences that are drawn unless --limit says otherwise.
+_SEQUENCES = 100
 
 Measure = Callable[[measuring.Model, measuring.Progress], measuring.Found]
 
@@ -78,6 +82,7 @@ def _plan(options: Options, progress: measuring.Progress) -> _Plan:
         "text": _text,
         "enwik8": _enwik8,
         "lambada": _lambada,
+        "recall": _recall,
         "tasks": _tasks,
         "preset": _tasks,
     }
@@ -129,6 +134,22 @@ def _lambada(options: Options, progress: measuring.Progress) -> _Plan:
 
     def measure(model: measuring.Model, progress: measuring.Progress) -> measuring.Found:
         return measuring.measure_lambada(model, examples, mark, prefixes, progress)
+
+    return _Plan(what, measure, data)
+
+
+def _recall(options: Options, progress: measuring.Progress) -> _Plan:
+    assert options.recall is not None
+    source = None if options.source is None else expanded(options.source)
+    named = None if source is None else str(source)
+    drawn = [make_task(options.recall, each, named) for each in options.settings or ("",)]
+    data = [] if source is None else _described(documents.find_files([str(source)]), progress)
+    count = options.limit or _SEQUENCES
+    prefix: Prefix = options.prefix[0] if options.prefix else "none"
+    what = f"{count:,} sequences of {options.recall}, drawn with seed {options.seed or 0}"
+
+    def measure(model: measuring.Model, progress: measuring.Progress) -> measuring.Found:
+        return measuring.measure_recall(model, drawn, count, options.seed or 0, prefix, progress)
 
     return _Plan(what, measure, data)
 

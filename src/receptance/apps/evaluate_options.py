@@ -17,7 +17,7 @@ from receptance.evaluation.texts.enwik8 import Split
 from receptance.plots import check_picture
 from receptance.storage.directories import expanded
 
-KINDS = ("text", "enwik8", "lambada", "tasks", "preset")
+KINDS = ("text", "enwik8", "lambada", "recall", "tasks", "preset")
 """The options that say what is measured."""
 ONLY = {
     "whole": ("text",),
@@ -25,14 +25,16 @@ ONLY = {
     "text_field": ("text",),
     "plot": ("text",),
     "split": ("enwik8",),
-    "prefix": ("lambada", "tasks", "preset"),
+    "settings": ("recall",),
+    "source": ("recall",),
+    "prefix": ("lambada", "recall", "tasks", "preset"),
     "num_fewshot": ("tasks", "preset"),
     "include_path": ("tasks", "preset"),
     "apply_chat_template": ("tasks", "preset"),
-    "seed": ("tasks", "preset"),
+    "seed": ("recall", "tasks", "preset"),
     "samples": ("tasks", "preset"),
     "max_length": ("text", "enwik8", "tasks", "preset"),
-    "limit": ("text", "lambada", "tasks", "preset"),
+    "limit": ("text", "lambada", "recall", "tasks", "preset"),
 }
 """Options that are for some kinds alone."""
 
@@ -46,8 +48,9 @@ class Options:
     """
 
     COMMON: ClassVar[str] = (
-        "--text --whole --positions --plot --enwik8 --lambada --prefix --tasks --preset "
-        "--num-fewshot --limit --include-path --max-length --samples --out --tokenizer --dtype"
+        "--text --whole --positions --plot --enwik8 --lambada --prefix --recall --settings --tasks "
+        "--preset --num-fewshot --limit --include-path --max-length --samples --out --tokenizer "
+        "--dtype"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance evaluate tiny-python --text book.txt",
@@ -78,8 +81,15 @@ class Options:
     """Predict last words: a .jsonl file with a field text. With a preset or a task lambada_openai,
     that reads the file."""
     prefix: tuple[Prefix, ...] = ()
-    """What stands before every context. By default LAMBADA is measured with each, tasks with none,
-    and the paper's with a newline."""
+    """What stands before every context. By default LAMBADA is measured with each, tasks and recall
+    with none, and the paper's with a newline."""
+    recall: str | None = None
+    """Ask what stood before, in sequences that are drawn on the fly: mqar, induction,
+    selective-copying, passkey, parity or s5. Tokens are written as numbers, passkey is text."""
+    settings: tuple[str, ...] = ()
+    """The difficulty of these sequences, as in pairs=8,length=64; several give a curve."""
+    source: Path | None = None
+    """The text in which passkey hides its key."""
     tasks: tuple[str, ...] = ()
     """Run this task, group or pattern of lm-evaluation-harness, or the task in this YAML file."""
     preset: Literal["paper"] | None = None
@@ -87,7 +97,8 @@ class Options:
     num_fewshot: int | None = None
     """Put so many examples in front of each question, instead of the task's own number."""
     limit: int | None = None
-    """Take the first so many documents of each task or text."""
+    """Take the first so many documents of each task or text; with --recall, draw so many sequences
+    (100 by default)."""
     include_path: tuple[Path, ...] = ()
     """Look for tasks in the YAML files of this folder as well."""
     apply_chat_template: str | None = None
@@ -157,7 +168,7 @@ def _check_kind(options: Options) -> None:
     reads_file = options.preset is not None or "lambada_openai" in options.tasks
     if options.lambada is not None and options.kind == "tasks" and not reads_file:
         raise ValueError("no task reads the file of --lambada; add --tasks lambada_openai")
-    if options.kind in ("tasks", "preset") and len(options.prefix) > 1:
+    if options.kind in ("recall", "tasks", "preset") and len(options.prefix) > 1:
         raise ValueError("tasks have one --prefix; repeat the command for another")
 
 

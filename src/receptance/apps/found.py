@@ -13,14 +13,17 @@ from receptance.apps.text import visible
 from receptance.evaluation.results import Figure, Result
 from receptance.progress import say
 
+# What tells figures of one name and task from each other.
+_NAMED = ("prefix", "pairs", "length")
+
 
 def show_result(console: Console, result: Result) -> None:
     """Print figures, curves, the paper's numbers beside ours, samples and notes."""
     say(console, result.what)
     if result.figures:
         console.print(_figures_table(result.figures))
-    if result.curves:
-        console.print(_curves_table(result))
+    if result.curves and "bucket edges" in result.curves[0].about:
+        console.print(_positions_table(result))
     intervals = [figure.interval for figure in result.figures]
     intervals += [curve.interval for curve in result.curves]
     for interval in filter(None, dict.fromkeys(intervals)):
@@ -49,8 +52,9 @@ def _figures_table(figures: Sequence[Figure]) -> Table:
         if about.get("filter") not in (None, "none"):
             parts.append(str(about["filter"]))
         parts.append(figure.name)
-        if "prefix" in about:
-            parts.append(f"prefix {about['prefix']}")
+        parts += [
+            f"{name} {about[name]}" for name in ("prefix", "pairs", "length") if name in about
+        ]
         known = figure.low is not None and figure.high is not None
         reach = f"{_number(figure.low)} to {_number(figure.high)}" if known else ""
         value = f"{_number(figure.value)} {figure.unit}".rstrip()
@@ -64,7 +68,7 @@ def _number(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def _curves_table(result: Result) -> Table:
+def _positions_table(result: Result) -> Table:
     models = [str(curve.model) for curve in result.curves]
     table = _table("positions", "", *models)
     edges = result.curves[0].about["bucket edges"]

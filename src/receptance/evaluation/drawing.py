@@ -67,11 +67,16 @@ class Chart:
 
 def charts(result: Result) -> list[Chart]:
     """The charts of a result: one for each kind of curve, or for each part of what it is about."""
-    kinds: dict[tuple[str, str, str], list[Curve]] = {}
+    return [part for kind in kinds(result) for part in _divided(kind.title, kind.curves)]
+
+
+def kinds(result: Result) -> list[Chart]:
+    """The charts of a result with all curves of a kind in one, however many these are."""
+    found: dict[tuple[str, str, str], list[Curve]] = {}
     for curve in result.curves:
         if _places(curve):
-            kinds.setdefault((curve.name, curve.x_name, curve.y_name), []).append(curve)
-    return [chart for (name, *_), group in kinds.items() for chart in _divided(name, group)]
+            found.setdefault((curve.name, curve.x_name, curve.y_name), []).append(curve)
+    return [Chart(name, some, _labels(some)) for (name, *_), some in found.items()]
 
 
 def _divided(name: str, curves: list[Curve]) -> Iterator[Chart]:
@@ -85,13 +90,18 @@ def _divided(name: str, curves: list[Curve]) -> Iterator[Chart]:
         title = f"{name} ({about})" if about else name
         for at in range(0, len(part), _MOST_CURVES):
             some = part[at : at + _MOST_CURVES]
-            labels = [curve.model or curve.name for curve in some]
-            if len(set(labels)) < len(labels):
-                labels = [
-                    f"{label}, {more}" if (more := _about(curve, some)) else label
-                    for label, curve in zip(labels, some, strict=True)
-                ]
-            yield Chart(title, some, labels)
+            yield Chart(title, some, _labels(some))
+
+
+def _labels(curves: Sequence[Curve]) -> list[str]:
+    """The models of curves, and what they are about if that is needed to tell them apart."""
+    labels = [curve.model or curve.name for curve in curves]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [
+        f"{label}, {more}" if (more := _about(curve, curves)) else label
+        for label, curve in zip(labels, curves, strict=True)
+    ]
 
 
 def _about(curve: Curve, among: Sequence[Curve]) -> str:
@@ -146,9 +156,29 @@ class _Axis:
         return [n * step for n in range(first, last + 1)]
 
 
+def is_wide(chart: Chart) -> tuple[bool, bool]:
+    """Whether the places and the values of a chart need logarithmic axes."""
+    xs, ys = _extent(chart)
+    return _ranges(xs, _WIDE_ACROSS), _ranges(ys, _WIDE_UP)
+
+
+def _ranges(values: Sequence[float], factor: float) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= factor
+
+
+def _extent(chart: Chart) -> tuple[list[float], list[float]]:
+    """All places, and all values with the ends of their intervals."""
+    xs, ys = [], []
+    for curve in chart.curves:
+        for n in _places(curve):
+            xs.append(curve.x[n])
+            ys += [curve.y[n], *_spread(curve, n)]
+    return xs, ys
+
+
 def _axis(values: Sequence[float], start: float, end: float, wide: float) -> _Axis:
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low >= wide
+    logarithmic = _ranges(values, wide)
     if logarithmic:
         margin = (high / low) ** 0.03
         return _Axis(low / margin, high * margin, True, start, end)
@@ -170,11 +200,7 @@ def number(value: float) -> str:
 def _drawn(chart: Chart, alone: bool) -> str:
     legend = _legend(chart.labels)
     height = _HEIGHT + _LINE * (1 + max(row for row, _, _ in legend))
-    xs, ys = [], []
-    for curve in chart.curves:
-        for n in _places(curve):
-            xs.append(curve.x[n])
-            ys += [curve.y[n], *_spread(curve, n)]
+    xs, ys = _extent(chart)
     across = _axis(xs, _LEFT, _WIDTH - _RIGHT, _WIDE_ACROSS)
     up = _axis(ys, _HEIGHT - _BOTTOM, _TOP, _WIDE_UP)
     name = chart.curves[0]

@@ -66,6 +66,21 @@ def ratio(sums: ArrayLike, sizes: ArrayLike, what: str = "documents") -> Estimat
     return Estimate(value, value - reach, value + reach, f"95 % over {count:,} {what}, Student's t")
 
 
+def share(value: float, count: int, what: str = "documents") -> Estimate:
+    """The share of so many documents in which something holds, with Wilson's interval.
+
+    The interval has a width where it holds in none or in all of them, unlike Student's (E. B.
+    Wilson, JASA 22, 1927). ValueError if there are no documents, or if the value is no share.
+    """
+    if count < 1 or not 0 <= value <= 1:
+        raise ValueError(f"{value} of {count} {what} is no share; wanted 0 to 1 of at least 1")
+    spread = _NORMAL**2 / count
+    middle = (value + spread / 2) / (1 + spread)
+    reach = math.sqrt(spread * value * (1 - value) + spread**2 / 4) / (1 + spread)
+    low, high = max(0.0, middle - reach), min(1.0, middle + reach)
+    return Estimate(value, low, high, f"95 % over {count:,} {what}, Wilson's")
+
+
 def resampled_error(
     metric: Callable[[Sequence[Any]], float], values: Sequence[Any], iters: int
 ) -> float:
@@ -103,3 +118,42 @@ def student_quantile(degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+@dataclass(frozen=True)
+class Line:
+    """The straight line that was fitted to points by least squares."""
+
+    slope: Estimate
+    """Its interval is None for fewer than three points."""
+    intercept: float
+    r2: float
+    """The share of the variance of y that the line explains; 1 if y does not vary."""
+
+    def at(self, x: float) -> float:
+        """The value of the line at a place."""
+        return self.intercept + self.slope.value * x
+
+
+def fitted_line(x: ArrayLike, y: ArrayLike, what: str = "points") -> Line:
+    """The line through points x [N], y [N], with Student's interval of its slope.
+
+    Logarithms of both give the exponent of a power law. ValueError for fewer than two places.
+    """
+    places, values = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if places.shape != values.shape or places.ndim != 1 or len({*places.tolist()}) < 2:
+        raise ValueError(
+            f"a line needs two places or more, and got {places.size} x, {values.size} y"
+        )
+    off, count = places - places.mean(), len(places)
+    spread = float(np.square(off).sum())
+    value = float((off * values).sum()) / spread
+    intercept = float(values.mean() - value * places.mean())
+    rest = float(np.square(values - intercept - value * places).sum())
+    total = float(np.square(values - values.mean()).sum())
+    r2 = 1 - rest / total if total > 0 else 1.0
+    if count < 3:
+        return Line(Estimate(value, None, None, ""), intercept, r2)
+    reach = student_quantile(count - 2) * math.sqrt(rest / (count - 2) / spread)
+    named = f"95 % of a fit over {count:,} {what}, Student's t"
+    return Line(Estimate(value, value - reach, value + reach, named), intercept, r2)

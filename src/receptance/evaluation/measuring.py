@@ -15,6 +15,8 @@ from receptance.evaluation.benchmarks import lambada, paper, tasks
 from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix
 from receptance.evaluation.journal import Journal
 from receptance.evaluation.results import Curve, Figure
+from receptance.evaluation.tasks import asking
+from receptance.evaluation.tasks.base import Task
 from receptance.evaluation.texts import enwik8, text
 from receptance.evaluation.texts.documents import Document, read_documents
 from receptance.evaluation.texts.positions import Positions
@@ -179,6 +181,33 @@ def measure_lambada(
             )
             found.figures += lambada.figures(scores, prefix, model.name)
             found.details[prefix] = lambada.details(scores)
+    return found
+
+
+def measure_recall(
+    model: Model,
+    drawn: Sequence[Task],
+    count: int,
+    seed: int,
+    prefix: Prefix,
+    progress: Progress,
+) -> Found:
+    """The accuracy of answers in tasks that are drawn on the fly, each at several difficulties."""
+    found = Found(notes=[f"{PREFIXES[prefix]}; each answer is read before the next is asked"])
+    with model.kept(recall=seed, prefix=prefix) as journal:
+        for task in drawn:
+            asked = asking.ask(
+                model.engine,
+                model.tokenizer,
+                task,
+                count,
+                prefix=prefix,
+                seed=seed,
+                journal=journal,
+                progress=functools.partial(progress, task.name),
+            )
+            found.figures.append(asking.figure(task, asked, model.name))
+    found.curves = asking.curves(drawn, found.figures)
     return found
 
 

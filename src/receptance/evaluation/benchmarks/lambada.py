@@ -13,7 +13,7 @@ from receptance.engine.base import Engine
 from receptance.evaluation.benchmarks.prefix_tree import Request
 from receptance.evaluation.benchmarks.prefixes import Prefix, encode_pair, prefix_ids
 from receptance.evaluation.benchmarks.requests import Progress, Scored, score_requests
-from receptance.evaluation.intervals import Estimate, exponential, mean
+from receptance.evaluation.intervals import Estimate, exponential, mean, share
 from receptance.evaluation.journal import Journal
 from receptance.evaluation.results import Figure
 from receptance.tokenizer import Tokenizer
@@ -120,7 +120,8 @@ def _request(
 def figures(scores: Sequence[Scored], prefix: Prefix, model: str) -> list[Figure]:
     """Perplexity per example, exp(-mean log-probability of the word), and accuracy in percent."""
     losses = mean([-score.log_probability for score in scores], _WHAT)
-    right = mean([100.0 * score.greedy for score in scores], _WHAT)
+    greedy = sum(score.greedy for score in scores) / len(scores)
+    right = share(greedy, len(scores), _WHAT).map(lambda x: 100 * x)
     about: dict[str, Any] = {"task": "lambada", "prefix": prefix}
     named: list[tuple[str, str, Estimate]] = [
         ("perplexity", "", losses.map(exponential)),

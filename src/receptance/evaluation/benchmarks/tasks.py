@@ -9,12 +9,14 @@ from typing import Any
 
 from receptance.data.templates import find_template
 from receptance.evaluation.benchmarks.prefixes import PREFIXES, Prefix, prefix_ids
-from receptance.evaluation.intervals import exponential
+from receptance.evaluation.intervals import Estimate, exponential, share
 from receptance.evaluation.results import Figure
 from receptance.tokenizer import ByteTokenizer
 
 # An interval of 95 % reaches so many standard errors.
 _REACH = 1.96
+# Metrics that are the share of documents with a right answer.
+_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,12 @@ def _figure(
     value: float,
     error: Any,
 ) -> Figure:
-    low, high = _interval(name, value, error) if isinstance(error, int | float) else (None, None)
     count = results.get("n-samples", {}).get(task, {}).get("effective")
+    found = Estimate(value, None, None, "")
+    if name in _SHARES and count and 0 <= value <= 1:
+        found = share(value, count)
+    elif isinstance(error, int | float):
+        found = _by_error(name, value, error)
     about = {
         "task": task,
         "filter": kind,
@@ -122,19 +128,20 @@ def _figure(
         name=name,
         value=value,
         model=model,
-        low=low,
-        high=high,
-        interval="" if low is None else f"95 %, {_REACH} standard errors over documents",
+        low=found.low,
+        high=found.high,
+        interval=found.interval,
         about=about,
     )
 
 
-def _interval(name: str, value: float, error: float) -> tuple[float, float]:
-    """The ends of an interval; that of a perplexity is one of its logarithm, so it is positive."""
+def _by_error(name: str, value: float, error: float) -> Estimate:
+    """By a standard error; the interval of a perplexity is one of its logarithm, so positive."""
+    interval = f"95 %, {_REACH} standard errors over documents"
     if name.endswith("perplexity") and value > 0:
         factor = exponential(_REACH * error / value)
-        return value / factor, value * factor
-    return value - _REACH * error, value + _REACH * error
+        return Estimate(value, value / factor, value * factor, interval)
+    return Estimate(value, value - _REACH * error, value + _REACH * error, interval)
 
 
 def some_samples(results: Mapping[str, Any], count: int) -> dict[str, list[dict[str, Any]]]:

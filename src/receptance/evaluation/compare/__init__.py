@@ -9,7 +9,7 @@ The modules, in reading order:
     matching    parameters and FLOPs, counted alike, and sizes that make them equal
     runs        one training run, and the file with what it found
     training    the loop that trains any of them
-    generation  seconds and memory per generated token at each context
+    costs       seconds of a step, seconds and memory per generated token at each context
     comparing   all runs: the search for learning rates, the seeds, the result
     findings    a result made of what the runs found
     estimating  how long all of it takes

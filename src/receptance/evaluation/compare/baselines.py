@@ -128,7 +128,7 @@ class Baseline(Family):
         with torch.random.fork_rng([]):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         model.load_state_dict(read_tensors(folder, _WEIGHTS))
-        return _CachingDecoder(model.eval())
+        return CachingDecoder(model.eval())
 
 
 class NeoX(Baseline):
@@ -189,7 +189,7 @@ class Llama(Baseline):
         return LlamaForCausalLM(config)
 
 
-class _CachingDecoder:
+class CachingDecoder:
     """A model of transformers with the cache of keys and values that its `generate` uses."""
 
     def __init__(self, model: Any) -> None:
@@ -200,14 +200,16 @@ class _CachingDecoder:
         # Older releases know the argument by its longer name alone.
         known = inspect.signature(model.forward).parameters
         self.argument = "cache" if "cache" in known else "past_key_values"
-        self.next = torch.zeros(1, 1, dtype=torch.int64)
+        self.next = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
+        """Read tokens, and choose the next one."""
         self._advance(tokens[None])
 
     @torch.no_grad()
     def step(self) -> None:
+        """Read the token that was chosen last, and choose the next one."""
         self._advance(self.next)
 
     def _advance(self, tokens: Tensor) -> None:
@@ -215,8 +217,10 @@ class _CachingDecoder:
         self.next = found.logits.argmax(-1)
 
     @property
-    def remembered_bytes(self) -> int:
-        return sum(x.keys.nbytes + x.values.nbytes for x in self.cache.layers)
+    def remembered(self) -> list[Tensor]:
+        """The keys and values of all layers; nothing before the first token."""
+        parts = [part for x in self.cache.layers for part in (x.keys, x.values)]
+        return [part for part in parts if part is not None]
 
 
 def head_width(width: int) -> int:

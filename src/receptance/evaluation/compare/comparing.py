@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from receptance.data import TokenFiles
-from receptance.evaluation.compare import generation
+from receptance.evaluation.compare import costs
+from receptance.evaluation.compare.costs import Costs, Measurement
 from receptance.evaluation.compare.families import Shape
-from receptance.evaluation.compare.generation import Cost, Measurement
 from receptance.evaluation.compare.matching import Counts, counts, matched
 from receptance.evaluation.compare.options import FIRST_SEED, CompareOptions, parse_size
 from receptance.evaluation.compare.runs import Job, Record, finished, make_job
@@ -26,8 +26,8 @@ from receptance.progress import progress_bar
 
 Runner = Callable[[Sequence[Job]], Iterable[Record]]
 """Runs jobs in any order, and gives the record of each as it is finished."""
-Measurer = Callable[[Measurement], list[Cost]]
-"""Measures generation in a process of its own."""
+Measurer = Callable[[Measurement], Costs]
+"""Measures a model in a process of its own."""
 
 # So often a search goes beyond the learning rates that were named.
 _EXTENSIONS = 3
@@ -69,6 +69,10 @@ class Plan:
         """The size with the fewest parameters."""
         return min(self.entries, key=lambda entry: entry.counts.non_embedding).size
 
+    def measurement(self, entry: Entry, model: Path) -> Measurement:
+        """What measures the costs of a model that lies there."""
+        return Measurement(model, entry.family, entry.shape, self.options)
+
     def runs(self) -> Iterator[tuple[Entry, float, int]]:
         """Each known run: its model, the share of the tokens, and how many there are like it."""
         for entry in self.searched:
@@ -87,17 +91,18 @@ class Findings:
     """The learning rate of each model."""
     records: dict[str, list[Record]] = field(default_factory=dict)
     """The runs of each model, one for each seed."""
-    costs: dict[str, list[Cost]] = field(default_factory=dict)
-    """What a generated token costs, by the name of the model."""
+    costs: dict[str, Costs] = field(default_factory=dict)
+    """What each model costs, by its name."""
 
 
 def make_plan(options: CompareOptions, vocab_size: int) -> Plan:
     """The models with their sizes; ValueError if there are none such, or they cannot match."""
-    if len(options.seeds) not in (1, len(options.sizes)):
-        raise ValueError(
-            f"seeds= has {len(options.seeds)} numbers; give one, or one for each of the "
-            f"{len(options.sizes)} sizes"
-        )
+    for name, numbers in (("seeds", options.seeds), ("tokens", options.tokens)):
+        if len(numbers) not in (1, len(options.sizes)):
+            raise ValueError(
+                f"{name}= has {len(numbers)} numbers; give one, or one for each of the "
+                f"{len(options.sizes)} sizes"
+            )
     families = [family(name) for name in options.models]
     reference, entries = families[0], []
     for size in options.sizes:
@@ -133,8 +138,8 @@ def compare(
         work = _Comparison(plan, corpus, out, run, bar)
         work.search(found)
         work.train(found)
-    if plan.options.generation and plan.options.contexts:
-        _generate(plan, found, out, measure, console)
+    if plan.options.costs:
+        _measure_costs(plan, found, out, measure, console)
     return found
 
 
@@ -147,9 +152,8 @@ class _Comparison:
         self.plan, self.options, self.corpus, self.out = plan, plan.options, corpus, out
         self.runner, self.bar, self.done = run, bar, 0.0
         self.flops = {(x.family, x.size): x.counts.training_flops for x in plan.entries}
-        tokens = self.options.tokens
         self.total = sum(
-            tokens * share * count * entry.counts.training_flops
+            self.options.tokens_of(entry.size) * share * count * entry.counts.training_flops
             for entry, share, count in self.plan.runs()
         )
         self.task = bar.add_task("comparing", total=self.total, note="")
@@ -284,24 +288,23 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
-# ---- generation ---------------------------------------------------------------------------------
+# ---- costs --------------------------------------------------------------------------------------
 
 
-def _generate(plan: Plan, found: Findings, out: Path, measure: Measurer, console: Console) -> None:
-    """Measure the costs of generation for the first run of each model that did not diverge."""
-    contexts = tuple(plan.options.contexts)
+def _measure_costs(
+    plan: Plan, found: Findings, out: Path, measure: Measurer, console: Console
+) -> None:
+    """Measure what the first run of each model costs that did not diverge, one after another."""
     with progress_bar(console) as bar:
-        task = bar.add_task("generation", total=len(plan.entries), note="")
+        task = bar.add_task("costs", total=len(plan.entries), note="")
         for entry in plan.entries:
             kept = [x for x in found.records[entry.name] if x.diverged is None]
             if kept:
                 name = kept[0].name
                 bar.update(task, note=entry.name)
-                costs = generation.stored(out, name, contexts)
-                if costs is None:
-                    vocabulary = entry.shape.vocab_size
-                    work = Measurement(name, entry.family, out / MODELS, vocabulary, contexts)
-                    costs = measure(work)
-                    generation.store(out, name, costs)
-                found.costs[entry.name] = costs
+                known = costs.stored(out, name, plan.options.contexts)
+                if known is None:
+                    known = measure(plan.measurement(entry, out / MODELS / name))
+                    costs.store(out, name, known)
+                found.costs[entry.name] = known
             bar.update(task, advance=1)

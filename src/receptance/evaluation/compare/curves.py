@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 from receptance.evaluation.compare.comparing import Findings, Plan
-from receptance.evaluation.compare.generation import Cost
-from receptance.evaluation.compare.runs import Record
+from receptance.evaluation.compare.costs import Cost, Costs
+from receptance.evaluation.compare.runs import Point, Record
 from receptance.evaluation.intervals import Estimate, mean, ratio
 from receptance.evaluation.results import Curve
 
@@ -54,7 +54,7 @@ def _loss_curves(plan: Plan, found: Findings) -> Iterator[Curve]:
         places = {
             "tokens": [float(at[0].tokens) for at in steps],
             "training FLOPs": [float(at[0].tokens * flops) for at in steps],
-            "seconds of training": [statistics.fmean(p.seconds for p in at) for at in steps],
+            "seconds of training": _seconds(plan, found.costs.get(entry.name), steps),
         }
         losses = [[p.bits_per_byte for p in at] for at in steps]
         for x_name, x in places.items():
@@ -71,6 +71,14 @@ def _loss_curves(plan: Plan, found: Findings) -> Iterator[Curve]:
             entry.size,
             records,
         )
+
+
+def _seconds(plan: Plan, costs: Costs | None, steps: Sequence[Sequence[Point]]) -> list[float]:
+    """The seconds until each point: by the step that was measured, or as the runs had them."""
+    if costs is None:
+        return [statistics.fmean(point.seconds for point in at) for at in steps]
+    each = costs.step / (plan.options.batch * plan.options.context)
+    return [at[0].tokens * each for at in steps]
 
 
 def _curve(
@@ -139,8 +147,9 @@ def _generation(
     plan: Plan, found: Findings, name: str, value: Callable[[Cost], float | None], unit: str
 ) -> Iterator[Curve]:
     for entry in plan.entries:
-        costs = [(x.context, value(x)) for x in found.costs.get(entry.name, [])]
-        known = [(float(context), float(cost)) for context, cost in costs if cost is not None]
+        costs = found.costs.get(entry.name)
+        at = [(x.context, value(x)) for x in (costs.generation if costs else [])]
+        known = [(float(context), float(cost)) for context, cost in at if cost is not None]
         if known:
             yield Curve(
                 name=name,

@@ -58,8 +58,8 @@ class Decoder(Protocol):
         ...
 
     @property
-    def remembered_bytes(self) -> int:
-        """The bytes of what the model remembers of the text: its state, or keys and values."""
+    def remembered(self) -> list[Tensor]:
+        """What the model remembers of the text: its state, or keys and values."""
         ...
 
 
@@ -127,7 +127,7 @@ class Family(ABC):
 class RWKV(Family):
     """A version of RWKV, trained by this package and run by its engines."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: float) -> None:
         self.version = version
         self.name, self.label = f"rwkv{version}", f"RWKV-{version}"
 
@@ -182,28 +182,30 @@ class RWKV(Family):
         save(model, folder, tokenizer)
 
     def decoder(self, folder: Path) -> Decoder:
-        return _EngineDecoder(load_engine(folder)[0])
+        return EngineDecoder(load_engine(folder)[0])
 
 
-class _EngineDecoder:
+class EngineDecoder:
     """An engine of this package, with the state of its row."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.state: State | None = None
-        self.next = torch.zeros(1, 1, dtype=torch.int64)
+        self.next = torch.zeros(1, 1, dtype=torch.int64, device=engine.device)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> None:
+        """Read tokens, and choose the next one."""
         features, self.state = self.engine.features(tokens[None], self.state)
         self.next = self.engine.head(features[:, -1:]).argmax(-1)
 
     @torch.no_grad()
     def step(self) -> None:
+        """Read the token that was chosen last, and choose the next one."""
         logits, self.state = self.engine(self.next, self.state)
         self.next = logits.argmax(-1)
 
     @property
-    def remembered_bytes(self) -> int:
-        assert self.state is not None
-        return sum(x.nbytes for x in self.state.tensors.values())
+    def remembered(self) -> list[Tensor]:
+        """The parts of the state; nothing before the first token."""
+        return [] if self.state is None else [*self.state.tensors.values()]

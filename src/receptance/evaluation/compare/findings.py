@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 
@@ -28,10 +29,11 @@ def make_result(
     return Result(
         kind="compare",
         what=(
-            f"{' and '.join(options.models)} trained on the same {options.tokens:,} tokens, "
+            f"{' and '.join(options.models)} trained on the same "
+            f"{' or '.join(f'{n:,}' for n in options.tokens)} tokens, "
             f"with equal {options.match}"
         ),
-        models=[*_families(plan), *(_subject(entry, found) for entry in plan.entries)],
+        models=[*_families(plan), *(_subject(plan, entry, found) for entry in plan.entries)],
         data=[_source(corpus, data)],
         figures=[figure for entry in plan.entries for figure in _figures(plan, entry, found)],
         curves=list(curves(plan, found)),
@@ -55,12 +57,12 @@ def make_result(
 
 
 def _check_same_tokens(plan: Plan, found: Findings) -> None:
-    """All models must have read the same tokens in the same order, for each seed."""
-    seen: dict[int, tuple[str, str]] = {}
+    """All models must have read the same tokens in the same order, for each seed and length."""
+    seen: dict[tuple[int, int], tuple[str, str]] = {}
     for name, records in found.records.items():
         for record in (x for x in records if x.diverged is None):
-            seed = record.job["train"]["seed"]
-            first, digest = seen.setdefault(seed, (name, record.digest))
+            seed, steps = record.job["train"]["seed"], record.job["train"]["steps"]
+            first, digest = seen.setdefault((seed, steps), (name, record.digest))
             if record.digest != digest:
                 raise ValueError(
                     f"{name} and {first} did not read the same tokens with seed {seed}; delete "
@@ -83,7 +85,7 @@ def _families(plan: Plan) -> Iterator[Subject]:
         yield Subject(name=name, about={"architecture": family(name).label})
 
 
-def _subject(entry: Entry, found: Findings) -> Subject:
+def _subject(plan: Plan, entry: Entry, found: Findings) -> Subject:
     shape, cost = entry.shape, entry.counts
     about = {
         "architecture": entry.family,
@@ -94,6 +96,7 @@ def _subject(entry: Entry, found: Findings) -> Subject:
         "non-embedding parameters": cost.non_embedding,
         "training FLOPs per token": cost.training_flops,
         "learning rate": found.rates[entry.name],
+        "training tokens": plan.options.tokens_of(entry.size),
         "seeds": len(found.records[entry.name]),
     }
     return Subject(name=entry.name, about=about)
@@ -132,10 +135,15 @@ def _figures(plan: Plan, entry: Entry, found: Findings) -> Iterator[Figure]:
     if carried:
         name = f"{LOSS}, state carried over the whole text"
         yield _with_interval(name, mean(carried), over_seeds(records), entry, PER_BYTE)
-    speeds = [x.points[-1].tokens / x.seconds for x in records if x.seconds]
-    if speeds:
-        named = over_seeds(records)
-        yield _with_interval("training speed", mean(speeds), named, entry, "tokens/s")
+    if costs := found.costs.get(entry.name):
+        speed = plan.options.batch * plan.options.context / costs.step
+        yield Figure(
+            name="training speed",
+            value=speed,
+            model=entry.name,
+            unit="tokens/s",
+            about={"size": entry.size},
+        )
 
 
 def _difference(
@@ -203,12 +211,18 @@ def _notes(plan: Plan, found: Findings, processes: int) -> Iterator[str]:
     for record in _all_runs(found):
         if record.diverged is not None:
             yield f"{record.name} diverged at step {record.diverged}."
-    if processes > 1:
+    if not found.costs and processes > 1:
         yield (
             f"{processes} runs were trained side by side, which shared the processors: seconds "
             "compare models with each other, and each alone would have been faster."
         )
     if found.costs:
+        yield (
+            "Seconds of training are steps times the seconds of a step, which was measured for one "
+            "model after another when all runs were done."
+        )
+        if len({json.dumps(x.machine, sort_keys=True) for x in found.costs.values()}) > 1:
+            yield "The costs of the models were measured on different machines, or environments."
         yield (
             "Generation is greedy and of one row: RWKV with the engine of this package that is "
             "fastest here, Transformers with the cache of transformers. Beyond the trained context "

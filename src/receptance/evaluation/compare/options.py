@@ -35,8 +35,9 @@ class CompareOptions:
     and head, or the FLOPs of training on a token."""
     tokenizer: str = "bpe:4096"
     """The tokenizer of all models: bytes, bpe:SIZE (trained on the text) or a file."""
-    tokens: int = 2_000_000
-    """Tokens that each run reads, repetitions included."""
+    tokens: tuple[int, ...] = (2_000_000,)
+    """Tokens that each run reads, repetitions included: of all sizes or, if repeated, of each in
+    turn."""
     context: int = 256
     """Tokens per sequence."""
     batch: int = 8
@@ -67,14 +68,15 @@ class CompareOptions:
     """How often each run is judged on an eighth of these tokens, for the curves."""
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16384)
     """Contexts at which generation is measured."""
-    generation: bool = True
-    """Measure seconds and memory per generated token."""
+    costs: bool = True
+    """Measure, when all runs are done, the seconds of a step of training, and seconds and memory
+    per generated token, of one model after another."""
     exclude: tuple[str, ...] = ()
     """Leave out files with a path component like this, e.g. site-packages."""
     read: ReadOptions = field(default_factory=ReadOptions)
 
     def __post_init__(self) -> None:
-        for name in ("models", "sizes", "seeds", "learning_rates"):
+        for name in ("models", "sizes", "seeds", "tokens", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; name at least one")
         for name in ("models", "sizes", "learning_rates", "contexts"):
@@ -89,16 +91,16 @@ class CompareOptions:
                     raise ValueError(
                         f"{name} is {_shown(getattr(self, name))}; it must be {wanted}"
                     )
-        if self.tokens < self.batch * self.context:
+        if min(self.tokens) < self.batch * self.context:
             raise ValueError(
-                f"tokens is {self.tokens}; a step alone reads {self.batch * self.context} "
+                f"tokens is {min(self.tokens)}; a step alone reads {self.batch * self.context} "
                 "(batch times context)"
             )
 
     def _limits(self) -> dict[str, dict[str, bool]]:
         """What holds of each field, by what is wanted of it."""
-        numbers = ("tokens", "context", "batch", "held_out", "points")
-        lists = ("seeds", "contexts")
+        numbers = ("context", "batch", "held_out", "points")
+        lists = ("seeds", "tokens", "contexts")
         shares = ("sweep_share", "final_share")
         return {
             "at least 1": {
@@ -122,8 +124,14 @@ class CompareOptions:
 
     def seeds_of(self, size: str) -> range:
         """The seeds of the runs of one size."""
-        at = self.sizes.index(size) if len(self.seeds) > 1 else 0
-        return range(FIRST_SEED, FIRST_SEED + self.seeds[at])
+        return range(FIRST_SEED, FIRST_SEED + self._of(size, self.seeds))
+
+    def tokens_of(self, size: str) -> int:
+        """The tokens that each run of one size reads."""
+        return self._of(size, self.tokens)
+
+    def _of(self, size: str, numbers: tuple[int, ...]) -> int:
+        return numbers[self.sizes.index(size) if len(numbers) > 1 else 0]
 
 
 def parse_size(size: str) -> tuple[int, int]:

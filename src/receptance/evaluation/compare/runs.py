@@ -70,7 +70,8 @@ def make_job(
     search: bool,
 ) -> Job:
     """The run of one model at one learning rate; that of a search reads fewer tokens."""
-    tokens = options.tokens * (options.sweep_share if search else 1)
+    size = f"{shape.width}x{shape.layers}"
+    tokens = options.tokens_of(size) * (options.sweep_share if search else 1)
     steps = max(1, round(tokens / (options.batch * options.context)))
     train = TrainOptions(
         steps=steps,

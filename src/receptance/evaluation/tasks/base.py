@@ -60,6 +60,22 @@ class Task(ABC):
     def chance(self) -> float:
         """The accuracy of guessing among the answers that are possible."""
 
+    def spoken(self, drawn: Drawn) -> list[list[tuple[str, str]]]:
+        """Each sequence as text for a language model: pieces to read, and the answer behind each.
+
+        Tokens and answers are written as numbers. An answer belongs to the text that follows it.
+        """
+        sequences = []
+        for tokens, targets, mask in zip(drawn.tokens, drawn.targets, drawn.mask, strict=True):
+            pieces, read = [], ""
+            for token, target, asked in zip(tokens, targets, mask, strict=True):
+                read += f" {token}"
+                if asked:
+                    pieces.append((read, f" {target}"))
+                    read = ""
+            sequences.append(pieces)
+        return sequences
+
     @property
     def problem(self) -> Problem:
         """A class for each position of the mask: the token that is the answer."""

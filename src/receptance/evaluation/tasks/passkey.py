@@ -63,6 +63,14 @@ class Passkey(Task):
         """The same task at another length."""
         return replace(self, length=length)
 
+    def spoken(self, drawn: Drawn) -> list[list[tuple[str, str]]]:
+        """Each sequence as the text that it is, and its key as the only answer."""
+        found = []
+        for tokens, key in zip(drawn.tokens, drawn.question, strict=True):
+            read = tokens[: len(tokens) - self.digits + 1].astype(np.uint8).tobytes()
+            found.append([(read.decode(errors="replace"), "".join(map(str, key)))])
+        return found
+
     def draw(self, rng: np.random.Generator, count: int, split: Split) -> Drawn:
         """Draw so many sequences."""
         hay = self.length - self._around

@@ -76,7 +76,7 @@ def _value(name: str, key: str, word: str, kind: type) -> Any:
 
 def _text(name: str, source: str | None) -> bytes:
     if source is None:
-        raise ValueError(f"{name} hides its questions in real text; name a text file as source")
+        raise ValueError(f"{name} hides its questions in real text; name a text file with source=")
     try:
         return Path(source).expanduser().read_bytes()
     except OSError as error:
