@@ -40,9 +40,9 @@ struct InstructionSet {
 };
 
 // What a set adds to `base` serves the models alone; the operators' kernels are those of `base`.
-#define RECEPTANCE_KERNELS_OF(set, base)                                             \
-    {#set,         &wkv4_##base, &wkv6_##base, &wkv7_##base, &model_##set, &rwkv4_##set, \
-     &rwkv5_##set, &rwkv6_##set, &rwkv7_##set}
+#define RECEPTANCE_KERNELS_OF(set, base) \
+    {#set,         &wkv4_##base,  &wkv6_##base,  &wkv7_##base,  &model_##set, \
+     &rwkv4_##set, &rwkv5_##set, &rwkv6_##set, &rwkv7_##set}
 
 // The instruction sets that this machine can run, the fastest first.
 std::vector<InstructionSet> runnable() {
