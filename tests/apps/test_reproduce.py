@@ -54,7 +54,7 @@ def test_the_gallery_is_made_of_results(tmp_path):
     done = call("reproduce", "--gallery", page, "--out", out)
     assert done.code == 0, done.err
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert "| [decays](#decays) | Figure 10 | agrees |" in text
     assert "| [sizes](#sizes) | Table 2 | no result here yet |" in text
     assert (tmp_path / "images/reproduce/decays.svg").is_file()

@@ -116,6 +116,9 @@ class Experiment(ABC):
         """How much longer a piece takes than others, for the remaining time that is shown."""
         return 1.0
 
+    def prepare(self, work: Work) -> None:  # noqa: B027 Most experiments need nothing.
+        """Make what several pieces need, once and before the first of them."""
+
     @abstractmethod
     def measure(self, piece: Piece, work: Work) -> dict[str, Any]:
         """Do one piece, and return what was found as JSON."""
