@@ -48,6 +48,8 @@ class Sender:
         headers = {}
         if error.retry_after is not None:
             headers["retry-after"] = str(error.retry_after)
+        if error.allow is not None:
+            headers["allow"] = error.allow
         if error.status in (408, 413):  # the rest of the body is not read
             headers["connection"] = "close"
         if error.status == 401:
