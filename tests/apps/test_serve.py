@@ -135,7 +135,10 @@ def test_models_and_adapters_are_chosen_by_request_and_come_back(tmp_path):
     """Each answers as it does alone, with a budget that has room for one of them at a time."""
     model = make_model(width=256, layers=3)
     receptance.save(model, tmp_path / "model", ByteTokenizer())
-    for kind, options in (("lora", LoRAOptions(rank=2)), ("learned", StateTuningOptions(start_key=3.0))):
+    for kind, options in (
+        ("lora", LoRAOptions(rank=2)),
+        ("learned", StateTuningOptions(start_key=3.0)),
+    ):
         adapter = make_adapter(model, options)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():

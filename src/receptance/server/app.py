@@ -16,6 +16,7 @@ from starlette.routing import compile_path
 from receptance.server.calls import JSON, Call, Reply
 from receptance.server.errors import ApiError
 from receptance.server.keys import Keys
+from receptance.server.memory import Memory
 from receptance.server.metrics import MEDIA_TYPE, Metrics
 from receptance.server.models import Models
 from receptance.server.openapi import docs_page, openapi
@@ -58,6 +59,7 @@ class App:
         self.models, self.keys, self.limits = models, keys or Keys(), models.limits
         self.metrics = Metrics(models)
         self.draining = False
+        self._memory = Memory()
         self._origins, self._hosts = frozenset(origins), None if self.keys.digests else hosts
         self._log = log or (lambda line: None)
         self._answering: set[asyncio.Task[Any]] = set()
@@ -150,6 +152,7 @@ class App:
             pass
         finally:
             self.metrics.in_flight.dec()
+            self._memory.note(headers)
             place = endpoint.path if endpoint else "none"
             self.metrics.answered(place, sender.status)
             took = time.monotonic() - began
@@ -221,6 +224,8 @@ class App:
             self._answering.discard(work)
             gone.cancel()
             work.cancel()
+            # Its error holds this frame: in a circle they would keep the body for a long time.
+            del work
 
     async def _write(self, endpoint: Endpoint, call: Call, sender: Sender) -> None:
         answer = await endpoint.answer(call)
