@@ -13,11 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 from _common import report_as_found
+from _servers import server
 
 import receptance
 from receptance.inference.batching import Slots
@@ -51,8 +48,8 @@ def trials(model: str, streams: list[int], tokens: int) -> Iterator[tuple[str, d
     for count in streams:
         prompts = [f"def f{number}(x):" for number in range(count)]
         texts, alone = by_engine(engine, tokenizer, prompts, tokens)
-        with server(model, count) as url:
-            served = asyncio.run(by_server(url, prompts, tokens, texts))
+        with server(model, "--slots", str(count)) as found:
+            served = asyncio.run(by_server(found.url, prompts, tokens, texts))
         share = served["tokens/s"] / alone
         yield f"{count} streams", {"engine tokens/s": alone, **served, "share": share}
 
@@ -77,21 +74,6 @@ def by_engine(
         for token in slots.step():
             texts[token.row] += token.text
     return texts, len(prompts) * tokens / (time.perf_counter() - began)
-
-
-@contextlib.contextmanager
-def server(model: str, slots: int) -> Iterator[str]:
-    """A server in a process of its own; its address."""
-    words = [sys.executable, "-m", "receptance", "serve", f"model={model}", "--port", "0"]
-    words += ["--slots", str(slots), "--quiet"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found, "the server did not start"
-            yield found[0]
-        finally:
-            process.terminate()
 
 
 async def by_server(

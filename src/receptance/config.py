@@ -27,6 +27,32 @@ _RWKV_4 = {
         ("14b", 40, 5120),
     )
 }
+# These are the models of BlinkDL/rwkv-5-world and of BlinkDL/rwkv-6-world.
+_RWKV_5 = {
+    f"rwkv5-{name}": ModelConfig(
+        version=5.2, vocab_size=WORLD_VOCAB_SIZE, width=width, num_layers=layers
+    )
+    for name, layers, width in (
+        ("0.1b", 12, 768),
+        ("0.4b", 24, 1024),
+        ("1.5b", 24, 2048),
+        ("3b", 32, 2560),
+        ("7b", 32, 4096),
+    )
+}
+_RWKV_6 = {
+    f"rwkv6-{name}": ModelConfig(
+        version=6, vocab_size=WORLD_VOCAB_SIZE, width=width, num_layers=layers
+    )
+    for name, layers, width in (
+        ("0.1b", 12, 768),
+        ("0.4b", 24, 1024),
+        ("1.6b", 24, 2048),
+        ("3b", 32, 2560),
+        ("7b", 32, 4096),
+        ("14b", 61, 4096),
+    )
+}
 # These are the G1 models of BlinkDL/rwkv7-g1. No formula gives all of their ranks, which are those
 # of the decay and the in-context learning rate, of the value, and of the gate.
 _RWKV_7 = {
@@ -46,7 +72,7 @@ _RWKV_7 = {
         ("13.3b", 61, 4096, 192, 128, 384),
     )
 }
-PUBLISHED_SIZES = _RWKV_4 | _RWKV_7
+PUBLISHED_SIZES = _RWKV_4 | _RWKV_5 | _RWKV_6 | _RWKV_7
 
 
 def published(name: str) -> ModelConfig:

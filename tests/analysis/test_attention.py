@@ -7,12 +7,20 @@ from hypothesis import strategies as st
 from tiny import make_model
 
 from receptance.analysis import attention, record
-from receptance.ops import WKVState, wkv4, wkv4_sources, wkv7, wkv7_sources
+from receptance.ops import (
+    WKVState,
+    wkv4,
+    wkv4_sources,
+    wkv6,
+    wkv6_sources,
+    wkv7,
+    wkv7_sources,
+)
 
 TOKENS = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=[4, 7])
+@pytest.fixture(scope="module", params=[4, 5.2, 6, 7])
 def model(request):
     extras = {} if request.param == 4 else {"head_size": 8}
     return make_model(layers=3, version=request.param, **extras).requires_grad_(False)
@@ -58,6 +66,20 @@ def test_wkv7_is_rebuilt_from_its_sources(time, reset, seed):
     resets = torch.rand(2, time, generator=g) < 0.2 if reset else None
     wanted, _ = wkv7(*inputs, state, resets=resets)
     found = wkv7_sources(inputs, state, positions=torch.arange(time), resets=resets)
+    torch.testing.assert_close(found.outputs(), wanted.flatten(2), atol=2e-5, rtol=1e-5)
+    assert not bool(found.weights.permute(0, 3, 1, 2).triu(1).any())
+
+
+@given(time=st.integers(1, 40), reset=st.booleans(), seed=st.integers(0, 1000))
+def test_wkv6_is_rebuilt_from_its_sources(time, reset, seed):
+    g = torch.Generator().manual_seed(seed)
+    r, k, v, decay = torch.randn(4, 2, time, 3, 4, generator=g)
+    inputs, bonus = (r, -decay.exp(), k, v), torch.randn(3, 4, generator=g)
+    state = torch.randn(2, 3, 4, 4, generator=g)
+    resets = torch.rand(2, time, generator=g) < 0.2 if reset else None
+    wanted, _ = wkv6(*inputs, bonus, state, resets=resets)
+    positions = torch.arange(time)
+    found = wkv6_sources(inputs, bonus, state, positions=positions, resets=resets)
     torch.testing.assert_close(found.outputs(), wanted.flatten(2), atol=2e-5, rtol=1e-5)
     assert not bool(found.weights.permute(0, 3, 1, 2).triu(1).any())
 

@@ -12,14 +12,15 @@ from receptance.analysis.places import names
 TOKENS = torch.randint(256, (3, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=[4, 7])
+@pytest.fixture(scope="module", params=[4, 6, 7])
 def model(request):
     return tiny(request.param)
 
 
 @functools.cache
 def tiny(version):
-    extras = {} if version == 4 else {"head_size": 8, "decay_rank": 3}
+    extras = {} if version == 4 else {"head_size": 8}
+    extras |= {"decay_rank": 3} if version >= 6 else {}
     return make_model(layers=3, version=version, **extras).requires_grad_(False)
 
 
@@ -98,7 +99,7 @@ def test_lengths_and_resets_hold_token_by_token(model, lengths):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-NAMES = [(version, name) for version in (4, 7) for name in names(tiny(version))]
+NAMES = [(version, name) for version in (4, 5.2, 6, 7) for name in names(tiny(version))]
 
 
 @pytest.mark.parametrize(("version", "name"), NAMES)

@@ -20,7 +20,7 @@ from receptance.analysis import (
 TOKENS = torch.randint(256, (2, 14), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=[4, 7])
+@pytest.fixture(scope="module", params=[4, 6, 7])
 def model(request):
     extras = {} if request.param == 4 else {"head_size": 8}
     return make_model(layers=3, version=request.param, **extras).requires_grad_(False)
@@ -76,7 +76,8 @@ def test_interpolation_is_linear_in_what_was_summed(model, states):
 
     def sums(state):
         if "exponent" not in state.tensors:
-            return [state.tensors["value_by_key"].double()]
+            names = {"value_by_key", "key_by_value"} & state.tensors.keys()
+            return [state.tensors[name].double() for name in names]
         scale = (state.tensors["exponent"].double()).exp()
         return [state.tensors[n].double() * scale for n in ("numerator", "denominator")]
 
@@ -166,7 +167,7 @@ def test_activations_are_counted_over_pieces(model, monkeypatch):
 
 
 def test_a_unit_that_is_cut_off_is_dead(model):
-    with patch(model, "blocks.1.ffn.key", lambda x: x - 1e4 * (torch.arange(64) < 10)):
+    with patch(model, "blocks.1.ffn.key", lambda x: x - 1e4 * (torch.arange(x.shape[-1]) < 10)):
         found = activations(model, TOKENS)
     assert bool((found.rates[1, :10] == 0).all())
     assert int(found.dead[1]) >= 10 > int(found.dead[2])

@@ -7,13 +7,20 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from command import call
+from tiny import make_model
+
+import receptance
+from receptance.adapters import LoRAOptions, StateTuningOptions, make_adapter
+from receptance.tokenizer import ByteTokenizer
 
 KEY = "0123456789abcdef"
 
@@ -42,10 +49,12 @@ def test_mistakes_are_told_in_one_line(words, said, tmp_path, monkeypatch):
 
 
 @contextmanager
-def process(folder: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(
+    folder: Path, *words: str, models: Sequence[str] = ("tiny-python",)
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server as a process of its own, and its address."""
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
-    command = [sys.executable, "-m", "receptance", "serve", "tiny-python", "--port", "0", *words]
+    command = [sys.executable, "-m", "receptance", "serve", *models, "--port", "0", *words]
     with subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as running:
@@ -58,9 +67,18 @@ def process(folder: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[s
             running.kill()
 
 
-def ask(url: str, prompt: str) -> dict:
-    body = {"model": "tiny-python", "prompt": prompt, "max_tokens": 8, "temperature": 0}
+def ask(url: str, prompt: str, model: str = "tiny-python") -> dict:
+    body = {"model": model, "prompt": prompt, "max_tokens": 8, "temperature": 0}
     return httpx.post(f"{url}/v1/completions", json=body, timeout=500).json()
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    """Wait for something that a server does."""
+    for _ in range(5000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came")
 
 
 @pytest.mark.slow
@@ -71,8 +89,7 @@ def test_a_restart_remembers_what_was_said(tmp_path, end):
         first = ask(url, prompt)
         if end == signal.SIGKILL:  # what was written by then counts
             folder = tmp_path / "states" / "tiny-python"
-            while len(list(folder.glob("*.state"))) < 2:
-                assert running.poll() is None
+            wait_for(lambda: len(list(folder.glob("*.state"))) == 2)
         running.send_signal(end)
         assert running.wait(500) in (0, 130, -end)
     with process(tmp_path, "--cache-dir", "states", "--quiet") as (url, _):
@@ -83,17 +100,91 @@ def test_a_restart_remembers_what_was_said(tmp_path, end):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_stream_and_the_process(tmp_path):
+def test_after_sigkill_damaged_states_are_dropped_and_the_others_used(tmp_path):
+    prompts = ["class Queue:\n    def __init__(self", "import os\n\n\ndef main("]
+    folder = tmp_path / "states" / "tiny-python"
+    options = ("--cache-dir", "states", "--quiet")
+    with process(tmp_path, *options) as (url, running):
+        first = ask(url, prompts[0])
+        wait_for(lambda: len(list(folder.glob("*.state"))) == 2)
+        theirs = set(folder.glob("*.state"))
+        ask(url, prompts[1])
+        wait_for(lambda: len(list(folder.glob("*.state"))) == 4)
+        running.kill()
+        running.wait(500)
+    for path in set(folder.glob("*.state")) - theirs:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    (folder / ".begun.partial").write_bytes(b"a write that SIGKILL cut off")
+    (folder / f"{'a' * 64}.state").write_bytes(b"a state without its text")
+    with process(tmp_path, *options) as (url, _):
+        assert not list(folder.glob(".*.partial")) and not list(folder.glob("aaaa*"))
+        again = ask(url, prompts[0])
+        assert again["choices"] == first["choices"]
+        for answer, cached in ((again, -1), (ask(url, prompts[1]), None)):
+            usage = answer["usage"]
+            wanted = 0 if cached is None else usage["prompt_tokens"] + cached
+            assert usage["prompt_tokens_details"]["cached_tokens"] == wanted
+        metrics = httpx.get(f"{url}/metrics").text
+        assert 'cache_lookups_total{model="tiny-python",outcome="damaged"} 1.0' in metrics
+
+
+@pytest.mark.slow
+def test_models_and_adapters_are_chosen_by_request_and_come_back(tmp_path):
+    """Each answers as it does alone, with a budget that has room for one of them at a time."""
+    model = make_model(width=256, layers=3)
+    receptance.save(model, tmp_path / "model", ByteTokenizer())
+    for kind, options in (
+        ("lora", LoRAOptions(rank=2)),
+        ("learned", StateTuningOptions(start_key=3.0)),
+    ):
+        adapter = make_adapter(model, options)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+        adapter.save(tmp_path / f"{kind}.safetensors", model.fingerprint())
+    prompt, names = "class Queue:\n    def", ("m", "other", "m:lora", "m:learned")
+    words = ["--cache-dir", "states", "--adapters", "lora=lora.safetensors"]
+    words += ["--adapters", "learned=learned.safetensors"]
+    words += ["--budget", str(int(model.weight_bytes * 1.5) >> 20)]
+    with process(tmp_path, *words, models=["m=model", "other=model"]) as (url, _):
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [(one["id"], one["loaded"]) for one in listed] == [(n, n == "m") for n in names]
+        first = {name: ask(url, prompt, name) for name in names}
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [one["id"] for one in listed if one["loaded"]] == ["m:learned"]
+        texts = {name: found["choices"][0]["text"] for name, found in first.items()}
+        for name in names:  # their states were kept on disk while they were away
+            again = ask(url, prompt, name)
+            assert again["choices"][0]["text"] == texts[name]
+            usage = again["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+        assert httpx.post(f"{url}/v1/unload/other").json()["loaded"] is False
+        assert httpx.post(f"{url}/v1/load/m:lora", timeout=500).json()["loaded"] is True
+    assert texts["m"] == texts["other"]
+    assert len({texts[name] for name in names[1:]}) == 3
+    for name in ("lora", "learned"):
+        file = tmp_path / f"{name}.safetensors"
+        alone, tokenizer = receptance.load_engine(tmp_path / "model", adapter=file)
+        found = receptance.generate(alone, tokenizer, prompt, max_tokens=8, temperature=0)
+        assert texts[f"m:{name}"] == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_stream_and_the_process(tmp_path, end):
     body = {"model": "tiny-python", "prompt": "x", "max_tokens": 16000, "ignore_eos": True}
     with process(tmp_path, "--drain-seconds", "0.3") as (url, running):
         options = {"json": {**body, "stream": True}, "timeout": 500}
         with httpx.stream("POST", f"{url}/v1/completions", **options) as response:
             lines = response.iter_lines()
             next(lines)
-            os.kill(running.pid, signal.SIGINT)
+            os.kill(running.pid, end)
             said = [line for line in lines if line]
         assert said[-1] == "data: [DONE]" and "shutting down" in said[-2]
-        assert running.wait(500) in (0, 130, -signal.SIGINT)
+        assert running.wait(500) in (0, 130, -end)
 
 
 @pytest.mark.slow

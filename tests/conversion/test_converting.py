@@ -355,7 +355,7 @@ def test_a_writer_that_errs_is_found_out(tmp_path, source, monkeypatch, format_,
 
 def test_sizes_and_logits_are_compared_too(tmp_path, source, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("receptance.formats.hf._told", lambda *_: {"layer_norm_epsilon": 1e-3})
+        patch.setattr("receptance.formats.hf.told", lambda *_: {"layer_norm_epsilon": 1e-3})
         assert "has other sizes" in refused(source, tmp_path / "x", format="hf")
     found = iter([torch.ones(3), torch.ones(3) + 2e-5])
     monkeypatch.setattr(converting, "probe", lambda *_: next(found))

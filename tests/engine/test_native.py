@@ -43,9 +43,25 @@ SIZES = [
         ffn_width=300,
         extras={"head_size": 32, "group_norm_epsilon": 1e-5},
     ),
+    ModelConfig(version=5.2, vocab_size=71, width=96, num_layers=2, extras={"head_size": 24}),
+    ModelConfig(
+        version=6,
+        vocab_size=67,
+        width=128,
+        num_layers=2,
+        extras={"mix_rank": 8, "decay_rank": 20},
+    ),
+    ModelConfig(
+        version=6,
+        vocab_size=61,
+        width=72,
+        num_layers=1,
+        ffn_width=300,
+        extras={"head_size": 12, "mix_rank": 5, "group_norm_epsilon": 1e-5},
+    ),
 ]
 every_size = pytest.mark.parametrize("config", SIZES, ids=lambda c: f"v{c.version}-C{c.width}")
-every_version = pytest.mark.parametrize("version", [4, 7])
+every_version = pytest.mark.parametrize("version", [4, 6, 7])
 # Relative to the size of all logits: after a reset, the norm of a head in RWKV-7 magnifies what is
 # almost zero. Integer products are exact, but activations are rounded to 15 bits of the largest
 # of 128.
@@ -144,7 +160,8 @@ def test_equals_the_torch_model(kind, config, instruction_set):
     assert relative_error(logits[real], wanted[real]) < ERRORS[kind]
     for name, tensor in state.tensors.items():
         error = (tensor - wanted_state.tensors[name]).abs() / (1 + wanted_state.tensors[name].abs())
-        assert error.max() < ERRORS[kind], name
+        # States of RWKV-5 and 6 add up products of two numbers, each made of rounded activations.
+        assert error.max() < 2 * ERRORS[kind], name
     assert state.tokens.tolist() == [21, 0, 8]
 
 
@@ -426,7 +443,7 @@ def test_no_tokens_leave_the_state_as_it_is(version):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @every_version
 def test_another_division_of_the_workspace_starts_from_zeros(kind, version, width, first, second):
-    extras = {"head_size": 12} if version == 7 and width % 12 == 0 else {}
+    extras = {"head_size": 12} if version > 4 and width % 12 == 0 else {}
     model = random_model(
         ModelConfig(version=version, vocab_size=50, width=width, num_layers=1, extras=extras)
     )
@@ -458,7 +475,12 @@ def test_threads_are_no_more_than_the_cpus_unless_asked_for(monkeypatch, threads
 MATRIX = (0, 1, 1, 0, 0, 0)
 # For every native class: the vectors and matrices of a layer, its own numbers, and the addresses of
 # a pass.
-CLASSES = [("Rwkv4", 11, 7, [], 14), ("Rwkv7", 19, 14, [1, 1e-5], 10)]
+CLASSES = [
+    ("Rwkv4", 11, 7, [], 14),
+    ("Rwkv5", 14, 8, [1, 1e-5], 10),
+    ("Rwkv6", 16, 16, [1, 1e-5], 10),
+    ("Rwkv7", 19, 14, [1, 1e-5], 10),
+]
 every_class = pytest.mark.parametrize(
     ("name", "vectors", "matrices", "numbers", "addresses"), CLASSES, ids=lambda x: str(x)
 )

@@ -368,7 +368,7 @@ def test_what_is_wrong_is_said(tmp_path, refusal):
     twice = assemble(SMALLEST, good)
     assert "two tensors named 'emb.weight'" in refused(twice + twice[24:])
     newer = good | {"blocks.0.att.ln_x.weight": (0, (2,), bytes(8))}
-    assert "this is an RWKV-5 file" in refused(assemble(SMALLEST, newer))
+    assert "a whole RWKV-5.0 model: missing are" in refused(assemble(SMALLEST, newer))
     many = {str(i): (0, (1,), bytes(4)) for i in range(10_002)}
     assert "more than 10000 tensors" in refused(assemble(SMALLEST, many))
     assert "empty" in refused(b"")

@@ -192,7 +192,9 @@ def test_it_is_read_back(tmp_path, kind, layers):
 
 
 def test_what_llama_cpp_cannot_run_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"runs no RWKV-4; this release writes them of RWKV-7"):
+    with pytest.raises(
+        ValueError, match=r"runs no RWKV-4; this release writes them of RWKV-6 and RWKV-7"
+    ):
         check_gguf(ModelConfig(vocab_size=4, width=32, num_layers=1), None)
     sizes = {"vocab_size": 4, "width": 32, "num_layers": 1, "version": 7}
     with pytest.raises(ValueError, match=r"group_norm_epsilon is 1e-05, and llama.cpp always"):
@@ -362,7 +364,7 @@ HOSTILE = {
         header((key("general.architecture", 4, bytes(4)),)), "is no text"),
     "another architecture": (
         header((key("general.architecture", 8, text(b"lla\nma")),)), r"architecture is 'lla\\nma'"),
-    "no architecture": (header(()), "architecture is 'None'; this release reads rwkv7"),
+    "no architecture": (header(()), "architecture is 'None'; this release reads rwkv6, rwkv7"),
     "no tensors": (header(), "wkv.head_size is None"),
 }  # fmt: skip
 

@@ -154,7 +154,7 @@ def test_of_two_tokenizers_the_vocabulary_decides(tmp_path):
 # Configurations that are not those of the weights, or not RWKV-4's.
 
 
-@pytest.mark.parametrize("model_type", ["rwkv5", "rwkv6", "llama", None])
+@pytest.mark.parametrize("model_type", ["rwkv8", "llama", None])
 def test_other_architectures_are_refused_by_name(saved, model_type):
     edit(saved / "config.json", model_type=model_type)
     with pytest.raises(ValueError, match=rf"config.json: the model_type is {model_type!r}"):

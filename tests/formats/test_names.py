@@ -94,10 +94,14 @@ def block(*names: str) -> dict[str, tuple[int, ...]]:
 FOREIGN = {
     "RWKV-2 file": block("att.time_decay", "att.time_first", "att.time_mix"),
     "RWKV-3 file": block("att.time_first", "att.time_mix_k") | {"blocks.0.att.time_decay": (8, 1)},
-    "RWKV-5 file": block("att.time_decay", "att.time_first", "att.ln_x.weight", "att.ln_x.bias"),
-    "RWKV-5.2 file": block("att.time_faaaa", "att.ln_x.weight", "att.gate.weight")
+    "a whole RWKV-5.0 model": block(
+        "att.time_decay", "att.time_first", "att.ln_x.weight", "att.ln_x.bias"
+    ),
+    "a whole RWKV-5.2 model": block("att.time_faaaa", "att.ln_x.weight", "att.gate.weight")
     | {"blocks.0.att.time_decay": (2, 4)},
-    "RWKV-6 file": block("att.time_maa_x", "att.time_maa_w1", "att.time_decay_w1", "att.ln_x.bias"),
+    "a whole RWKV-6 model": block(
+        "att.time_maa_x", "att.time_maa_w1", "att.time_decay_w1", "att.ln_x.bias"
+    ),
     "a whole RWKV-7 model": block("att.x_r", "att.w0", "att.a0", "att.r_k", "ffn.x_k"),
     "RWKV-8 file": block("att.x_r", "att.w0", "att.r_k", "ffn.enn.weight"),
     "RWKV-4a": SHAPES | {"blocks.2.tiny_q.weight": (8, 8), "blocks.2.tiny_mask": (8, 8)},
@@ -120,16 +124,17 @@ def test_other_files_are_told_what_they_are(what: str):
 
 
 @pytest.mark.parametrize(
-    ("version", "name"),
+    ("what", "name"),
     [
-        ("RWKV-5", "rwkv.blocks.0.attention.gate.weight"),
-        ("RWKV-6", "rwkv.blocks.0.attention.time_maa_w"),
-        ("RWKV-6", "model.layers.0.attn.x_bias"),
+        ("a whole RWKV-5.1 model", "rwkv.blocks.0.attention.gate.weight"),
+        ("a whole RWKV-6 model", "rwkv.blocks.0.attention.time_maa_w"),
+        ("RWKV-6 of flash-linear-attention file", "model.layers.0.attn.x_bias"),
     ],
 )
-def test_other_versions_are_recognized_by_their_names_in_transformers_and_fla(version, name):
-    with pytest.raises(ValueError, match=f"other.bin: this is an {version} file"):
-        conform({name: torch.zeros(8), "lm_head.weight": torch.zeros(9, 8)}, Path("other.bin"))
+def test_versions_are_recognized_by_their_names_in_transformers_and_fla(what, name):
+    tensors = {name: torch.zeros(8), "lm_head.weight": torch.zeros(9, 8)}
+    with pytest.raises(ValueError, match=f"other.bin: .*{what}"):
+        conform(tensors, Path("other.bin"))
 
 
 def test_variants_name_their_tensors():

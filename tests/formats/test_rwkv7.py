@@ -15,7 +15,8 @@ from receptance.checking.inspecting import inspect
 from receptance.conversion.converting import convert
 from receptance.conversion.source import open_source
 from receptance.conversion.target import Target
-from receptance.formats.hf import config_fields, read_hf
+from receptance.formats.hf import read_hf
+from receptance.formats.hf_config import config_fields
 from receptance.formats.names import infer_config, tensor_shapes
 from receptance.formats.names_hf import from_hf, is_hf, is_transposed, to_hf
 from receptance.model import Model
@@ -159,7 +160,7 @@ def test_a_configuration_of_another_version_is_refused(tmp_path):
 def test_its_successors_are_named(name, version):
     shapes = tensor_shapes(CONFIG) | {name: (3,)}
     with pytest.raises(
-        ValueError, match=f"this is an {version}.* file; this release reads RWKV-4 and"
+        ValueError, match=f"this is an {version}.* file; this release reads RWKV-4,"
     ):
         infer_config(shapes)
 

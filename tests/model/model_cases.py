@@ -21,7 +21,9 @@ def randomize(model: Model, seed: int = 0) -> Model:
         uniform = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         if name.endswith("time_decay"):
             drawn = 8 * uniform - 6
-        elif "time_mix" in name or ".x_" in name:
+        elif name.endswith(("maa_w1", "maa_w2", "decay_w1", "decay_w2")):
+            drawn = 0.3 * normal / parameter.shape[-2] ** 0.5
+        elif "time_mix" in name or ".x_" in name or "time_maa" in name:
             drawn = uniform
         elif ".ln" in name or name.startswith("ln"):
             drawn = 0.2 * normal + name.endswith("weight")
@@ -36,7 +38,7 @@ def randomize(model: Model, seed: int = 0) -> Model:
 @functools.cache
 def deep_model(dtype: torch.dtype = torch.float32, version: int = 4) -> Model:
     """12 layers; not to be changed, since tests share it."""
-    extras = {"head_size": 8} if version == 7 else {}
+    extras = {} if version == 4 else {"head_size": 8}
     config = ModelConfig(version=version, vocab_size=61, width=32, num_layers=12, extras=extras)
     return randomize(Model(config)).to(dtype).eval().requires_grad_(False)
 

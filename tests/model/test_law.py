@@ -18,11 +18,12 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.model import Model
+from receptance.model.versions import architecture
 from receptance.ops import available_backends
 from receptance.state import State
 
 BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-9}
-VERSIONS = (4, 7)
+VERSIONS = (4, 5.2, 6, 7)
 exact_dtypes = pytest.mark.parametrize("dtype", BOUNDS)
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -32,7 +33,7 @@ def backends(*without: str) -> pytest.MarkDecorator:
     found = [
         (version, name)
         for version in VERSIONS
-        for name in available_backends("cpu", f"wkv{version}")
+        for name in available_backends("cpu", architecture(version).operator)
         if name not in without
     ]
     return pytest.mark.parametrize(("version", "backend"), found)

@@ -19,7 +19,7 @@ import torch
 from model_cases import relative_error, token_ids
 from tiny import make_model
 
-from receptance.formats.hf import config_fields
+from receptance.formats.hf_config import config_fields
 from receptance.formats.names_hf import is_transposed, to_hf
 from receptance.model import Model
 from receptance.ops import wkv7

@@ -32,6 +32,13 @@ RWKV_7 = {
     "rwkv7-1.5b": (5e-4, 1.5e-5, 360),
     **dict.fromkeys(("rwkv7-2.9b", "rwkv7-7.2b", "rwkv7-13.3b"), (5e-4, 1.5e-5, 360)),
 }
+# A comment in RWKV-v5/train.py names the rates of three sizes; the larger ones have the last.
+RWKV_5_AND_6 = {
+    **{f"rwkv{number}-0.1b": 6e-4 for number in (5, 6)},
+    **{f"rwkv{number}-0.4b": 4e-4 for number in (5, 6)},
+    **dict.fromkeys(("rwkv5-1.5b", "rwkv5-3b", "rwkv5-7b"), 3e-4),
+    **dict.fromkeys(("rwkv6-1.6b", "rwkv6-3b", "rwkv6-7b", "rwkv6-14b"), 3e-4),
+}
 MINI_EPOCH = 40_320 * 1024  # samples, tokens each
 # Section 5.2: context and tokens of each extension.
 EXTENSIONS = {
@@ -62,7 +69,7 @@ def tokens_per_step(options: TrainOptions) -> int:
 def test_the_names():
     arena = {f"lra-{task}" for task in ("listops", "text", "retrieval", "image", "pathfinder")}
     others = {"cpu-10min", "one-gpu", "tiny-python", "enwik8-6", "enwik8-12"}
-    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *arena, *others}
+    assert set(recipe_names()) == {*PAPER, *EXTENSIONS, *RWKV_7, *RWKV_5_AND_6, *arena, *others}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -110,6 +117,15 @@ def test_rwkv_7_is_trained_as_its_authors_say(name):
     middle = learning_rate((options.steps + options.warmup_steps) // 2, options)
     assert middle == pytest.approx((first + last) / 2, rel=1e-3)
     assert learning_rate(options.steps - 1, options) == pytest.approx(last)
+
+
+@pytest.mark.parametrize("name", RWKV_5_AND_6)
+def test_rwkv_5_and_6_are_trained_at_the_rates_of_the_official_code(name):
+    first, options = RWKV_5_AND_6[name], trained(name)
+    assert load_recipe(name)["size"] == name
+    assert options.learning_rate == first
+    assert options.final_learning_rate == pytest.approx(first / 100)
+    assert options.steps * tokens_per_step(options) == pytest.approx(1.12e12, rel=1e-5)
 
 
 class TestPublishedSizes:

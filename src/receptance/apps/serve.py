@@ -149,49 +149,46 @@ def _serve(options: Options, sources: dict[str, tuple[str, EngineOptions]]) -> N
 
     keys = Keys.read(expanded(options.keys)) if options.keys is not None else None
     template = find_template(options.template)
-    with ExitStack() as stack:
-        shelves: list[StateDirectory] = []
 
-        def load(name: str) -> Served:
-            source, engine_options = sources[name]
-            engine, tokenizer = engine_options.load(source)
+    def load(name: str) -> Served:
+        source, engine_options = sources[name]
+        engine, tokenizer = engine_options.load(source)
+        with ExitStack() as stack:
             shelf = None
             if options.cache_dir is not None:
                 place = expanded(options.cache_dir) / name.replace("/", "_")
                 stack.enter_context(RunLock(place))
                 shelf = StateDirectory(place, options.cache_disk * _MIB)
-                shelves.append(shelf)
-            cache = StateCache(options.cache * _MIB, shelf)
+                stack.callback(shelf.close)
             return Served(
                 name,
                 engine,
                 tokenizer,
                 template,
-                cache,
+                StateCache(options.cache * _MIB, shelf),
                 options=options.scheduler,
                 limits=options.limits,
+                closing=stack.pop_all().close,
             )
 
-        def close() -> None:
-            for shelf in shelves:
-                shelf.close()
-
-        first = next(iter(sources))
-        with waiting(f"reading {sources[first][0]}"):
-            served = load(first)
-        listed = [Source(name, partial(load, name)) for name in sources]
-        listed[0].served = served
-        budget = None if options.budget is None else options.budget * _MIB
-        app = App(
-            Models(listed, options.limits, budget),
-            keys=keys,
-            origins=options.origins,
-            hosts=None if options.anyone else frozenset(("localhost", "127.0.0.1", "[::1]")),
-            log=None if options.quiet else _log,
-            closing=close,
-        )
-        sys.setswitchinterval(_TURN)
+    first = next(iter(sources))
+    with waiting(f"reading {sources[first][0]}"):
+        served = load(first)
+    listed = [Source(name, partial(load, name)) for name in sources]
+    listed[0].served = served
+    budget = None if options.budget is None else options.budget * _MIB
+    app = App(
+        Models(listed, options.limits, budget),
+        keys=keys,
+        origins=options.origins,
+        hosts=None if options.anyone else frozenset(("localhost", "127.0.0.1", "[::1]")),
+        log=None if options.quiet else _log,
+    )
+    sys.setswitchinterval(_TURN)
+    try:
         serve(app, host=options.host, port=options.port, ready=_say)
+    finally:
+        served.stop()  # where the address was in use, nothing else has
 
 
 def _say(address: str) -> None:

@@ -30,6 +30,7 @@ from receptance.formats import hf
 from receptance.formats.ggmf import check_ggmf, decay_parameter, stored_decay, write_ggmf
 from receptance.formats.ggml import BLOCK, KINDS
 from receptance.formats.gguf import check_gguf, write_gguf
+from receptance.formats.hf_config import check_hf
 from receptance.formats.names import some
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
@@ -104,7 +105,7 @@ def check(source: Source, target: Target) -> None:
             'use format="hf" or format="receptance"'
         )
     if target.format == "hf":
-        hf.check_hf(config)
+        check_hf(config)
     if target.format == "ggmf":
         check_ggmf(config)
     if target.format == "gguf":
@@ -225,7 +226,8 @@ def _same(source: Source, target: Target) -> Same:
         if (stored := kinds.get(name)) in _STEPS:
             return near(there, here, BLOCK, _STEPS[stored])
         if target.format == "ggmf" and version.is_static_decay(name):
-            there = decay_parameter(stored_decay(there), name)
+            number = source.config.version
+            there = decay_parameter(stored_decay(there, number), name, number)
         return equal(there, here, dtype)
 
     return same
@@ -234,7 +236,11 @@ def _same(source: Source, target: Target) -> Same:
 def _decays_rounded(source: Source) -> bool:
     tensors, version = source.open(), source.config.architecture
     decays = [(name, tensors[name]) for name in tensors if version.is_static_decay(name)]
-    return any(not torch.equal(decay_parameter(stored_decay(x), n), x.float()) for n, x in decays)
+    number = source.config.version
+    return any(
+        not torch.equal(decay_parameter(stored_decay(x, number), n, number), x.float())
+        for n, x in decays
+    )
 
 
 def _publish(folder: Path, source: Source, target: Target) -> None:

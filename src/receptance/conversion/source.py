@@ -17,6 +17,7 @@ from receptance.config import ModelConfig
 from receptance.formats import hf
 from receptance.formats.ggmf import GGMFFile
 from receptance.formats.gguf import GGUFFile
+from receptance.formats.hf_config import RESCALE_EVERY
 from receptance.formats.pth import is_mapped
 from receptance.formats.rescaling import Unscaled, looks_rescaled
 from receptance.storage.checkpoint import read_opened, read_tensors
@@ -125,7 +126,7 @@ def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 def _rescale_every(path: Path) -> int:
     if not (path / "config.json").is_file():
         return 0
-    every = hf.read_config(path).get("rescale_every", hf.RESCALE_EVERY)
+    every = hf.read_config(path).get("rescale_every", RESCALE_EVERY)
     return every if isinstance(every, int) and every > 0 else 0
 
 

@@ -227,7 +227,8 @@ def _all_matrices(
         block = [matrices[f"blocks.{layer}.{name}.weight"] for name in version.matrices]
         dtype = FLOATS.get(cast(FloatKind, block[0].kind), torch.float16)
         factors = (vectors[f"blocks.{layer}.{name}"] for name in version.native_factors)
-        found += [*block, *(pack(x.detach().to(dtype).T, "tiles") for x in factors)]
+        each = (x for factor in factors for x in factor.view(-1, *factor.shape[-2:]))
+        found += [*block, *(pack(x.detach().to(dtype).T, "tiles") for x in each)]
     return found
 
 

@@ -2,11 +2,12 @@
 
 The layout is that of docs/FILE_FORMAT.md of rwkv.cpp. Shapes are stored in reverse, [1,1,C]
 as vectors, and in place of the parameter of RWKV-4's decay its -exp, which is what the recurrence
-uses. names_ggml.py says which tensors of RWKV-7 are joined or transposed.
+uses; of RWKV-5's it is e to that. names_ggml.py says which tensors are joined or transposed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ from receptance.formats.names_ggml import (
     is_matrix,
     official_shape,
     places,
+    turned,
 )
 from receptance.formats.writing import blocks, pieces
 from receptance.model.architecture import Shape
@@ -52,7 +54,8 @@ Stored = Literal["FP32", "FP16", "Q8_0", "Q4_0"]
 FLOATS = {"FP32": torch.float32, "FP16": torch.float16}
 """The torch types of those stored types that are not blocks of quantized values."""
 
-_GROUP_NORM_EPSILON = 64e-5  # rwkv.cpp has it built in for RWKV-7.
+_GROUP_NORM_EPSILON = 64e-5  # rwkv.cpp has it built in for RWKV-6 and 7.
+_GROUP_NORM_EPSILON_5 = 1e-5
 _CODES = {name: code for code, name in TYPES.items()}
 # The matrices that rwkv.cpp's own quantization leaves as they are.
 _NOT_QUANTIZED = ("emb.weight", "head.weight")
@@ -75,6 +78,9 @@ class GGMFFile(Mapping[str, Tensor]):
         self.config = infer_config(
             {n: official_shape(x, self._entries[x.stored].shape) for n, x in self._places.items()}
         )
+        if 5 <= self.config.version < 6:
+            extras = self.config.extras | {"group_norm_epsilon": _GROUP_NORM_EPSILON_5}
+            self.config = dataclasses.replace(self.config, extras=extras)
         self._shapes = tensor_shapes(self.config)
         self._check_sizes()
 
@@ -102,9 +108,9 @@ class GGMFFile(Mapping[str, Tensor]):
         tensor, shape = torch.from_numpy(values), self._shapes[name]
         if place.row is not None:
             tensor = tensor.view(entry.shape[0], -1)[place.row]
-        tensor = tensor.view(shape[::-1]).mT.contiguous() if place.turned else tensor.view(shape)
+        tensor = tensor.view(turned(shape)).mT.contiguous() if place.turned else tensor.view(shape)
         if self.config.architecture.is_static_decay(name):
-            return decay_parameter(tensor, f"{self.path}: {name}")
+            return decay_parameter(tensor, f"{self.path}: {name}", self.config.version)
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -135,15 +141,16 @@ def is_ggmf(path: Path) -> bool:
 
 def check_ggmf(config: ModelConfig) -> None:
     """ValueError if rwkv.cpp would compute something else than this model."""
-    if (epsilon := config.extras.get("group_norm_epsilon")) not in (None, _GROUP_NORM_EPSILON):
+    built_in = _GROUP_NORM_EPSILON_5 if 5 <= config.version < 6 else _GROUP_NORM_EPSILON
+    if (epsilon := config.extras.get("group_norm_epsilon")) not in (None, built_in):
         raise ValueError(
-            f"the group_norm_epsilon is {epsilon}, and rwkv.cpp always takes {_GROUP_NORM_EPSILON};"
+            f"the group_norm_epsilon is {epsilon}, and rwkv.cpp always takes {built_in};"
             " use another format"
         )
 
 
 def open_ggmf(path: str | Path) -> GGMFFile:
-    """The model in a file of rwkv.cpp, RWKV-4 or RWKV-7; only the headers are read now.
+    """The model in a file of rwkv.cpp; only the headers are read now.
 
     ValueError, starting with the path, when it is no such file, damaged, or of another version.
     """
@@ -190,20 +197,23 @@ def write_ggmf(
 
 def _find(entries: Mapping[str, Entry]) -> dict[str, Place]:
     """The place of each tensor of a model, by official name."""
-    version = ggmf_version(entries)
+    version = ggmf_version({name: entry.shape for name, entry in entries.items()})
     if version is None:
         return {name: Place(name) for name in entries}
     layers = len({name.split(".")[1] for name in entries if name.startswith("blocks.")})
     return places(entries, version, layers, in_ggmf)
 
 
-def decay_parameter(stored: Tensor, what: str) -> Tensor:
-    """log(-stored): the parameter of a decay whose -exp a file holds, [C] -> [C] float32.
+def decay_parameter(stored: Tensor, what: str, version: float = 4) -> Tensor:
+    """The parameter of a decay that a file holds as `stored_decay` makes it: the same shape.
 
     Near zero several parameters have the same exponential in float32. Most parameters were float16
     or bfloat16 once, so a number that one of these types holds is preferred.
     """
-    decay = -stored.double()
+    wide = stored.double()
+    if version >= 5 and not ((wide >= 0) & (wide <= 1)).all():
+        raise ValueError(f"{what} has values beyond 0 and 1; rwkv.cpp stores decays for RWKV-5")
+    decay = -wide if version < 5 else -wide.log()
     if (decay < 0).any():
         raise ValueError(f"{what} has positive values; rwkv.cpp stores negative ones for RWKV-4")
     # Decays beyond these limits have no finite parameter, and the limits act as they do.
@@ -211,7 +221,7 @@ def decay_parameter(stored: Tensor, what: str) -> Tensor:
     parameter = decay.log().float()
     for narrow in (torch.float16, torch.bfloat16):
         candidate = parameter.to(narrow).float()
-        same = stored_decay(candidate) == -decay.float()
+        same = stored_decay(candidate, version) == stored.float()
         parameter = torch.where(same, candidate, parameter)
     return parameter
 
@@ -273,9 +283,9 @@ def _write_tensor(
     shapes, place = tensor_shapes(config), in_ggmf(names[0], config.version)
     parts = [_checked(tensors, name, shapes[name]) for name in names]
     if config.architecture.is_static_decay(names[0]):
-        parts = [stored_decay(parts[0])]
+        parts = [stored_decay(parts[0], config.version)]
     shape = tuple(parts[0].shape)
-    shape = shape[::-1] if place.turned else shape
+    shape = (*(turned(shape) if place.turned else shape), *(1,) * place.last)
     shape = shape if place.row is None else ggmf_joined_shape(len(parts), shape)
     own, label = stored_kind(names[0], shapes[names[0]], kind, config), stored.encode()
     file.write(TENSOR.pack(len(shape), len(label), _CODES[own]))
@@ -287,7 +297,9 @@ def _write_tensor(
         file.writelines(pieces(stored, part, FLOATS[own]) if plain else blocks(stored, part, own))
 
 
-def stored_decay(parameter: Tensor) -> Tensor:
-    """The -exp that a file holds in place of the parameter of decays: [C] -> [C] float32."""
+def stored_decay(parameter: Tensor, version: float = 4) -> Tensor:
+    """What a file holds in place of the parameter of decays, float32: -exp of it, or for RWKV-5 e
+    to the power of that."""
     # float64 makes the result the same on every machine, so that a reader can invert it.
-    return log_decay(parameter.double()).float()
+    logarithm = log_decay(parameter.double())
+    return (logarithm if version < 5 else logarithm.exp()).float()

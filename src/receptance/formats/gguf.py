@@ -1,4 +1,4 @@
-"""Files of llama.cpp (GGUF) with a model of RWKV-7: read tensor by tensor, and written so.
+"""Files of llama.cpp (GGUF) with RWKV-6 or RWKV-7: read tensor by tensor, and written so.
 
 Names, types and keys are those that llama.cpp's own conversion writes (conversion/rwkv.py) and its
 quantization keeps (src/llama-quant.cpp).
@@ -35,13 +35,18 @@ from receptance.formats.names import some, tensor_shapes
 from receptance.formats.names_ggml import (
     ARCHITECTURES,
     gguf_config,
+    gguf_fixed,
+    gguf_rescaled,
     gguf_sizes,
     gguf_stand_ins,
     in_gguf,
     joined_shape,
+    keeps_axes,
     official_shape,
     places,
+    turned,
 )
+from receptance.formats.rescaling import exponent
 from receptance.formats.writing import blocks, pieces
 from receptance.model.architecture import Shape
 from receptance.tokenizer import Tokenizer
@@ -62,7 +67,8 @@ class GGUFFile(Mapping[str, Tensor]):
 
     Quantized tensors come as float32, others in their own dtype. Those that are stored as they are
     stay mapped to the file, so it must not change while they are used. The tensors that files hold
-    and no model uses are zeros here, because llama.cpp's files hold others in their place.
+    and no model uses are zeros here, because llama.cpp's files hold others in their place. Weights
+    that llama.cpp's conversion divided are multiplied again.
     """
 
     def __init__(self, path: Path, data: Bytes) -> None:
@@ -85,6 +91,7 @@ class GGUFFile(Mapping[str, Tensor]):
         layers = len({name.split(".")[1] for name in entries if name.startswith("blk.")})
         self._places = places(entries, version, max(1, layers), in_gguf)
         self.config = self._config(version)
+        self._rescaled = gguf_rescaled(self._number)
         self._shapes = tensor_shapes(self.config)
         self._unused = self.config.architecture.unused(self.config)
 
@@ -116,8 +123,10 @@ class GGUFFile(Mapping[str, Tensor]):
         tensor = self._read(entry)
         if place.row is not None:
             tensor = tensor.view(entry.shape[0], -1)[place.row]
+        if self._rescaled and (power := exponent(name, self._rescaled)):
+            tensor = tensor * 2.0**power
         shape = self._shapes[name]
-        return tensor.view(shape[::-1]).mT.contiguous() if place.turned else tensor.view(shape)
+        return tensor.view(turned(shape)).mT.contiguous() if place.turned else tensor.view(shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes
@@ -128,12 +137,12 @@ class GGUFFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def _config(self, version: int) -> ModelConfig:
+    def _config(self, version: float) -> ModelConfig:
         shapes = {
             name: official_shape(place, self._entries[place.stored].shape)
             for name, place in self._places.items()
         }
-        number = lambda key: self.fields.number(f"{self.architecture}.{key}")  # noqa: E731
+        number = self._number
         epsilon = number(_EPSILON)
         # Files have it in float32.
         if epsilon is not None and not math.isclose(epsilon, _EPSILONS[0], rel_tol=1e-6):
@@ -141,6 +150,9 @@ class GGUFFile(Mapping[str, Tensor]):
                 f"its key {_EPSILON} is {epsilon:g}; this release reads files of {_EPSILONS[0]}"
             )
         return gguf_config(version, shapes, number)
+
+    def _number(self, key: str) -> int | float | None:
+        return self.fields.number(f"{self.architecture}.{key}")
 
     def _read(self, entry: Entry) -> Tensor:
         """The values of a stored tensor: [n]."""
@@ -284,8 +296,8 @@ def _plan(config: ModelConfig, kinds: Mapping[str, str]) -> dict[str, _Planned]:
         place, source = in_gguf(name, config.version), stand_ins.get(name, name)
         shape = shapes[source]
         if place.turned:
-            shape = shape[::-1]
-        elif name not in matrices:
+            shape = turned(shape)
+        elif name not in matrices and not keeps_axes(name):
             shape = (math.prod(shape),)
         first = _Planned(kinds[name], shape, place.turned, [])
         planned = plan.setdefault(place.stored, first)
@@ -302,6 +314,7 @@ def _fields(
     own = {
         "context_length": _CONTEXT,
         **gguf_sizes(config),
+        **gguf_fixed(config),
         _EPSILON: config.layer_norm_epsilon,
         "attention.head_count": 0,  # llama.cpp asks for it and does not use it.
         "vocab_size": config.vocab_size,

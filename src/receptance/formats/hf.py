@@ -1,4 +1,4 @@
-"""Reading and writing directories of transformers: RwkvForCausalLM, and the models of RWKV-7.
+"""Reading and writing directories of transformers: its own RWKV-4, and models of later versions.
 
 The functions here take and return tensors under their official names.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from receptance.config import ModelConfig
 from receptance.formats.files import reason
+from receptance.formats.hf_config import MODEL_TYPES, SIZES, config_fields, told
 from receptance.formats.names import conform, some
 from receptance.formats.names_hf import is_transposed, shape_in_hf, to_hf, to_official
 from receptance.formats.pth import read_pth
@@ -39,26 +40,6 @@ _FILES: tuple[tuple[str, Reader], ...] = (
     ("pytorch_model.bin", read_pth),
     ("pytorch_model.bin.index.json", read_pth),
 )
-
-# The number of blocks after which transformers halves weights, unless config.json says otherwise.
-RESCALE_EVERY = 6
-
-# The fields of config.json that the shapes of the tensors decide, too.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "num_layers",
-    "intermediate_size": "ffn_width",
-}
-# The same for the extras of RWKV-7, under the names of flash-linear-attention.
-_EXTRAS_7 = {
-    "head_dim": "head_size",
-    "decay_low_rank_dim": "decay_rank",
-    "a_low_rank_dim": "rate_rank",
-    "v_low_rank_dim": "value_rank",
-    "gate_low_rank_dim": "gate_rank",
-}
-_VERSIONS = {"rwkv": 4, "rwkv7": 7}  # by model_type
 
 
 @dataclass(frozen=True)
@@ -89,8 +70,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     fields = _read_json(path)
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _VERSIONS:
-        known = " and ".join(f"RWKV-{n}, whose model_type is {x!r}" for x, n in _VERSIONS.items())
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        known = " and ".join(f"RWKV-{n}, whose model_type is {x!r}" for x, n in MODEL_TYPES.items())
         raise ValueError(
             f"{path}: the model_type is {reprlib.repr(model_type)}; this release reads {known}"
         )
@@ -110,12 +91,12 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
         tensors = _with_head(tensors)
     config, official = conform(tensors, directory)
     path = directory / "config.json"
-    if (version := _VERSIONS[fields["model_type"]]) != config.version:
+    if (version := MODEL_TYPES[fields["model_type"]]) != config.version:
         raise ValueError(
             f"{path}: the model_type is that of RWKV-{version}, but the tensors beside it are of "
             f"RWKV-{config.version}; the two files do not belong together"
         )
-    found = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
+    found = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
     for theirs, size in found.items():
         if fields.get(theirs) not in (None, size):
             raise ValueError(
@@ -123,31 +104,12 @@ def complete(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
                 f"have {size}; the two files do not belong together"
             )
     try:
-        known = dataclasses.replace(config, **_told(config, fields))
+        known = dataclasses.replace(config, **told(config, fields))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if known.extras != config.extras:  # A rank that no tensor shows is that of unused ones.
         official = conform(tensors, directory, known)[1]
     return HFWeights(known, official, find_tokenizer(directory, config.vocab_size))
-
-
-def _told(config: ModelConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a ModelConfig that only config.json tells: epsilons, and a hidden rank."""
-    told: dict[str, Any] = {}
-    name = "norm_eps" if "norm_eps" in fields else "layer_norm_epsilon"
-    if (epsilon := fields.get(name)) is not None:
-        if not isinstance(epsilon, float):
-            raise ValueError(f"{name} is {reprlib.repr(epsilon)}; it must be a number like 1e-5")
-        told["layer_norm_epsilon"] = epsilon
-    if config.version == 7:
-        extras = dict(config.extras)
-        if config.num_layers == 1 and isinstance(rank := fields.get("v_low_rank_dim"), int):
-            extras["value_rank"] = rank
-        if name == "norm_eps" and epsilon is not None:
-            # The rule of the packages with this field. Official code has a constant instead.
-            extras["group_norm_epsilon"] = told["layer_norm_epsilon"] * extras["head_size"]
-        told["extras"] = extras
-    return told
 
 
 def _with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,59 +214,6 @@ def write_hf(
         files |= dict.fromkeys(renamed, file)
     if len(shards) > 1:
         write_index(directory, "model", files, sum(map(_nbytes, layout.values())))
-
-
-def check_hf(config: ModelConfig) -> None:
-    """ValueError if config.json cannot say what this model computes."""
-    usual = config.layer_norm_epsilon * config.extras.get("head_size", 1)
-    epsilon = config.extras.get("group_norm_epsilon", usual)
-    if not math.isclose(epsilon, usual, rel_tol=1e-9):
-        raise ValueError(
-            f"the group_norm_epsilon is {epsilon}, and the packages that read this format take "
-            f"the size of a head times the epsilon of layer norms, {usual:.3g}; use another format"
-        )
-
-
-def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The fields of config.json for a model whose matrices are of this type."""
-    return {
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        **(_fields_4(config, dtype) if config.version == 4 else _fields_7(config)),
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def _fields_4(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "architectures": ["RwkvForCausalLM"],
-        "model_type": "rwkv",
-        "attention_hidden_size": config.width,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        # With any other value than 0, transformers divides weights when it evaluates the model, and
-        # epsilon then acts on smaller numbers. In float16 models overflow without that.
-        "rescale_every": RESCALE_EVERY if dtype == torch.float16 else 0,
-    }
-
-
-def _fields_7(config: ModelConfig) -> dict[str, Any]:
-    """Those of flash-linear-attention, whose defaults are not those of published models."""
-    return {
-        "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        **{theirs: config.extras[ours] for theirs, ours in _EXTRAS_7.items()},
-        "num_heads": config.width // int(config.extras["head_size"]),
-        "hidden_ratio": config.ffn_width / config.width,
-        "value_dim": [config.width] * config.num_layers,
-        "hidden_act": "sqrelu",
-        "norm_eps": config.layer_norm_epsilon,
-        "norm_bias": True,
-        "norm_first": True,
-        "fuse_norm": False,  # The fused norm has another epsilon.
-        "pad_token_id": 0,
-    }
 
 
 def _planned(name: str, config: ModelConfig, official: Planned) -> Planned:

@@ -1,6 +1,7 @@
 """The official names of RWKV's tensors, and the version and the sizes that they show.
 
-Official names and shapes are those of RWKV-LM, RWKV-v4neo/src/model.py and RWKV-v7/train_temp.
+Official names and shapes are those of RWKV-LM: RWKV-v4neo/src/model.py, RWKV-v5/src/model.py (also
+of RWKV-6) and RWKV-v7/train_temp.
 Versions are recognized by the names in RWKV-v2-RNN to RWKV-v7 beside them. names_hf.py has the
 names that other packages use.
 """
@@ -24,6 +25,7 @@ _UNMARKED = 4
 
 TIME_STATE = "blocks.{}.att.time_state"
 """The name of a layer's tensor in the official files of learned states."""
+_OLD_BONUS = ".att.time_first"
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -56,7 +58,7 @@ def conform(
     starts with the source.
     """
     try:
-        official = to_official(tensors)
+        official = with_plain_bonus(to_official(tensors))
         shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
         if config is None:
             config = infer_config(shapes)
@@ -74,6 +76,22 @@ def conform(
     }
 
 
+def with_plain_bonus(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of RWKV-5.0 and 5.1 with one name for the bonus, of which files may have two.
+
+    Older training code has `time_first`, whose exponential is the bonus, and newer code the bonus
+    itself, `time_faaaa`. The exponential is float32, as in the package `rwkv`.
+    """
+    if not any(name.endswith(".att.ln_x.weight") for name in tensors):
+        return tensors
+    found = {}
+    for name, tensor in tensors.items():
+        old = name.endswith(_OLD_BONUS)
+        new = name.removesuffix(_OLD_BONUS) + ".att.time_faaaa" if old else name
+        found[new] = tensor.float().exp() if old and tensor.is_floating_point() else tensor
+    return found
+
+
 def some(names: Iterable[str], limit: int = 3) -> str:
     """Some of the names for an error message, quoted and shortened, and how many more there are."""
     # Names come from files: quoting keeps line breaks and terminal codes out of the message.
@@ -87,7 +105,7 @@ def _num_layers(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
-def _check_names(shapes: Mapping[str, Shape], version: int) -> None:
+def _check_names(shapes: Mapping[str, Shape], version: float) -> None:
     """ValueError unless these are the names of a whole model, whatever its sizes."""
     layers = max(1, _num_layers(shapes))
     anything = ModelConfig(version=version, vocab_size=1, width=1, num_layers=layers)
@@ -133,7 +151,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _version(shapes: Mapping[str, Shape]) -> int:
+def _version(shapes: Mapping[str, Shape]) -> float:
     """The number of the version; ValueError says what these tensors are if it is none of ours."""
     _refuse_adapters(shapes)
     marked = marked_version(shapes)
@@ -151,7 +169,7 @@ def _version(shapes: Mapping[str, Shape]) -> int:
     return version
 
 
-def _built(marked: str | None) -> int | None:
+def _built(marked: str | None) -> float | None:
     """The number of the version of this name; None if this release does not have it."""
     if marked is None:
         return _UNMARKED
@@ -159,7 +177,8 @@ def _built(marked: str | None) -> int | None:
 
 
 def _readable() -> str:
-    return " and ".join(f"RWKV-{number}" for number in VERSIONS)
+    *others, last = VERSIONS
+    return f"RWKV-{', '.join(map(str, others))} and {last}"
 
 
 def _refuse_adapters(names: Iterable[str]) -> None:
@@ -177,16 +196,14 @@ _MARKS: dict[str, Callable[[str, Shape], bool]] = {
     "RWKV-7a (with deep embeddings)": lambda name, shape: ".ffn.s_emb" in name,
     "RWKV-7 of rwkv.cpp": lambda name, shape: name.endswith(".att.x_rwkvag"),
     "RWKV-7": lambda name, shape: name.endswith((".att.r_k", ".att.x_r", ".att.w0")),
-    "RWKV-6": lambda name, shape: (
-        ".att.time_maa_" in name or name.endswith((".att.time_decay_w1", ".att.x_bias"))
-    ),
+    "RWKV-6 of flash-linear-attention": lambda name, shape: name.endswith(".att.x_bias"),
+    "RWKV-6": lambda name, shape: ".att.time_maa_" in name or name.endswith(".att.time_decay_w1"),
     # Here the axes are heads and the channels in them; RWKV-5 has one decay for a whole head.
     "RWKV-5.2": lambda name, shape: (
         name.endswith(".att.time_decay") and len(shape) > 1 and shape[-1] > 1
     ),
-    "RWKV-5": lambda name, shape: name.endswith(
-        (".att.ln_x.weight", ".att.gate.weight", ".att.time_faaaa")
-    ),
+    "RWKV-5.1": lambda name, shape: name.endswith(".att.gate.weight"),
+    "RWKV-5.0": lambda name, shape: name.endswith((".att.ln_x.weight", ".att.time_faaaa")),
     "RWKV-3": lambda name, shape: name.endswith(".att.time_decay") and len(shape) > 1,
     "RWKV-2": lambda name, shape: name.endswith(".att.time_mix"),
 }

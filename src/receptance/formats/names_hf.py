@@ -1,13 +1,14 @@
 """The names of RWKV's tensors in transformers and in packages for it, and their official names.
 
-RWKV-4 has one spelling, that of transformers. RWKV-7 has three, all of which are read here:
+RWKV-4 has one spelling, that of transformers, and RWKV-5.2 and RWKV-6 have the same one with the
+names of their own parameters. RWKV-7 has three, all of which are read here:
 
 - flash-linear-attention (RWKV7ForCausalLM), and rwkv7-hf with the same names, which store the
   low-rank matrices of a part as two layers, transposed, with a bias;
 - `rwkv7.blocks.0.att...`, the official names behind a prefix, proposed for transformers;
 - `model.layers.0.attention...` of the older Rwkv7ForCausalLM.
 
-The first is also written, because most tools read it.
+The first of these is also written, because most tools read it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from receptance.model.architecture import Shape
 
-# What transformers names differently in RWKV-4, where all but the head get the prefix `rwkv.`.
-_PARTS_4 = {
+# What transformers names differently up to RWKV-6, where all but the head get the prefix `rwkv.`.
+_PARTS_6 = {
     "emb": "embeddings",
     "ln0": "pre_ln",
     "att": "attention",
@@ -28,6 +29,7 @@ _PARTS_4 = {
     "time_mix_k": "time_mix_key",
     "time_mix_v": "time_mix_value",
     "time_mix_r": "time_mix_receptance",
+    "time_mix_g": "time_mix_gate",
 }
 # What flash-linear-attention names differently, where all but the head get the prefix `model.`.
 _PARTS_7 = {
@@ -52,18 +54,18 @@ _LAYERS_7 = {"0": "lora.2.bias", "1": "lora.0.weight", "2": "lora.2.weight"}
 
 _PREFIXES = ("rwkv.", "rwkv7.", "model.")
 _OFFICIAL = {
-    theirs: ours for table in (_PARTS_4, _PARTS_7, _ATTENTION_7) for ours, theirs in table.items()
+    theirs: ours for table in (_PARTS_6, _PARTS_7, _ATTENTION_7) for ours, theirs in table.items()
 }
 _LOW_RANK = re.compile(r"(.*\.att\.)([wavg])_lora\.(lora\.[02]\.(?:weight|bias))")
 # Six vectors that older files of flash-linear-attention hold as one, in its order.
 _FUSED, _SHARES = ".att.x_x", "rwkvag"
 
 
-def to_hf(name: str, version: int = 4) -> str:
+def to_hf(name: str, version: float = 4) -> str:
     """The name that packages for transformers give to an official tensor name."""
     parts = name.split(".")
-    if version == 4:
-        renamed = ".".join(_PARTS_4.get(part, part) for part in parts)
+    if version < 7:
+        renamed = ".".join(_PARTS_6.get(part, part) for part in parts)
         return renamed if parts[0] == "head" else f"rwkv.{renamed}"
     if parts[2:3] == ["att"]:
         letter, number = parts[3][:1], parts[3][1:]
@@ -92,7 +94,7 @@ def is_transposed(name: str) -> bool:
     return "_lora.lora." in name and name.endswith(".weight")
 
 
-def shape_in_hf(name: str, shape: Shape, version: int) -> Shape:
+def shape_in_hf(name: str, shape: Shape, version: float) -> Shape:
     """The shape of a tensor there, by its official name and shape.
 
     Some are transposed, and of the vectors of RWKV-7 only the shares of token shift in time mixing

@@ -74,7 +74,7 @@ class Architecture(ABC):
     that it has none.
     """
 
-    number: ClassVar[int]
+    number: ClassVar[float]
     """The number of the version, as in `ModelConfig.version`."""
     time_mix: ClassVar[type[Any]]
     """The class of time mixing, which replaces attention; it is made as time_mix(sizes, layer).
@@ -120,7 +120,8 @@ class Architecture(ABC):
     """The vectors of a block that the native class reads after those of its norms, in its order."""
     native_factors: ClassVar[tuple[str, ...]] = ()
     """The matrices [in,out] of a block that the native class reads as floats whatever the type of
-    the others, in its order: factors of low rank, which are small and sensitive to rounding."""
+    the others, in its order: factors of low rank, which are small and sensitive to rounding. A
+    tensor of three axes holds several."""
     gpu_kernels: ClassVar[Mapping[str, tuple[str, ...]] | None] = None
     """The parameters in each field of engine.gpu_weights.GpuLayer; None without such kernels."""
 

@@ -27,7 +27,7 @@ class ModelConfig:
     """C, the number of channels of the residual stream."""
     num_layers: int
     """L, the number of blocks."""
-    version: int = 4
+    version: float = 4
     """The version of RWKV."""
     ffn_width: int = 0
     """F, the hidden width of channel mixing; 0 means the usual multiple of the width."""
@@ -39,6 +39,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         version = architecture(self.version)
+        object.__setattr__(self, "version", version.number)  # 7 and not 7.0, as in flags
         for name in ("vocab_size", "width", "num_layers"):
             _check_size(name, getattr(self, name))
         if self.ffn_width == 0:

@@ -6,12 +6,16 @@ import reprlib
 
 from receptance.model.architecture import Architecture
 from receptance.model.v4 import RWKV4
+from receptance.model.v5 import RWKV50, RWKV51, RWKV52
+from receptance.model.v6 import RWKV6
 from receptance.model.v7 import RWKV7
 
-VERSIONS: dict[int, Architecture] = {4: RWKV4(), 7: RWKV7()}
+VERSIONS: dict[float, Architecture] = {
+    version.number: version for version in (RWKV4(), RWKV50(), RWKV51(), RWKV52(), RWKV6(), RWKV7())
+}
 
 
-def architecture(version: int) -> Architecture:
+def architecture(version: float) -> Architecture:
     """The architecture of a version, by number; ValueError lists the known versions."""
     if version not in tuple(VERSIONS):  # This is a tuple, because `version` may be unhashable.
         known = ", ".join(map(str, VERSIONS))

@@ -10,11 +10,8 @@ constexpr float kEmptyExponent = -1e30f;
 
 }  // namespace receptance
 
-#define RECEPTANCE_TEXT_OF(x) #x
-#define RECEPTANCE_TEXT(x) RECEPTANCE_TEXT_OF(x)
 #define RECEPTANCE_JOIN_OF(a, b) a##b
 #define RECEPTANCE_JOIN(a, b) RECEPTANCE_JOIN_OF(a, b)
 
-// The instruction set's name as a string, and `prefix` followed by it as an identifier.
-#define RECEPTANCE_KERNELS_NAME RECEPTANCE_TEXT(RECEPTANCE_KERNELS)
+// `prefix` followed by the instruction set's name.
 #define RECEPTANCE_TABLE(prefix) RECEPTANCE_JOIN(prefix, RECEPTANCE_KERNELS)

@@ -65,6 +65,7 @@ struct ModelKernels {
 extern const ModelKernels model_portable;
 #if defined(RECEPTANCE_X86)
 extern const ModelKernels model_avx2;
+extern const ModelKernels model_avxvnni;
 extern const ModelKernels model_avx512;
 extern const ModelKernels model_avx512vnni;
 #endif

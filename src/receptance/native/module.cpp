@@ -16,8 +16,10 @@
 
 #include "parallel.h"
 #include "rwkv4.h"
+#include "rwkv6.h"
 #include "rwkv7.h"
 #include "wkv4.h"
+#include "wkv6.h"
 #include "wkv7.h"
 
 namespace nb = nanobind;
@@ -26,14 +28,21 @@ using namespace receptance;
 namespace {
 
 struct InstructionSet {
+    const char* name;
     const Wkv4Kernels* wkv4;
+    const Wkv6Kernels* wkv6;
     const Wkv7Kernels* wkv7;
     const ModelKernels* model;
     const Rwkv4Kernels* rwkv4;
+    const Rwkv5Kernels* rwkv5;
+    const Rwkv6Kernels* rwkv6;
     const Rwkv7Kernels* rwkv7;
 };
 
-#define RECEPTANCE_KERNELS_OF(set) {&wkv4_##set, &wkv7_##set, &model_##set, &rwkv4_##set, &rwkv7_##set}
+// What a set adds to `base` serves the models alone; the operators' kernels are those of `base`.
+#define RECEPTANCE_KERNELS_OF(set, base) \
+    {#set,         &wkv4_##base,  &wkv6_##base,  &wkv7_##base,  &model_##set, \
+     &rwkv4_##set, &rwkv5_##set, &rwkv6_##set, &rwkv7_##set}
 
 // The instruction sets that this machine can run, the fastest first.
 std::vector<InstructionSet> runnable() {
@@ -43,14 +52,19 @@ std::vector<InstructionSet> runnable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
         if (__builtin_cpu_supports("avx512vnni"))
-            found.push_back(RECEPTANCE_KERNELS_OF(avx512vnni));
-        found.push_back(RECEPTANCE_KERNELS_OF(avx512));
+            found.push_back(RECEPTANCE_KERNELS_OF(avx512vnni, avx512));
+        found.push_back(RECEPTANCE_KERNELS_OF(avx512, avx512));
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        found.push_back(RECEPTANCE_KERNELS_OF(avx2));
+        __builtin_cpu_supports("f16c")) {
+#if defined(RECEPTANCE_AVXVNNI)
+        if (__builtin_cpu_supports("avxvnni"))
+            found.push_back(RECEPTANCE_KERNELS_OF(avxvnni, avx2));
 #endif
-    found.push_back(RECEPTANCE_KERNELS_OF(portable));
+        found.push_back(RECEPTANCE_KERNELS_OF(avx2, avx2));
+    }
+#endif
+    found.push_back(RECEPTANCE_KERNELS_OF(portable, portable));
     return found;
 }
 
@@ -58,7 +72,7 @@ const InstructionSet& kernels(const std::string& instruction_set) {
     static const auto available = runnable();
     if (instruction_set.empty()) return available.front();
     for (const InstructionSet& k : available)
-        if (instruction_set == k.wkv4->name) return k;
+        if (instruction_set == k.name) return k;
     throw std::invalid_argument("instruction set " + instruction_set + " is not available here");
 }
 
@@ -103,6 +117,32 @@ void backward(int64_t batch, int64_t time, int64_t width, int element, int threa
     k.backward(f, static_cast<Element>(element), threads);
 }
 
+void wkv6_forward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                  int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv6_forward", p.size(), 11);
+    Wkv6Forward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                  pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                  pointer<void>(p[5]), pointer<bool>(p[6]), pointer<int64_t>(p[7]),
+                  pointer<void>(p[8]), pointer<void>(p[9]), pointer<void>(p[10])};
+    const Wkv6Kernels& k = *kernels(instruction_set).wkv6;
+    nb::gil_scoped_release release;
+    k.forward(f, static_cast<Element>(element), threads);
+}
+
+void wkv6_backward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
+                   int threads, const std::string& instruction_set, const Addresses& p) {
+    check_count("wkv6_backward", p.size(), 16);
+    Wkv6Backward f{batch, time, heads, size, pointer<void>(p[0]), pointer<void>(p[1]),
+                   pointer<void>(p[2]), pointer<void>(p[3]), pointer<void>(p[4]),
+                   pointer<void>(p[5]), pointer<void>(p[6]), pointer<void>(p[7]),
+                   pointer<bool>(p[8]), pointer<int64_t>(p[9]), pointer<void>(p[10]),
+                   pointer<void>(p[11]), pointer<void>(p[12]), pointer<void>(p[13]),
+                   pointer<double>(p[14]), pointer<void>(p[15])};
+    const Wkv6Kernels& k = *kernels(instruction_set).wkv6;
+    nb::gil_scoped_release release;
+    k.backward(f, static_cast<Element>(element), threads);
+}
+
 void wkv7_forward(int64_t batch, int64_t time, int64_t heads, int64_t size, int element,
                   int threads, const std::string& instruction_set, const Addresses& p) {
     check_count("wkv7_forward", p.size(), 12);
@@ -142,6 +182,8 @@ Matrix matrix(const MatrixFields& f) {
 }
 
 const Rwkv4Kernels& kernels_of(const InstructionSet& set, const Rwkv4Weights&) { return *set.rwkv4; }
+const Rwkv5Kernels& kernels_of(const InstructionSet& set, const Rwkv5Weights&) { return *set.rwkv5; }
+const Rwkv6Kernels& kernels_of(const InstructionSet& set, const Rwkv6Weights&) { return *set.rwkv6; }
 const Rwkv7Kernels& kernels_of(const InstructionSet& set, const Rwkv7Weights&) { return *set.rwkv7; }
 
 // A model's weights, which Python owns, and memory to work in. Only one call at a time may use it.
@@ -253,18 +295,23 @@ double read_bandwidth(uintptr_t address, int64_t bytes, int threads) {
 
 NB_MODULE(_native, m) {
     m.attr("CHUNK") = kChunk;
+    m.attr("WKV6_CHUNK") = kWkv6Chunk;
     m.attr("WKV7_CHUNK") = kWkv7Chunk;
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
-        for (const InstructionSet& k : runnable()) names.emplace_back(k.wkv4->name);
+        for (const InstructionSet& k : runnable()) names.emplace_back(k.name);
         return names;
     });
     m.def("shares_torch_threads", [] { return shared_openmp() != nullptr; });
     m.def("wkv4_forward", &forward);
     m.def("wkv4_backward", &backward);
+    m.def("wkv6_forward", &wkv6_forward);
+    m.def("wkv6_backward", &wkv6_backward);
     m.def("wkv7_forward", &wkv7_forward);
     m.def("wkv7_backward", &wkv7_backward);
     NativeModel<Rwkv4Weights>::bind(m);
+    NativeModel<Rwkv5Weights>::bind(m);
+    NativeModel<Rwkv6Weights>::bind(m);
     NativeModel<Rwkv7Weights>::bind(m);
     m.def("read_bandwidth", &read_bandwidth);
 }

@@ -23,6 +23,13 @@ inline Float sigmoid(Float x) {
     return (x > 0 ? Float{} + 1 : small) / (small + 1);
 }
 
+// (e^x - e^-x) / (e^x + e^-x).
+inline Float tanh(Float x) {
+    const Float size = expm1_nonpositive(minus_abs(x) * 2);
+    const Float tanh = -size / (size + 2);
+    return x < 0 ? -tanh : tanh;
+}
+
 // Adds term(x) for all numbers of x[0, count) in one order, whatever the width of a vector.
 template <class Term>
 inline float sum_of_terms(const float* x, int64_t count, const Term& term) {
@@ -167,12 +174,11 @@ struct PassWorker {
         me.wait();
     }
 
-    // Layer norm and token shift: the i-th mixture of each position with the one before it,
-    // blend(now, last, share), goes to b.mixed[i], encoded for the matrix that multiplies it.
-    template <int N, class Blend>
-    void mix(const float* weight, const float* bias, const float* before, float* after,
-             const float* const (&shares)[N], const Matrix* const (&matrices)[N],
-             const Blend& blend) const {
+    // Layer norm and token shift: calls use(p, now, last) for each position with its normalized
+    // input and that of the one before it.
+    template <class Use>
+    void shift(const float* weight, const float* bias, const float* before, float* after,
+               const Use& use) const {
         const Range mine = positions();
         float *now = b.normed + 2 * me.id * b.stride, *last = now + b.stride;
         for (int64_t p = mine.begin; p < mine.end; ++p) {
@@ -186,18 +192,34 @@ struct PassWorker {
                            last);
             }
             layer_norm(b.x + p * b.stride, weight, bias, w.width, b.stride, w.epsilon, now);
-            for (int i = 0; i < N; ++i) {
-                const Activations to = own(b.mixed[i]).row(p);
-                for (int64_t c = 0; c < b.stride; c += RECEPTANCE_LANES)
-                    store(to.values + c,
-                          blend(load<Float>(now + c), load<Float>(last + c), load<Float>(shares[i] + c)));
-                encode_for_tiles(to, w.width, *matrices[i]);
-            }
+            use(p, now, last);
             if (p + 1 == pass.starts[row + 1] && me.id == (alone() ? 0 : me.id))
                 std::memcpy(after + row * w.width, now, w.width * sizeof(float));
             std::swap(now, last);
         }
         rows_done();
+    }
+
+    // A mixture of a position with the one before it, encoded for the matrix that multiplies it.
+    template <class Blend>
+    void blend_row(const Activations& mixed, int64_t p, const float* now, const float* last,
+                   const float* share, const Matrix& matrix, const Blend& blend) const {
+        const Activations to = own(mixed).row(p);
+        for (int64_t c = 0; c < b.stride; c += RECEPTANCE_LANES)
+            store(to.values + c,
+                  blend(load<Float>(now + c), load<Float>(last + c), load<Float>(share + c)));
+        encode_for_tiles(to, w.width, matrix);
+    }
+    // Layer norm and token shift: the i-th mixture of each position with the one before it,
+    // blend(now, last, share), goes to b.mixed[i].
+    template <int N, class Blend>
+    void mix(const float* weight, const float* bias, const float* before, float* after,
+             const float* const (&shares)[N], const Matrix* const (&matrices)[N],
+             const Blend& blend) const {
+        shift(weight, bias, before, after, [&](int64_t p, const float* now, const float* last) {
+            for (int i = 0; i < N; ++i)
+                blend_row(b.mixed[i], p, now, last, shares[i], *matrices[i], blend);
+        });
     }
 
     // Calls put(m, first output, vector) for this thread's outputs.

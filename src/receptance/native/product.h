@@ -11,8 +11,9 @@
 
 #include <algorithm>
 
-#include "parallel.h"
+#include "codes.h"
 #include "model.h"
+#include "parallel.h"
 #include "vector.h"
 
 namespace receptance {
@@ -26,9 +27,15 @@ constexpr int64_t kPrefetch = 4096;  // Weights are prefetched so many bytes ahe
 
 // The number of rows of a tile that are summed side by side: as many as there are registers for.
 constexpr int kIntRows = RECEPTANCE_LANES == 16 ? 8 : RECEPTANCE_LANES == 8 ? 4 : 2;
+constexpr int kCodeRows = RECEPTANCE_LANES == 16 ? 8 : 2;  // Sums of bytes take two registers.
 constexpr int kFloatRows = RECEPTANCE_LANES == 16 ? 12 : RECEPTANCE_LANES == 8 ? 6 : 2;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How many rows of a kind are summed side by side.
+constexpr int most_rows(Kind kind) {
+    return kind == Kind::int4 ? kCodeRows : kind == Kind::int8 ? kIntRows : kFloatRows;
+}
 
 inline bool is_integer(Kind kind) { return kind == Kind::int8 || kind == Kind::int4; }
 
@@ -110,11 +117,7 @@ inline void encode_for_tiles(const Activations& a, int64_t inputs, const Matrix&
         });
     if (like.kind == Kind::int4)
         encode(a, inputs, like, [](const int32_t* codes, int16_t* to) {
-            for (int64_t i = 0; i < kBlock; i += 8)
-                for (int64_t j = 0; j < 4; ++j) {
-                    to[i + 2 * j] = (int16_t)codes[i + j];
-                    to[i + 2 * j + 1] = (int16_t)codes[i + j + 4];
-                }
+            for (int64_t i = 0; i < kBlock; i += 8) store_factors(codes + i, to + i);
         });
 }
 
@@ -184,7 +187,7 @@ __attribute__((noinline)) void tile_product(const Matrix& w, int64_t tile, const
 // Loads one bfloat16 parameter for each output of a tile.
 inline void load_params(Float (&to)[kVectors], const uint16_t* from) {
     for (int v = 0; v < kVectors; ++v)
-        to[v] = load<Float>((const bfloat16*)from + v * RECEPTANCE_LANES);
+        to[v] = widen((const bfloat16*)from + v * RECEPTANCE_LANES);
 }
 
 template <int R, int G>
@@ -232,50 +235,56 @@ __attribute__((noinline)) void tile_product_int8(const Matrix& w, int64_t tile, 
 template <int R, int G>
 __attribute__((noinline)) void tile_product_int4(const Matrix& w, int64_t tile, const Activations& a, Sums<R, G>& out) {
     std::memset(out, 0, sizeof out);
-    const int64_t groups = round_up(w.inputs, kBlock) / w.group, per_block = kBlock / w.group;
-    Streams<G> from(w.data, tile, groups * w.group * (kOutputs / 2));
+    const int64_t blocks = round_up(w.inputs, kBlock) / kBlock, groups = blocks * (kBlock / w.group);
+    Streams<G> from(w.data, tile, blocks * kBlock * (kOutputs / 2));
     const uint16_t* params = w.params + tile * groups * 2 * kOutputs;
-    for (int64_t group = 0; group < groups; ++group, params += 2 * kOutputs) {
-        const int16_t* codes = a.codes + group * w.group;
-        Int exact[G][R][kVectors] = {};
-        for (int64_t k = 0; k < w.group; k += 8, from.advance(4 * kOutputs)) {
-            Word words[G][kVectors];
-            for (int g = 0; g < G; ++g) {
-                from.prefetch(g);
-                // Vectors are loaded one by one: a copy of several into the array goes through
-                // memory.
-                for (int v = 0; v < kVectors; ++v)
-                    words[g][v] = load<Word>((const uint32_t*)from[g] + v * RECEPTANCE_LANES);
-            }
-            for (int part = 0; part < 4; ++part) {
-                Pairs weights[G][kVectors];
+    const int16_t* codes = a.codes;
+    const float* group_sums = a.sums;
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t group = 0; group < kBlock; group += w.group, params += 2 * kOutputs, ++group_sums) {
+            Int exact[G][R][kVectors] = {};
+            for (int64_t k = 0; k < w.group; k += kCodes, codes += kCodes) {
+                CodeSum sums[G][R][kVectors];
+#pragma GCC unroll kUnrolled
+                for (int i = 0; i < kCodes; i += 8, from.advance(4 * kOutputs)) {
+                    for (int g = 0; g < G; ++g) from.prefetch(g);
+                    for (int part = 0; part < kParts; ++part) {
+                        Word weights[G][kVectors];
+                        // Vectors are loaded one by one: a copy of several into the array goes
+                        // through memory.
+                        for (int g = 0; g < G; ++g)
+                            for (int v = 0; v < kVectors; ++v)
+                                weights[g][v] = part_of(
+                                    load<Word>((const uint32_t*)from[g] + v * RECEPTANCE_LANES), part);
+                        for (int m = 0; m < R; ++m) {
+                            const Factors x =
+                                load_factors(codes + m * a.stride + i + part * (8 / kParts));
+                            for (int g = 0; g < G; ++g)
+                                for (int v = 0; v < kVectors; ++v)
+                                    sums[g][m][v].add(weights[g][v], x);
+                        }
+                    }
+                }
                 for (int g = 0; g < G; ++g)
-                    for (int v = 0; v < kVectors; ++v)
-                        weights[g][v] = (Pairs)(words[g][v] >> (4 * part) & 0x000F000F);
+                    for (int m = 0; m < R; ++m)
+                        for (int v = 0; v < kVectors; ++v) exact[g][m][v] += sums[g][m][v].total();
+            }
+            for (int g = 0; g < G; ++g) {
+                const uint16_t* own = params + g * groups * 2 * kOutputs;
+                __builtin_prefetch((const char*)own + kPrefetch / 4);
+                Float scale[kVectors], minimum[kVectors];
+                load_params(scale, own);
+                load_params(minimum, own + kOutputs);
                 for (int m = 0; m < R; ++m) {
-                    const Pairs x = broadcast_pair(codes + m * a.stride + k + 2 * part);
-                    for (int g = 0; g < G; ++g)
-                        for (int v = 0; v < kVectors; ++v)
-                            exact[g][m][v] = add_products(exact[g][m][v], weights[g][v], x);
+                    const Float s = broadcast(a.scales[m * (a.stride / kBlock) + block]);
+                    const Float sum = broadcast(group_sums[m * (a.stride / 32)]);
+                    for (int v = 0; v < kVectors; ++v) {
+                        out[g][m][v] = add_product(out[g][m][v], to_float(exact[g][m][v]), s * scale[v]);
+                        out[g][m][v] = add_product(out[g][m][v], minimum[v], sum);
+                    }
                 }
             }
         }
-        for (int g = 0; g < G; ++g) {
-            const uint16_t* own = params + g * groups * 2 * kOutputs;
-            __builtin_prefetch((const char*)own + kPrefetch / 4);
-            Float scale[kVectors], minimum[kVectors];
-            load_params(scale, own);
-            load_params(minimum, own + kOutputs);
-            for (int m = 0; m < R; ++m) {
-                const Float s = broadcast(a.scales[m * (a.stride / kBlock) + group / per_block]);
-                const Float sum = broadcast(a.sums[m * (a.stride / 32) + group]);
-                for (int v = 0; v < kVectors; ++v) {
-                    out[g][m][v] = add_product(out[g][m][v], to_float(exact[g][m][v]), s * scale[v]);
-                    out[g][m][v] = add_product(out[g][m][v], minimum[v], sum);
-                }
-            }
-        }
-    }
 }
 
 // Hands the sums of R rows and G tiles to put(m, first output, vector), one vector at a time.
@@ -287,8 +296,12 @@ void tile_rows(const Matrix& w, int64_t tile, const Activations& a, int64_t m, c
         case Kind::float32: tile_product<R, G, float>(w, tile, rows, sums); break;
         case Kind::bfloat16: tile_product<R, G, bfloat16>(w, tile, rows, sums); break;
         case Kind::float16: tile_product<R, G, float16>(w, tile, rows, sums); break;
-        case Kind::int8: tile_product_int8<R, G>(w, tile, rows, sums); break;
-        case Kind::int4: tile_product_int4<R, G>(w, tile, rows, sums); break;
+        case Kind::int8:
+            if constexpr (R <= kIntRows) tile_product_int8<R, G>(w, tile, rows, sums);
+            break;
+        case Kind::int4:
+            if constexpr (R <= kCodeRows) tile_product_int4<R, G>(w, tile, rows, sums);
+            break;
     }
     for (int g = 0; g < G; ++g)
         for (int i = 0; i < R; ++i)
@@ -313,7 +326,7 @@ void some_rows(int64_t n, const Matrix& w, Range tiles, const Activations& a, in
 // Calls put(m, first output, vector) for rows [0, count) and every output of `tiles`.
 template <class Put>
 void product(const Matrix& w, Range tiles, const Activations& a, int64_t count, const Put& put) {
-    const int64_t most = is_integer(w.kind) ? kIntRows : kFloatRows;
+    const int64_t most = most_rows(w.kind);
     for (int64_t first = 0; first < count; first += kRows) {
         const int64_t rows = std::min(kRows, count - first), pieces = (rows + most - 1) / most;
         if (pieces == 1) {

@@ -42,6 +42,7 @@ struct Rwkv4Kernels {
 extern const Rwkv4Kernels rwkv4_portable;
 #if defined(RECEPTANCE_X86)
 extern const Rwkv4Kernels rwkv4_avx2;
+extern const Rwkv4Kernels rwkv4_avxvnni;
 extern const Rwkv4Kernels rwkv4_avx512;
 extern const Rwkv4Kernels rwkv4_avx512vnni;
 #endif

@@ -21,13 +21,6 @@ static_assert(kPanel == kOutputs, "a head's vectors are summed like the outputs 
 constexpr float kLogFastestDecay = -0.606530659712633424f;  // -e^(-1/2)
 constexpr float kSmallestNorm = 1e-12f;
 
-// (e^x - e^-x) / (e^x + e^-x).
-inline Float tanh(Float x) {
-    const Float size = expm1_nonpositive(minus_abs(x) * 2);
-    const Float tanh = -size / (size + 2);
-    return x < 0 ? -tanh : tanh;
-}
-
 // share * last + (1 - share) * now: the other way round than in version 4.
 constexpr auto blend = [](Float now, Float last, Float share) {
     return now + share * (last - now);

@@ -54,6 +54,7 @@ struct Rwkv7Kernels {
 extern const Rwkv7Kernels rwkv7_portable;
 #if defined(RECEPTANCE_X86)
 extern const Rwkv7Kernels rwkv7_avx2;
+extern const Rwkv7Kernels rwkv7_avxvnni;
 extern const Rwkv7Kernels rwkv7_avx512;
 extern const Rwkv7Kernels rwkv7_avx512vnni;
 #endif

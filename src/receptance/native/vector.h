@@ -24,6 +24,7 @@ using Int = int32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Word = uint32_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Half = uint16_t __attribute__((vector_size(2 * RECEPTANCE_LANES)));
 using Pairs = int16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));  // Two in each lane.
+using Shorts = uint16_t __attribute__((vector_size(4 * RECEPTANCE_LANES)));
 using Double = double __attribute__((vector_size(8 * RECEPTANCE_LANES)));
 using Long = int64_t __attribute__((vector_size(8 * RECEPTANCE_LANES)));
 
@@ -172,6 +173,8 @@ inline Double add_product(Double sum, Double a, Double b) { return sum + a * b; 
 inline Int add_products(Int sum, Pairs a, Pairs b) {
 #if defined(__AVX512VNNI__)
     return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (Int)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #elif defined(__AVX512BW__)
     return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
@@ -186,6 +189,37 @@ inline Int add_products(Int sum, Pairs a, Pairs b) {
     return sum + low + ((Int)a >> 16) * ((Int)b >> 16);
 #endif
 }
+
+
+#if defined(__AVX2__)
+// Returns a + b, just where it is written. Where sums are unrolled, GCC would reorder a plain
+// addition and put it off until all products are there, for which there are not enough registers.
+inline Shorts add_now(Shorts a, Shorts b) {
+    Shorts sum;
+    asm("vpaddw %2, %1, %0" : "=v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+
+// Returns sum plus, in every lane, the products of four unsigned bytes a with four signed bytes b:
+// in 32 bits where an instruction adds them so, else in 16 bits the first two and the last two.
+#if defined(__AVX512VNNI__)
+inline Word add_bytes(Word sum, Word a, Word b) {
+    return (Word)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#elif defined(__AVXVNNI__)
+inline Word add_bytes(Word sum, Word a, Word b) {
+    return (Word)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+}
+#elif defined(__AVX512BW__)
+inline Shorts add_bytes(Shorts sum, Word a, Word b) {
+    return add_now(sum, (Shorts)_mm512_maddubs_epi16((__m512i)a, (__m512i)b));
+}
+#else
+inline Shorts add_bytes(Shorts sum, Word a, Word b) {
+    return add_now(sum, (Shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+}
+#endif
+#endif
 
 // Returns a bit for each of 8 numbers, which says that it is not zero; a NaN is not zero.
 inline unsigned not_zero(const float* x) {

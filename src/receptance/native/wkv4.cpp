@@ -290,6 +290,6 @@ void backward(const Backward& f, Element element, int threads) {
 
 }  // namespace
 
-extern const Wkv4Kernels RECEPTANCE_TABLE(wkv4_) = {RECEPTANCE_KERNELS_NAME, forward, backward};
+extern const Wkv4Kernels RECEPTANCE_TABLE(wkv4_) = {forward, backward};
 
 }  // namespace receptance

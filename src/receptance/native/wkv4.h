@@ -39,7 +39,6 @@ struct Backward {
 };
 
 struct Wkv4Kernels {
-    const char* name;
     void (*forward)(const Forward&, Element, int threads);
     void (*backward)(const Backward&, Element, int threads);
 };
@@ -49,7 +48,6 @@ extern const Wkv4Kernels wkv4_portable;
 #if defined(RECEPTANCE_X86)
 extern const Wkv4Kernels wkv4_avx2;
 extern const Wkv4Kernels wkv4_avx512;
-extern const Wkv4Kernels wkv4_avx512vnni;
 #endif
 
 }  // namespace receptance

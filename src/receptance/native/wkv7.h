@@ -52,7 +52,6 @@ extern const Wkv7Kernels wkv7_portable;
 #if defined(RECEPTANCE_X86)
 extern const Wkv7Kernels wkv7_avx2;
 extern const Wkv7Kernels wkv7_avx512;
-extern const Wkv7Kernels wkv7_avx512vnni;
 #endif
 
 }  // namespace receptance

@@ -47,6 +47,44 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 each shaped like its tensor. The exponent has none: it cancels wherever a state is used."""
 
 
+class Wkv6Inputs(NamedTuple):
+    """What a forward pass of WKV-6 takes; H heads of N channels each."""
+
+    receptance: Tensor  # [B,T,H,N], as the next three
+    log_decay: Tensor  # in the state's dtype, whatever that of the others is
+    key: Tensor
+    value: Tensor
+    bonus: Tensor  # [H,N], in the state's dtype
+    state: Tensor  # [B,H,N,N] before the first token: rows belong to keys, columns to values
+    resets: Tensor | None = None  # [B,T] bool
+    lengths: Tensor | None = None  # [B] integers
+
+
+Wkv6Results = tuple[Tensor, Tensor, Tensor]
+"""A forward pass of WKV-6 returns the output [B,T,H,N], the state [B,H,N,N] after the last token,
+and the states [K,B,H,N,N] that the backward pass starts from."""
+
+
+class Wkv6BackwardInputs(NamedTuple):
+    """What its backward pass takes: gradients of results, and what the forward pass saved."""
+
+    grad_out: Tensor  # [B,T,H,N]
+    grad_state: Tensor  # [B,H,N,N], of the state after the last token
+    receptance: Tensor  # [B,T,H,N], as the next three
+    log_decay: Tensor
+    key: Tensor
+    value: Tensor
+    bonus: Tensor  # [H,N]
+    starts: Tensor  # [K,B,H,N,N], as in Wkv6Results
+    resets: Tensor | None = None  # [B,T] bool
+    lengths: Tensor | None = None  # [B] integers
+
+
+Wkv6Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""A backward pass of WKV-6 returns those of receptance, log_decay, key, value, bonus and the state,
+each with the shape and dtype of its tensor."""
+
+
 class Wkv7Inputs(NamedTuple):
     """What a forward pass of WKV-7 takes; H heads of N channels each."""
 

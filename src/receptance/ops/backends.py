@@ -7,7 +7,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from receptance.ops import chunked, native, triton_wkv4, wkv7_chunked, wkv7_native
+from receptance.ops import (
+    chunked,
+    native,
+    triton_wkv4,
+    wkv6_chunked,
+    wkv6_native,
+    wkv7_chunked,
+    wkv7_native,
+)
 
 
 class Kernel(Protocol):
@@ -29,6 +37,7 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "wkv4": {"native": native, "triton": triton_wkv4, "chunked": chunked},
+    "wkv6": {"native": wkv6_native, "chunked": wkv6_chunked},
     "wkv7": {"native": wkv7_native, "chunked": wkv7_chunked},
 }
 """The kernels of every operator, by name. The reference belongs to each and is not listed."""

@@ -87,6 +87,38 @@ def wkv4_sources(
     )
 
 
+def wkv6_sources(
+    inputs: Sequence[Tensor],
+    bonus: Tensor,
+    state: Tensor,
+    *,
+    positions: Tensor,
+    resets: Tensor | None = None,
+) -> Sources:
+    """The weights of the recurrence of RWKV-5 and RWKV-6 at `positions` [P].
+
+    inputs are the first four arguments of wkv6, for which see there, all [B,T,H,N]; bonus and state
+    are its others. The output at t is the sum of v_i (r_t . (w_{i+1} ... w_{t-1} k_i)) over i < t,
+    of v_t (r_t . (u k_t)), and of what r_t reads of the faded state from before the text. The
+    weights are one number for each head, may be negative, and do not add up to 1.
+    """
+    receptance, log_decay, key, value = (x.to(state.dtype) for x in inputs)
+    decay = log_decay.exp()
+    asked = receptance[:, positions]  # [B,P,H,N], what is read from the state before a token
+    weights = asked.new_zeros(*asked.shape[:2], key.shape[1], asked.shape[2])
+    for i in reversed(range(key.shape[1])):
+        now, later = ((positions == i)[:, None, None], (positions > i)[:, None, None])
+        k = key[:, i, None]
+        share = torch.where(now, bonus.to(state.dtype), later.to(state.dtype)) * k
+        weights[:, :, i] = (asked * share).sum(-1)
+        asked = torch.where(later, asked * decay[:, i, None], asked)
+        if resets is not None:
+            gone = resets[:, i, None, None, None] & (now | later)
+            asked = asked.masked_fill(gone, 0)
+    carried = torch.einsum("bhkv,bphk->bphv", state, asked).flatten(2)
+    return Sources(weights, value.flatten(2), carried, None)
+
+
 def wkv7_sources(
     inputs: Sequence[Tensor],
     state: Tensor,

@@ -16,11 +16,13 @@ from starlette.routing import compile_path
 from receptance.server.calls import JSON, Call, Reply
 from receptance.server.errors import ApiError
 from receptance.server.keys import Keys
+from receptance.server.memory import Memory
 from receptance.server.metrics import MEDIA_TYPE, Metrics
 from receptance.server.models import Models
 from receptance.server.openapi import docs_page, openapi
 from receptance.server.page import page_endpoints
 from receptance.server.routes import ENDPOINTS, Endpoint
+from receptance.server.serving import Served, new_id
 from receptance.server.wire import (
     Gone,
     Headers,
@@ -53,13 +55,13 @@ class App:
         origins: Sequence[str] = (),
         hosts: frozenset[str] | None = _LOCAL,
         log: Callable[[str], None] | None = None,
-        closing: Callable[[], None] | None = None,
     ) -> None:
         self.models, self.keys, self.limits = models, keys or Keys(), models.limits
         self.metrics = Metrics(models)
         self.draining = False
+        self._memory = Memory()
         self._origins, self._hosts = frozenset(origins), None if self.keys.digests else hosts
-        self._log, self._closing = log or (lambda line: None), closing
+        self._log = log or (lambda line: None)
         self._answering: set[asyncio.Task[Any]] = set()
         self.endpoints = (*ENDPOINTS, *self._own_endpoints(), *page_endpoints())
         self._routes = [(compile_path(e.path)[0], e) for e in self.endpoints]
@@ -71,11 +73,11 @@ class App:
 
         async def description(call: Call) -> Reply:
             """The description of all endpoints, as OpenAPI 3.1."""
-            return Reply(msgspec.json.encode(openapi(self.endpoints, list(self.models.sources))))
+            return Reply(msgspec.json.encode(self._described()))
 
         async def docs(call: Call) -> Reply:
             """The same as a page."""
-            page = docs_page(openapi(self.endpoints, list(self.models.sources)))
+            page = docs_page(self._described())
             return Reply(page, "text/html; charset=utf-8", headers=_PAGE_POLICY)
 
         return (
@@ -83,6 +85,9 @@ class App:
             Endpoint("GET", "/openapi.json", description, public=True),
             Endpoint("GET", "/docs", docs, public=True),
         )
+
+    def _described(self) -> dict[str, Any]:
+        return openapi(self.endpoints, list(self.models.sources), keys=bool(self.keys.digests))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (see the ASGI specification)."""
@@ -95,16 +100,18 @@ class App:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
+                self.models.prepare = self._prepare
                 for served in self.models.loaded():
-                    served.observe = self.metrics.observe
+                    self._prepare(served)
                     served.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.models.close()
-                if self._closing is not None:
-                    await asyncio.to_thread(self._closing)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+    def _prepare(self, served: Served) -> None:
+        served.observe = self.metrics.observe
 
     def drain(self) -> None:
         """Take no new requests; after a while, end the answers that are still being written."""
@@ -122,7 +129,8 @@ class App:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, endpoint = time.monotonic(), None
         headers = read_headers(scope)
-        sender = Sender(send, self._extra_headers(headers), self.limits.send_seconds)
+        number = new_id("req")
+        sender = Sender(send, self._extra_headers(headers, number), self.limits.send_seconds)
         self.metrics.in_flight.inc()
         try:
             try:
@@ -131,6 +139,8 @@ class App:
                 call = await self._admit(endpoint, path, scope, headers, receive)
                 await self._run(endpoint, call, receive, sender)
             except ApiError as error:
+                if error.__cause__ is not None:  # the one who runs the server has to mend it
+                    self._log(f"{error.message}: {error.__cause__}")
                 await sender.error(error, endpoint is not None and endpoint.anthropic)
             except Gone:
                 sender.status = sender.status or 499  # nginx's number for a client that left
@@ -142,10 +152,11 @@ class App:
             pass
         finally:
             self.metrics.in_flight.dec()
+            self._memory.note(headers)
             place = endpoint.path if endpoint else "none"
             self.metrics.answered(place, sender.status)
             took = time.monotonic() - began
-            self._log(f"{scope['method']} {place} {sender.status} {took:.3f} s")
+            self._log(f"{number} {scope['method']} {place} {sender.status} {took:.3f} s")
 
     def _match(
         self, scope: Scope, headers: Mapping[str, str]
@@ -163,7 +174,8 @@ class App:
         if self.keys.owner(headers) is None:
             raise _no_key()
         if allowed:
-            raise ApiError(405, f"this path takes {' and '.join(sorted(allowed))}")
+            takes = sorted(allowed)
+            raise ApiError(405, f"this path takes {' and '.join(takes)}", allow=", ".join(takes))
         raise ApiError(404, "there is nothing at this path", code="unknown_url")
 
     async def _admit(
@@ -212,6 +224,8 @@ class App:
             self._answering.discard(work)
             gone.cancel()
             work.cancel()
+            # Its error holds this frame: in a circle they would keep the body for a long time.
+            del work
 
     async def _write(self, endpoint: Endpoint, call: Call, sender: Sender) -> None:
         answer = await endpoint.answer(call)
@@ -235,8 +249,11 @@ class App:
                 await close()
         await sender.piece(answer.end, last=True)
 
-    def _extra_headers(self, headers: Mapping[str, str]) -> Headers:
-        found = [(b"x-content-type-options", b"nosniff")]
+    def _extra_headers(self, headers: Mapping[str, str], number: str) -> Headers:
+        # OpenAI's clients read the number of a request in the first of these, Anthropic's in the
+        # second.
+        found = [(name, number.encode()) for name in (b"x-request-id", b"request-id")]
+        found += [(b"x-content-type-options", b"nosniff")]
         if (origin := headers.get("origin")) is not None and origin in self._origins:
             found += [
                 (b"access-control-allow-origin", origin.encode("latin-1")),

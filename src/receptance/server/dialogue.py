@@ -101,7 +101,7 @@ async def prepare(
     )
     calls = bool(tools) and choice != "none"
     if calls and schema is not None:
-        raise refusal("response_format and tools cannot be used together", "response_format")
+        raise refusal("JSON of a schema and tools cannot be used together", "response_format")
     if calls:
         messages = _with_tools(messages, told(tools))
     rendered = render(served.template, served.tokenizer, messages, answer=answer)

@@ -30,6 +30,8 @@ class Source:
     served: Served | None = None
     used: float = 0
     """When it was last asked for, by the clock of the event loop."""
+    weight_bytes: int = 0
+    """The bytes of its weights, once they are known."""
 
 
 class Models:
@@ -47,6 +49,8 @@ class Models:
         if len(self.sources) != len(sources):
             raise ValueError("two models have one name; give each a name of its own")
         self.states = NamedStates(_STATES)
+        self.prepare: Callable[[Served], None] = lambda served: None
+        """Is called with every model before it starts."""
         self._budget = budget
         self._lock = asyncio.Lock()
         self._grammars: dict[str, Grammars] = {}
@@ -74,11 +78,18 @@ class Models:
             return source.served
         async with self._lock:
             if source.served is None:
+                await self._make_room(source.weight_bytes)
                 try:
                     served = await asyncio.to_thread(source.load)
-                except (ValueError, OSError, MemoryError, RuntimeError):
-                    raise ApiError(500, f"the model {name!r} could not be loaded") from None
-                await self._make_room(served)
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    raise ApiError(500, f"the model {name!r} could not be loaded") from error
+                source.weight_bytes = served.engine.weight_bytes
+                try:
+                    await self._make_room(source.weight_bytes)
+                except ApiError:
+                    await asyncio.to_thread(served.stop)
+                    raise
+                self.prepare(served)
                 served.start()
                 source.served = served
         return source.served
@@ -91,17 +102,14 @@ class Models:
             return False
         source.served = None
         self._grammars.pop(name, None)
-        await asyncio.to_thread(served.thread.stop)
+        await asyncio.to_thread(served.stop)
         return True
 
-    async def _make_room(self, coming: Served) -> None:
+    async def _make_room(self, coming: int) -> None:
         """Unload models that nobody uses, the one asked for longest ago first."""
         if self._budget is None:
             return
-        while (
-            sum(s.engine.weight_bytes for s in self.loaded()) + coming.engine.weight_bytes
-            > self._budget
-        ):
+        while sum(s.engine.weight_bytes for s in self.loaded()) + coming > self._budget:
             idle = [s for s in self.sources.values() if s.served and not s.served.busy]
             if not idle or not await self.unload(min(idle, key=lambda s: s.used).name):
                 raise ApiError(
@@ -111,7 +119,7 @@ class Models:
     async def close(self) -> None:
         """Stop all models."""
         for served in self.loaded():
-            await asyncio.to_thread(served.thread.stop)
+            await asyncio.to_thread(served.stop)
 
     # ---- what requests need of a model --------------------------------------------------------
 

@@ -44,8 +44,13 @@ _STATUSES = {
 }
 
 
-def openapi(endpoints: Sequence[Endpoint], models: Sequence[str] = ()) -> dict[str, Any]:
-    """The description, as OpenAPI 3.1, with the names of the models that can be asked."""
+def openapi(
+    endpoints: Sequence[Endpoint], models: Sequence[str] = (), *, keys: bool = True
+) -> dict[str, Any]:
+    """The description, as OpenAPI 3.1, with the names of the models that can be asked.
+
+    `keys` says whether the server wants a key.
+    """
     kinds = {e.body for e in endpoints if isinstance(e.body, type)}
     kinds |= {e.gives for e in endpoints if e.gives is not None}
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
@@ -61,7 +66,7 @@ def openapi(endpoints: Sequence[Endpoint], models: Sequence[str] = ()) -> dict[s
     return {
         "openapi": "3.1.0",
         "info": {"title": "Receptance", "version": __version__},
-        "security": [{"key": []}],
+        "security": [{"key": []}] if keys else [],
         "paths": paths,
         "components": {
             "schemas": {**schemas, "Error": _ERROR},

@@ -86,8 +86,9 @@ class Scheduler:
         self._ready: deque[tuple[Ticket, int | None]] = deque()
         self._rows: dict[int, Ticket] = {}
         self._active: dict[Ticket, None] = {}
-        state = reading.empty_state(engine)
-        tiny = state.nbytes * _TINY <= cache.budget
+        self.empty = reading.empty_state(engine)
+        """The state of a text of which nothing has been read."""
+        tiny = self.empty.nbytes * _TINY <= cache.budget
         self._interval = options.interval if tiny else 0
         self.prompt_tokens = self.cached_tokens = self.written_tokens = 0
 

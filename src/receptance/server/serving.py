@@ -41,7 +41,10 @@ class Served:
         *,
         options: SchedulerOptions | None = None,
         limits: Limits | None = None,
+        closing: Callable[[], None] | None = None,
     ) -> None:
+        """`closing` is called by `stop`, when the engine has ended."""
+        self._closing = closing
         self.name, self.engine, self.tokenizer, self.template = name, engine, tokenizer, template
         self.limits = limits or Limits()
         self.scheduler = Scheduler(engine, tokenizer, cache, options)
@@ -60,6 +63,12 @@ class Served:
         self._loop = asyncio.get_running_loop()
         self.thread.start()
 
+    def stop(self) -> None:
+        """End the engine thread, and wait for it."""
+        self.thread.stop()
+        if self._closing is not None:
+            self._closing()
+
     @property
     def busy(self) -> bool:
         """Whether anybody waits for an answer."""
@@ -67,9 +76,11 @@ class Served:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What identifies the model and the tokenizer together."""
-        both = self.engine.fingerprint() + self.tokenizer.fingerprint
-        return hashlib.sha256(both.encode()).hexdigest()
+        """What identifies the model, the state in which texts begin, and the tokenizer together."""
+        digest = hashlib.sha256((self.engine.fingerprint() + self.tokenizer.fingerprint).encode())
+        for _, tensor in sorted(self.scheduler.empty.tensors.items()):
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def namespace(self, owner: str, salt: str | None, begun: str = "") -> str:
         """The part of the cache in which texts of this owner, salt and beginning are."""

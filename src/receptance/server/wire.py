@@ -48,6 +48,8 @@ class Sender:
         headers = {}
         if error.retry_after is not None:
             headers["retry-after"] = str(error.retry_after)
+        if error.allow is not None:
+            headers["allow"] = error.allow
         if error.status in (408, 413):  # the rest of the body is not read
             headers["connection"] = "close"
         if error.status == 401:
@@ -90,7 +92,8 @@ def read_headers(scope: Scope) -> dict[str, str]:
 def check_headers(scope: Scope) -> None:
     """ApiError if the headers and the path are too large together."""
     size = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
-    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADERS:
+    # ": " and the end of the line count as well, so that many short headers are large.
+    if size + sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > MOST_HEADERS:
         raise ApiError(431, f"the headers are larger than {MOST_HEADERS} bytes")
 
 
@@ -98,10 +101,9 @@ async def read_body(
     headers: Mapping[str, str], receive: Receive, most: int, seconds: float
 ) -> bytes:
     """The body of a request; ApiError if it is too large, compressed, or does not come."""
-    too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
     length = headers.get("content-length", "0")
     if len(length) > 12 or (length.isdigit() and int(length) > most):
-        raise too_large
+        raise _too_large(most)
     if headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "a compressed body is not read; leave out Content-Encoding")
     pieces, size = [], 0
@@ -114,12 +116,16 @@ async def read_body(
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > most:
-                    raise too_large
+                    raise _too_large(most)
                 pieces.append(piece)
                 if not message.get("more_body"):
                     return b"".join(pieces)
     except TimeoutError:
         raise ApiError(408, "the body did not come in time", code="timeout") from None
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
 
 
 async def until_gone(receive: Receive) -> None:

@@ -10,6 +10,7 @@ from receptance.adapters import LoRAOptions
 from receptance.config import ModelConfig, published
 from receptance.data import ReadOptions
 from receptance.data.batches import Packing
+from receptance.model.versions import architecture
 from receptance.tokenizer import Tokenizer, load_tokenizer
 
 _DEFAULT_STEPS = 1000
@@ -196,10 +197,10 @@ class StartOptions:
     tokenizer: str | None = None
     """bytes, bpe:SIZE (trained on the text), or a tokenizer file: bpe:2048 unless init or the
     corpus has one."""
-    version: int | None = None
-    """The version of RWKV of a new model, 4 or 7: 4 unless size says otherwise."""
+    version: float | None = None
+    """The version of RWKV of a new model, 4, 5.0 to 5.2, 6 or 7: 4 unless size says otherwise."""
     size: str | None = None
-    """A published size (169m to 14b, rwkv7-0.1b to rwkv7-13.3b) instead of width and layers."""
+    """A published size (169m to 14b, rwkv5-0.1b to rwkv7-13.3b) instead of width and layers."""
     width: int | None = None
     """Channels, C: 256 unless size or init says otherwise."""
     layers: int | None = None
@@ -220,6 +221,8 @@ class StartOptions:
     train: TrainOptions = field(default_factory=TrainOptions)
 
     def __post_init__(self) -> None:
+        if self.version is not None:  # A flag makes 7.0 of 7.
+            object.__setattr__(self, "version", architecture(self.version).number)
         if self.tune != "all" and (self.parallel == "fsdp" or self.context_ranks > 1):
             raise ValueError(f"tune is {self.tune!r}; it works with ddp and one context rank")
         if self.tune != "all" and self.init is None:

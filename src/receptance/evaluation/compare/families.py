@@ -127,7 +127,7 @@ class Family(ABC):
 class RWKV(Family):
     """A version of RWKV, trained by this package and run by its engines."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: float) -> None:
         self.version = version
         self.name, self.label = f"rwkv{version}", f"RWKV-{version}"
 

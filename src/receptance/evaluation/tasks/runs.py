@@ -34,7 +34,7 @@ from receptance.training.run import RunOptions
 
 OUTCOME = "outcome.json"
 TRANSFORMER = "transformer"
-_RWKV = re.compile(r"rwkv(\d+)")
+_RWKV = re.compile(r"rwkv(\d+(?:\.\d+)?)")
 # The normal distribution's quantile of a 95 % interval.
 _NORMAL = 1.959964
 
@@ -66,7 +66,7 @@ class Spec:
         problem, found = examples.problem, _RWKV.fullmatch(self.model)
         return SequenceConfig(
             stack=ModelConfig(
-                version=int(found[1]) if found else 4,
+                version=float(found[1]) if found else 4,
                 vocab_size=problem.vocab_size,
                 width=self.width,
                 num_layers=self.layers,

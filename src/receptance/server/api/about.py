@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from receptance.server.calls import Call, Reply, reply
 from receptance.server.errors import ApiError, refusal
@@ -53,7 +54,7 @@ class Tokens(msgspec.Struct, omit_defaults=True):
 class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Tokens whose text is wanted."""
 
-    tokens: list[int]
+    tokens: list[Annotated[int, Meta(ge=0)]]
     model: str | None = None
     """The model whose tokenizer is used, by default the first one."""
 

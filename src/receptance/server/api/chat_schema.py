@@ -99,7 +99,7 @@ class NamedTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class ChatRequest(TextOptions, kw_only=True, forbid_unknown_fields=True):
     """A request for an answer in a conversation."""
 
-    messages: Annotated[list[ChatMessage], Meta(max_length=limits.MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=limits.MOST_MESSAGES)]
     """The conversation, the oldest message first."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """Write at most this many tokens."""
@@ -124,14 +124,20 @@ class ChatRequest(TextOptions, kw_only=True, forbid_unknown_fields=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
     modalities: list[Literal["text"]] | None = None
 
     IDLE: ClassVar[tuple[str, ...]] = (
         *TextOptions.IDLE,
         *("reasoning_effort", "metadata", "store", "service_tier", "safety_identifier"),
-        *("prompt_cache_key", "verbosity"),
+        *("prompt_cache_key", "prompt_cache_retention", "verbosity"),
     )
+
+    def warnings(self) -> list[str]:
+        """What the client said that has no effect."""
+        named = any(message.name is not None for message in self.messages)
+        return super().warnings() + ["messages[].name has no effect"] * named
 
 
 class FunctionDelta(msgspec.Struct, omit_defaults=True):

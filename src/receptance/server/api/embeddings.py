@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from receptance.server.api.completions import read_prompts
 from receptance.server.calls import Call, Reply, reply
@@ -22,7 +23,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """A text, token ids, or a list of texts or of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """Whether a vector is a list of numbers or the base64 of float32 numbers."""
-    dimensions: int | None = None
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
     """It must be the width of the model."""
     user: str | None = None
     """Accepted and without effect."""

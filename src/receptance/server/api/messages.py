@@ -14,6 +14,7 @@ from receptance.server.api.messages_schema import (
     InputMessage,
     MessageRequest,
     MessageUsage,
+    RedactedThinkingBlock,
     TextBlock,
     ThinkingBlock,
     TokenCount,
@@ -64,6 +65,7 @@ async def _dialogue(call: Call, served: Served, request: MessageRequest | CountR
     answer = ""
     if messages and messages[-1].role == "assistant":
         answer = messages.pop().text  # the answer goes on from here
+    form = request.output_config.format if request.output_config is not None else None
     tools, choice, parallel = _tools(request)
     return await prepare(
         call,
@@ -74,6 +76,7 @@ async def _dialogue(call: Call, served: Served, request: MessageRequest | CountR
         tools=tools,
         choice=choice,
         parallel=parallel,
+        schema=form.schema if form is not None else None,
         answer=answer,
     )
 
@@ -103,8 +106,8 @@ def _texts(message: InputMessage) -> Iterator[str]:
                 yield written_call(block.name, json.dumps(block.input))
             case ToolResultBlock(content=content):
                 inner = content if isinstance(content, str) else "\n".join(b.text for b in content)
-                yield result_text(inner)
-            case ThinkingBlock():
+                yield result_text(f"Error: {inner}" if block.is_error else inner)
+            case ThinkingBlock() | RedactedThinkingBlock():
                 pass  # thoughts of earlier answers are not part of the prompt
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -13,6 +15,15 @@ from receptance.server import limits
 class TextBlock(msgspec.Struct, tag="text", kw_only=True, forbid_unknown_fields=True):
     """A text."""
 
+    text: str
+    cache_control: dict[str, Any] | None = None
+    citations: list[Any] | None = None
+
+
+class PlainText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A text where nothing else may stand."""
+
+    type: Literal["text"]
     text: str
     cache_control: dict[str, Any] | None = None
     citations: list[Any] | None = None
@@ -32,7 +43,7 @@ class ToolResultBlock(msgspec.Struct, tag="tool_result", kw_only=True, forbid_un
     """The result of a call."""
 
     tool_use_id: str
-    content: str | list[TextBlock] = ""
+    content: str | list[PlainText] = ""
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
 
@@ -44,11 +55,22 @@ class ThinkingBlock(msgspec.Struct, tag="thinking", kw_only=True, forbid_unknown
     signature: str = ""
 
 
+class RedactedThinkingBlock(
+    msgspec.Struct, tag="redacted_thinking", kw_only=True, forbid_unknown_fields=True
+):
+    """A thought of an earlier answer that nobody can read."""
+
+    data: str
+
+
+Block = TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock | RedactedThinkingBlock
+
+
 class InputMessage(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One message of a conversation."""
 
     role: Literal["user", "assistant"]
-    content: str | list[TextBlock | ToolUseBlock | ToolResultBlock | ThinkingBlock]
+    content: str | list[Block]
 
 
 class InputTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -69,16 +91,34 @@ class InputToolChoice(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     disable_parallel_tool_use: bool | None = None
 
 
+class JsonFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The answer is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the answer has to be."""
+
+    format: JsonFormat | None = None
+    effort: str | None = None
+    """Accepted and without effect."""
+
+
 class _Conversation(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A conversation, and the tools that may be called in it."""
 
     model: str
-    messages: Annotated[list[InputMessage], Meta(max_length=limits.MOST_MESSAGES)]
-    system: str | list[TextBlock] | None = None
+    messages: Annotated[list[InputMessage], Meta(min_length=1, max_length=limits.MOST_MESSAGES)]
+    system: str | list[PlainText] | None = None
     tools: Annotated[list[InputTool], Meta(max_length=limits.MOST_TOOLS)] | None = None
     tool_choice: InputToolChoice | None = None
+    output_config: OutputConfig | None = None
     thinking: dict[str, Any] | None = None
     """Accepted and without effect."""
+    cache_control: dict[str, Any] | None = None
+    """Accepted and without effect here and in messages, as what can be of use is always kept."""
 
 
 class CountRequest(_Conversation, kw_only=True, forbid_unknown_fields=True):
@@ -106,7 +146,19 @@ class MessageRequest(_Conversation, kw_only=True, forbid_unknown_fields=True):
     def warnings(self) -> list[str]:
         """What the client said that has no effect."""
         idle = ("thinking", "metadata", "service_tier")
-        return [f"{name} has no effect" for name in idle if getattr(self, name) is not None]
+        given = [name for name in idle if getattr(self, name) is not None]
+        if self.output_config is not None and self.output_config.effort is not None:
+            given.append("output_config.effort")
+        if self.cache_control is not None or any(self._cache_marks()):
+            given.append("cache_control")
+        return [f"{name} has no effect" for name in given]
+
+    def _cache_marks(self) -> Iterator[bool]:
+        """Whether each part that may have cache_control has it."""
+        blocks = (m.content for m in self.messages if isinstance(m.content, list))
+        system = self.system if isinstance(self.system, list) else []
+        for part in (*chain.from_iterable(blocks), *system, *(self.tools or ())):
+            yield getattr(part, "cache_control", None) is not None
 
 
 class MessageUsage(msgspec.Struct):

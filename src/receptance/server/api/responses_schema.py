@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from receptance.server import limits
+from receptance.server.api.options import StreamOptions
 
 
 class InputText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -72,7 +73,10 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A request for an answer."""
 
     model: str
-    input: str | Annotated[list[InputItem], Meta(max_length=limits.MOST_MESSAGES)]
+    input: (
+        Annotated[str, Meta(min_length=1)]
+        | Annotated[list[InputItem], Meta(min_length=1, max_length=limits.MOST_MESSAGES)]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -95,6 +99,9 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    max_tool_calls: int | None = None
+    stream_options: StreamOptions | None = None
     seed: int | None = None
     """Not one of this interface's parameters."""
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
@@ -104,7 +111,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """What the client said that has no effect."""
         idle = (
             *("store", "user", "include", "reasoning", "service_tier", "safety_identifier"),
-            *("prompt_cache_key", "truncation"),
+            *("prompt_cache_key", "prompt_cache_retention", "truncation", "max_tool_calls"),
         )
         return [f"{name} has no effect" for name in idle if getattr(self, name) is not None]
 

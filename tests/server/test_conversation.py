@@ -1,0 +1,43 @@
+"""A conversation of 100 turns: what is read for a turn does not grow with what was said before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from running_server import Running, start
+from tiny import make_model
+
+from receptance.data.templates import find_template
+from receptance.server.cache import StateCache
+from receptance.server.serving import Served
+from receptance.tokenizer import ByteTokenizer
+
+LETTERS = {str(byte): 100 for byte in b" abcdefghijklmnopqrstuvwxyz"}
+TURNS = 100
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    template = find_template("world")
+    yield from start([Served("m", make_model(), ByteTokenizer(), template, StateCache(1 << 24))])
+
+
+@pytest.mark.slow  # 100 prompts of up to 6,000 tokens
+def test_a_turn_reads_what_is_new_and_no_more(running):
+    talk, asked, before, sizes = [], "And what did the fox do then?", "", []
+    with running.client() as client:
+        for turn in range(TURNS):
+            talk.append({"role": "user", "content": asked})
+            body = {"model": "m", "messages": talk, "max_tokens": 6, "seed": turn}
+            found = client.post("/v1/chat/completions", json={**body, "logit_bias": LETTERS}).json()
+            usage = found["usage"]
+            read = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            said = found["choices"][0]["message"]["content"]
+            # Where the model did not write the space before its answer, the answer is read again,
+            # with the last token before it.
+            assert read <= len(f": {before}\n\nUser: {asked}\n\nAssistant:")
+            before = said or "."
+            talk.append({"role": "assistant", "content": before})
+            sizes.append(usage["prompt_tokens"])
+    assert sizes[-1] > TURNS / 2 * sizes[0]
