@@ -74,6 +74,12 @@ def vacuous(tree: ast.AST) -> Iterator[str]:
                 yield test.name
 
 
+def test_names_of_files_are_unique():
+    """Pytest imports a test file by its name alone."""
+    names = [path.name for path in FILES]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
 def test_no_clock_decides():
     looked = {name: clocks(tree) - MAY_LOOK.get(name, set()) for name, tree in TREES.items()}
     assert {name: found for name, found in looked.items() if found} == {}
