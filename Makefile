@@ -37,11 +37,12 @@ $(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[plot]'
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# Each of these builds the package, kernels included; what tests need has the other two in it.
+$(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
-	touch $@
+	touch $(VENV)/.installed $(VENV)/.installed-docs $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-docs: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[docs]'
 	touch $@
 

@@ -5,7 +5,7 @@
 Sends each body to every endpoint that reads JSON, and each piece of bytes as it stands. Every
 answer has to be something else than 5xx, a normal request has to succeed after it, and the memory
 of the server may not grow. Prints the statuses, the growth and the peak over the memory before, in
-MiB, then JSON. Linux only. `tests/server/test_hostile.py` has the same requests.
+MiB, then JSON. Linux only. `tests/server/test_hostile_requests.py` has the same requests.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ def demo(monkeypatch):
     return demo
 
 
+@pytest.mark.slow
 def test_it_measures_draws_and_advises(demo, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -22,8 +22,12 @@ CLOCKS = {
     for unit in ("", "_ns")
 }
 CLOCKS |= {"time.sleep", "datetime.now", "datetime.datetime.now", "datetime.utcnow"}
-# One bounds what a hostile file may cost; the other interrupts an import at some moments of many.
-MAY_LOOK = {"formats/hostile_files.py": {"time.process_time"}, "test_main.py": {"time.sleep"}}
+MAY_LOOK = {
+    "formats/hostile_files.py": {"time.process_time"},  # bounds what a hostile file may cost
+    "test_main.py": {"time.sleep"},  # interrupts an import at some moments of many
+    "apps/test_serve.py": {"time.sleep"},  # asks a process of its own until it answers
+    "server/test_client_errors.py": {"time.sleep"},  # makes the model slow
+}
 
 LASTING = {"os.chdir", "os.putenv", "os.unsetenv", "os.umask"}
 LASTING |= {f"os.environ.{name}" for name in ("clear", "pop", "popitem", "setdefault", "update")}
@@ -32,8 +36,8 @@ PROGRAMS = {"training/two_ranks.py"}
 
 # What fails by itself, besides functions whose names begin with "assert_": those of libraries,
 # our own, and exec, because code in the documentation asserts what it says.
-ASSERTING = {"raises", "warns", "opcheck", "gradcheck", "refusal", "refuse", "close", "check"}
-ASSERTING |= {"exec", "outcome"}
+ASSERTING = {"raises", "warns", "opcheck", "gradcheck", "refusal", "refuse", "refused", "close"}
+ASSERTING |= {"check", "exec", "outcome"}
 
 
 def dotted(node: ast.AST) -> str:
@@ -68,6 +72,12 @@ def vacuous(tree: ast.AST) -> Iterator[str]:
             helped = calls & ASSERTING or any(name.startswith("assert_") for name in calls)
             if not helped and not any(isinstance(x, ast.Assert) for x in inside):
                 yield test.name
+
+
+def test_names_of_files_are_unique():
+    """Pytest imports a test file by its name alone."""
+    names = [path.name for path in FILES if path.name != "conftest.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 def test_no_clock_decides():

@@ -352,12 +352,15 @@ class TestPipes:
             assert (b"no more output: No space left" in done.stderr) == (number == 0)
             assert Path(f"run{number}/step-00000003").is_dir()
 
+    @pytest.mark.slow
     def test_no_output_at_all(self):
         line = shlex.join([*self.COMMAND, "--max-tokens", "1"])
         done = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, timeout=100)
         assert (done.returncode, done.stderr) == (0, b"")
 
-    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8:strict"])
+    @pytest.mark.parametrize(
+        "encoding", [pytest.param("utf-8", marks=pytest.mark.slow), "utf-8:strict"]
+    )
     def test_what_is_typed_need_not_be_text(self, encoding):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         command = [*self.COMMAND[:3], "chat", "model", "--max-tokens", "1"]
@@ -368,6 +371,7 @@ class TestPipes:
         assert (done.returncode, done.stderr) == (0, b"")
         assert b"(forgotten)" in done.stdout
 
+    @pytest.mark.slow
     def test_a_terminal_with_few_characters(self):
         command = [*self.COMMAND[:-1], "naïve", "--max-tokens", "1"]
         environment = os.environ | {"PYTHONIOENCODING": "ascii"}

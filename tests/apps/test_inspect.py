@@ -88,10 +88,10 @@ def test_a_picture_replaces_no_weights(monkeypatch):
 
 
 def test_another_version_is_described_and_no_error():
-    torch.save({"blocks.0.att.time_maa_x": torch.zeros(4)}, "six.pth")
-    result = call("inspect", "six.pth")
+    torch.save({"blocks.0.ffn.enn.weight": torch.zeros(4)}, "eight.pth")
+    result = call("inspect", "eight.pth")
     assert result.code == 0
-    assert "RWKV-6" in result.out and "this is an RWKV-6 file" in result.out
+    assert "RWKV-8" in result.out and "this is an RWKV-8 file" in result.out
 
 
 @pytest.mark.parametrize(

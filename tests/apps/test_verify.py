@@ -91,7 +91,7 @@ def test_the_logits_of_a_run_lie_beside_its_folder():
         (("bare",), "there is no model in this directory"),
         (("no/such",), "hub model 'no/such' is not in the local cache"),
         (("ünïcode/狐",), "no such file or directory: ünïcode/狐"),
-        (("six.pth",), "this is an RWKV-6 file"),
+        (("eight.pth",), "this is an RWKV-8 file"),
         (("state",), "state: this is a state, no model"),
         (("modèle 狐.pth", "--logits", "missing"), "missing is not a readable file of logits"),
         (("modèle 狐.pth", "--device", "warp"), "device 'warp' cannot be used here"),
@@ -100,7 +100,7 @@ def test_the_logits_of_a_run_lie_beside_its_folder():
 def test_a_bad_input_is_one_line(argv, words):
     Path("empty.pth").touch()
     Path("bare").mkdir()
-    torch.save({"blocks.0.att.time_maa_w1": torch.zeros(2, 4)}, "six.pth")
+    torch.save({"blocks.0.ffn.enn.weight": torch.zeros(2, 4)}, "eight.pth")
     make_model().empty_state().save("state", "x")
     result = call("verify", *argv)
     assert (result.code, result.out) == (2, "")

@@ -256,6 +256,7 @@ class TestFast:
         assert torch.equal(torch.tensor(written).long()[clear], logits.argmax(-1)[clear])
         return int(clear.sum())
 
+    @pytest.mark.slow
     @given(st.integers(0, 10_000))
     @settings(max_examples=12)
     def test_rows_equal_solo_runs_but_for_rounding(self, seed):

@@ -107,7 +107,7 @@ def test_pages_of_other_sites_cannot_ask(running, locked):
         assert client.options("/v1/completions", headers=headers).status_code == 401
 
 
-# ---- hostile requests: test_hostile.py has more ------------------------------------------------
+# ---- hostile requests: test_hostile_requests.py has more ----------------------------------------
 
 
 def test_a_body_that_is_too_large_is_not_read(http):

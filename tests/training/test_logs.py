@@ -202,6 +202,7 @@ class TestWandb:
         yield
         wandb.teardown()
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("_quiet")
     def test_a_run_and_its_continuation_share_an_id(self, tmp_path):
         import wandb

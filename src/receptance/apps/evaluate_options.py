@@ -48,9 +48,8 @@ class Options:
     """
 
     COMMON: ClassVar[str] = (
-        "--text --whole --positions --plot --enwik8 --lambada --prefix --recall --settings --tasks "
-        "--preset --num-fewshot --limit --include-path --max-length --samples --out --tokenizer "
-        "--dtype"
+        "--text --whole --positions --plot --enwik8 --lambada --prefix --recall --tasks --preset "
+        "--num-fewshot --limit --samples --out --tokenizer"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "receptance evaluate tiny-python --text book.txt",

@@ -109,8 +109,7 @@ def _identity(experiment: Experiment) -> Record:
 def _run(experiment: Experiment, path: Path, measured: Measured, shown: _Shown) -> Result:
     pieces = {_key(piece): piece for piece in experiment.pieces()}
     about = {"experiment": experiment.NAME, **_identity(experiment)}
-    with console.status(f"{experiment.NAME}: preparing"):
-        experiment.prepare(Work(path.with_suffix("")))
+    experiment.prepare(Work(path.with_suffix("")))
     with Journal(journal_path(path), about) as journal:
         done = {_key(record["piece"]): record for record in journal.records}
         left = [piece for key, piece in pieces.items() if key not in done]
