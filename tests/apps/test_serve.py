@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +77,7 @@ def wait_for(true: Callable[[], bool]) -> None:
     for _ in range(5000):
         if true():
             return
-        time.sleep(0.01)
+        threading.Event().wait(0.01)
     raise AssertionError("it never came")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -54,20 +55,24 @@ def asks(one: Any, other: Any, **more: Any) -> Iterator[tuple[Any, Any]]:
     yield anthropic, lambda: other.messages.create(**{**ASKED, **more})
 
 
-def refused(locked: Running, status: int, name: str, key: str = KEY, **more: Any) -> None:
+def refused(locked: Running, name: str, key: str = KEY, **more: Any) -> set[int]:
+    """The statuses of errors that all have this class."""
+    statuses = set()
     for library, ask in asks(*clients(locked.url, key), **more):
         with pytest.raises(getattr(library, name)) as caught:
             ask()
-        assert caught.value.status_code == status
         assert caught.value.request_id.startswith("req-")
+        statuses.add(caught.value.status_code)
+    return statuses
 
 
 def test_statuses_are_the_classes_of_the_clients(locked):
-    refused(locked, 401, "AuthenticationError", key="wrong")
-    refused(locked, 404, "NotFoundError", model="gone")
-    refused(locked, 400, "BadRequestError", messages=[{"role": "king", "content": "x"}])
+    assert refused(locked, "AuthenticationError", key="wrong") == {401}
+    assert refused(locked, "NotFoundError", model="gone") == {404}
+    king = [{"role": "king", "content": "x"}]
+    assert refused(locked, "BadRequestError", messages=king) == {400}
     large = [{"role": "user", "content": "x" * 6000}]
-    refused(locked, 413, "APIStatusError", messages=large)
+    assert refused(locked, "APIStatusError", messages=large) == {413}
 
 
 def test_a_state_of_another_model_is_a_conflict(running):
@@ -96,19 +101,19 @@ def test_a_full_queue_is_tried_again_when_the_server_says_so(locked, monkeypatch
         assert ask().usage
     assert slept == [1.0] * 3
     monkeypatch.setattr(thread, "submit", lambda *job: (_ for _ in ()).throw(QueueFull))
-    refused(locked, 429, "RateLimitError")
+    assert refused(locked, "RateLimitError") == {429}
 
 
 def test_a_server_that_ends_is_said_to_be_unavailable(locked, monkeypatch):
     monkeypatch.setattr(locked.app, "draining", True)
-    refused(locked, 503, "InternalServerError")
+    assert refused(locked, "InternalServerError") == {503}
 
 
 def test_an_end_in_the_midst_is_an_error_of_every_stream(monkeypatch):
     step = Slots.step
 
     def slowly(slots: Slots) -> Any:
-        time.sleep(0.02)
+        threading.Event().wait(0.02)
         return step(slots)
 
     monkeypatch.setattr(Slots, "step", slowly)

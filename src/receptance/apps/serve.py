@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -18,6 +18,9 @@ from receptance.engine import EngineOptions
 from receptance.server.limits import Limits
 from receptance.server.scheduler import SchedulerOptions
 from receptance.storage.directories import expanded
+
+if TYPE_CHECKING:
+    from receptance.server.app import App
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MIB = 1 << 20
@@ -89,9 +92,8 @@ class Options:
 def main(argv: list[str]) -> None:
     """Parse, load the first model, and serve until a signal."""
     options = parse(Options, argv, "receptance serve")
-    sources = _sources(options)
     _check_doors(options)
-    _serve(options, sources)
+    _serve(make_app(options), options)
 
 
 def _sources(options: Options) -> dict[str, tuple[str, EngineOptions]]:
@@ -128,7 +130,9 @@ def _check_doors(options: Options) -> None:
         )
 
 
-def _serve(options: Options, sources: dict[str, tuple[str, EngineOptions]]) -> None:
+def make_app(options: Options) -> App:
+    """The application that options describe, whose first model is loaded; ValueError as `main`."""
+    sources = _sources(options)
     try:
         import msgspec  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -142,7 +146,6 @@ def _serve(options: Options, sources: dict[str, tuple[str, EngineOptions]]) -> N
     from receptance.server.cache import StateCache
     from receptance.server.keys import Keys
     from receptance.server.models import Models, Source
-    from receptance.server.running import serve
     from receptance.server.serving import Served
     from receptance.server.shelf import StateDirectory
     from receptance.storage.lock import RunLock
@@ -177,18 +180,24 @@ def _serve(options: Options, sources: dict[str, tuple[str, EngineOptions]]) -> N
     listed = [Source(name, partial(load, name)) for name in sources]
     listed[0].served = served
     budget = None if options.budget is None else options.budget * _MIB
-    app = App(
+    return App(
         Models(listed, options.limits, budget),
         keys=keys,
         origins=options.origins,
         hosts=None if options.anyone else frozenset(("localhost", "127.0.0.1", "[::1]")),
         log=None if options.quiet else _log,
     )
+
+
+def _serve(app: App, options: Options) -> None:
+    from receptance.server.running import serve
+
     sys.setswitchinterval(_TURN)
     try:
         serve(app, host=options.host, port=options.port, ready=_say)
     finally:
-        served.stop()  # where the address was in use, nothing else has
+        for served in app.models.loaded():
+            served.stop()  # where the address was in use, nothing else has
 
 
 def _say(address: str) -> None:

@@ -96,14 +96,18 @@ class App:
         elif scope["type"] == "http":
             await self._answer(scope, receive, send)
 
+    def begin(self) -> None:
+        """Start the models that are loaded, in the running event loop."""
+        self.models.prepare = self._prepare
+        for served in self.models.loaded():
+            self._prepare(served)
+            served.start()
+
     async def _live(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                self.models.prepare = self._prepare
-                for served in self.models.loaded():
-                    self._prepare(served)
-                    served.start()
+                self.begin()
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.models.close()

@@ -13,9 +13,11 @@ from receptance.server.errors import ApiError
 from receptance.server.limits import MOST_HEADERS
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+Message = MutableMapping[str, Any]
+"""A message of ASGI."""
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 _EVENTS = "text/event-stream; charset=utf-8"
 
@@ -30,6 +32,9 @@ class Sender:
     def __init__(self, send: Send, headers: Headers, seconds: float) -> None:
         self._send, self._headers, self._seconds = send, headers, seconds
         self.status = 0
+        """That of the answer; 0 if none has begun."""
+        self.streams = False
+        """Whether the answer comes in events."""
 
     async def whole(self, reply: Reply) -> None:
         """Send an answer at once."""
@@ -65,15 +70,19 @@ class Sender:
 
     async def piece(self, body: bytes, *, last: bool = False) -> None:
         """Send a piece of the body."""
-        await self._take({"type": "http.response.body", "body": body, "more_body": not last})
+        await self.take({"type": "http.response.body", "body": body, "more_body": not last})
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status = status
         own = [(n.encode("latin-1"), v.encode("latin-1")) for n, v in headers.items()]
         start = {"type": "http.response.start", "status": status}
-        await self._take({**start, "headers": own + self._headers})
+        await self.take({**start, "headers": own + self._headers})
 
-    async def _take(self, message: MutableMapping[str, Any]) -> None:
+    async def take(self, message: Message) -> None:
+        """Send a message; Gone if it is not taken in time."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            kinds = [value for name, value in message["headers"] if name == b"content-type"]
+            self.streams = kinds[:1] == [_EVENTS.encode()]
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(message)
