@@ -39,6 +39,12 @@ KEY = "0123456789abcdef"
         (["tiny-python", "--wait-seconds", "0"], "--wait-seconds is 0"),
         (["tiny-python", "--adapters", "x"], "NAME=PATH"),
         (["nowhere"], "nowhere"),
+        (["tiny-python", "nowhere"], "no such file or directory: nowhere"),
+        (["tiny-python", "--adapters", "a=none.safetensors"], "choose their type with --dtype"),
+        (
+            ["tiny-python", "--adapters", "a=none.safetensors", "--dtype", "float32"],
+            "none.safetensors does not exist",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, said, tmp_path, monkeypatch):

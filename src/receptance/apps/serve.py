@@ -115,7 +115,7 @@ def _sources(options: Options) -> dict[str, tuple[str, EngineOptions]]:
             raise ValueError(f"--adapters is {word!r}; it must be NAME=PATH")
         if f"{first}:{name}" in found:
             raise ValueError(f"two adapters are named {name}; give each a name of its own")
-        found[f"{first}:{name}"] = source, replace(engine, adapter=Path(path))
+        found[f"{first}:{name}"] = source, replace(engine, adapter=expanded(Path(path)))
     return found
 
 
@@ -174,7 +174,10 @@ def make_app(options: Options) -> App:
                 closing=stack.pop_all().close,
             )
 
-    first = next(iter(sources))
+    first, *others = sources
+    for name in others:  # They are loaded when somebody asks for them.
+        source, engine = sources[name]
+        engine.check(source)
     with waiting(f"reading {sources[first][0]}"):
         served = load(first)
     listed = [Source(name, partial(load, name)) for name in sources]

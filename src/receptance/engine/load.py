@@ -17,6 +17,8 @@ from receptance.engine.base import Engine
 from receptance.engine.memory import Arena, room
 from receptance.engine.native import NativeEngine, check_supported, supports
 from receptance.engine.wide import widen
+from receptance.formats import check_exists
+from receptance.formats.hub import means_hub
 from receptance.model import Model
 from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
@@ -25,7 +27,8 @@ from receptance.quantize import Quantized, check_group, quantize
 from receptance.quantize.packing import FLOATS, KINDS, Kind, Packed, common_kind, pack
 from receptance.state import State
 from receptance.storage.checkpoint import as_model, read_opened
-from receptance.storage.opening import Opened, open_path
+from receptance.storage.directories import existing
+from receptance.storage.opening import Opened, look, open_path
 from receptance.storage.pairing import chosen_tokenizer, no_tokenizer
 from receptance.storage.quantized import QuantizedModel, open_quantized, quantization_of
 from receptance.tokenizer import Tokenizer, load_tokenizer
@@ -68,6 +71,16 @@ class EngineOptions:
                 )
             check_group(self.dtype or "int4", self.group)
         check_threads(self.threads)
+
+    def check(self, source: str | Path) -> None:
+        """ValueError for what can be told without reading or downloading a model."""
+        check_backend(self.backend, resolve_device(self.device))
+        if not means_hub(source):
+            check_exists(path := existing(source))
+            if (found := look(path)).kind == "quantized":
+                _check_quantized(found, self)
+        if self.adapter is not None and not self.adapter.exists():
+            raise ValueError(f"{self.adapter} does not exist; name the file of an adapter")
 
     def load(self, source: str | Path) -> tuple[Engine, Tokenizer]:
         """Load the engine and the model's tokenizer; ValueError if the model has none."""

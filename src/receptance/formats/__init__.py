@@ -101,12 +101,17 @@ def _read_directory(directory: Path) -> Weights:
     return _read_file(files[0])
 
 
-def _read_file(path: Path) -> Weights:
+def check_exists(path: Path) -> None:
+    """ValueError if there is nothing at a path."""
     if not path.exists():
         raise ValueError(
             f"no such file or directory: {path}; models of the Hugging Face hub are written "
             "hf:owner/name"
         )
+
+
+def _read_file(path: Path) -> Weights:
+    check_exists(path)
     # Files of rwkv.cpp are known by their first bytes: .bin, their usual suffix, is that of many
     # formats.
     if is_ggmf(path):
