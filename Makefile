@@ -7,6 +7,8 @@
 PYTHON ?= python3
 MINUTES ?= 4
 VENV := .venv
+# What is installed: this folder, or a wheel that was built from it.
+PACKAGE := .
 RUN := runs/demo
 # What the demo does not read: packages, tests, and tables of characters and help texts.
 NOT_READ := site-packages test tests idlelib lib2to3 encodings pydoc_data ensurepip msilib turtledemo
@@ -34,16 +36,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[plot]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(PACKAGE)[plot]'
 	touch $@
 
 # Each of these builds the package, kernels included; what tests need has the other two in it.
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(PACKAGE)[test]'
 	touch $(VENV)/.installed $(VENV)/.installed-docs $@
 
 $(VENV)/.installed-docs: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt '$(PACKAGE)[docs]'
 	touch $@
 
 demo: $(VENV)/.installed

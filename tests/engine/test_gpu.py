@@ -1,6 +1,7 @@
 """The engine for GPUs against the torch model, and what a recorded step must not disturb."""
 
 import contextlib
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from receptance.tokenizer import ByteTokenizer
 
 CONFIG = ModelConfig(vocab_size=64, width=16, num_layers=2)
 # No vector, tile or group is full.
-ODD = ModelConfig(vocab_size=50, width=33, num_layers=2, ffn_width=77)
+ODD = ModelConfig(vocab_size=20, width=33, num_layers=2, ffn_width=77)
 
 
 def trained(config: ModelConfig = CONFIG) -> Model:
@@ -61,8 +62,8 @@ def assert_same_state(found: State, wanted: State, limit: float) -> None:
 @torch.no_grad()
 def test_one_row_step_by_step_equals_the_torch_model(kind):
     """One row is multiplied in float32, whatever the weights."""
-    model = trained(ODD)
-    engine, ids = engine_of(model, kind), tokens(ODD, 1, 3)
+    model = trained(dataclasses.replace(ODD, num_layers=1))
+    engine, ids = engine_of(model, kind), tokens(ODD, 1, 2)
     wanted, after = rounded(model, kind)(ids)
     state, logits = None, []
     for token in ids.to(DEVICE).split(1, dim=1):
@@ -258,7 +259,7 @@ def test_rows_without_a_state_begin_in_the_initial_one():
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @torch.no_grad()
 def test_a_quantized_directory_is_run_as_it_is(kind, tmp_path):
-    model = trained(ModelConfig(vocab_size=256, width=33, num_layers=2))
+    model = trained(ModelConfig(vocab_size=256, width=17, num_layers=1))
     group = 128 if kind == "int8" else 32
     about = About(kind=kind, group=group, source=model.fingerprint())
     weights = quantize_tensors(model.state_dict(), kind, group)
@@ -342,18 +343,14 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu, "cuda_graph", fake_graph)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int4"])
 def test_load_engine_takes_files_of_any_type(kind, on_a_gpu, tmp_path):
     save(model := make_model(256), tmp_path / "model", ByteTokenizer())
-    engine, tokenizer = load.load_engine(tmp_path / "model", device=DEVICE, dtype=kind)
+    engine, _ = load.load_engine(tmp_path / "model", device=DEVICE, dtype=kind)
     assert isinstance(engine, GpuEngine)
     assert engine.fingerprint() == model.fingerprint()
-    wanted = engine_of(model, kind or "float32")
-    found, wanted = (
-        generate(e, tokenizer, "The", max_tokens=2, temperature=0) for e in (engine, wanted)
-    )
-    assert found == wanted
+    ids = torch.tensor([[1, 2, 3]], device=DEVICE)
+    assert_near(engine(ids)[0], engine_of(model, kind or "float32")(ids)[0], EXACT)
 
 
 def test_load_engine_takes_quantized_directories(on_a_gpu, tmp_path):
