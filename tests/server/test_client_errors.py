@@ -61,7 +61,7 @@ def refused(locked: Running, name: str, key: str = KEY, **more: Any) -> set[int]
     for library, ask in asks(*clients(locked.url, key), **more):
         with pytest.raises(getattr(library, name)) as caught:
             ask()
-        assert caught.value.request_id.startswith("req-")
+        assert caught.value.request_id.startswith("req_")
         statuses.add(caught.value.status_code)
     return statuses
 
@@ -138,7 +138,7 @@ def test_answers_have_numbers(running):
     one, other = clients(running.url)
     found = [one.chat.completions.create(**ASKED), other.messages.create(**ASKED)]
     numbers = {answer._request_id for answer in found}
-    assert len(numbers) == 2 and all(number.startswith("req-") for number in numbers)
+    assert len(numbers) == 2 and all(number.startswith("req_") for number in numbers)
 
 
 @pytest.mark.parametrize("stream", [False, True])

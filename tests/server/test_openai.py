@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,13 +28,6 @@ TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "count", "description": "c", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop"}},
 ]
-
-
-@pytest.fixture
-def client(running) -> Iterator[Any]:
-    url = f"{running.url}/v1"
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=500) as client:
-        yield client
 
 
 def test_completions_are_those_of_generate(client, running):
@@ -240,39 +232,6 @@ def test_embeddings_have_length_one_in_both_encodings(client, running):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny", "other"]
     assert client.models.retrieve("other").id == "other"
-
-
-def test_responses_stream_what_they_say(client):
-    options = {"model": "tiny", "instructions": "Be brief.", "max_output_tokens": 12}
-    options = {**options, "input": "What is a fox?", "extra_body": {"seed": 6}}
-    whole = client.responses.create(**options)
-    text, events = "", []
-    for event in client.responses.create(**options, stream=True):
-        events.append(event)
-        text += event.delta if event.type == "response.output_text.delta" else ""
-    assert whole.output_text == text == events[-1].response.output_text
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert events[0].type == "response.created"
-    assert events[-1].type == f"response.{whole.status}"
-    assert whole.usage.output_tokens == 12 or whole.status == "completed"
-
-
-def test_responses_call_functions_and_read_results(client):
-    tool = {"type": "function", "name": "count", "parameters": SCHEMA}
-    options: dict[str, Any] = {"model": "tiny", "tools": [tool], "tool_choice": "required"}
-    options |= {"parallel_tool_calls": False, "extra_body": {"seed": 2}}
-    found = client.responses.create(input="How many?", **options)
-    [call] = found.output
-    assert call.type == "function_call" and json.loads(call.arguments)["of"] in ("fox", "dog")
-    arguments = ""
-    for event in client.responses.create(input="How many?", **options, stream=True):
-        if event.type == "response.function_call_arguments.delta":
-            arguments += event.delta
-    assert arguments == call.arguments
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
-    talk: list[Any] = [{"role": "user", "content": "How many?"}, call, result]
-    again = client.responses.create(model="tiny", input=talk, max_output_tokens=3)
-    assert again.usage.output_tokens <= 3
 
 
 @pytest.mark.parametrize(

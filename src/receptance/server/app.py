@@ -133,7 +133,7 @@ class App:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         began, endpoint = time.monotonic(), None
         headers = read_headers(scope)
-        number = new_id("req")
+        number = new_id("req_")
         sender = Sender(send, self._extra_headers(headers, number), self.limits.send_seconds)
         self.metrics.in_flight.inc()
         try:

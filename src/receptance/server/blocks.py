@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from receptance.server.api.tokens import TokenLogprob
 from receptance.server.dialogue import Outcome
 from receptance.server.reply_text import Part
 from receptance.server.serving import new_id
@@ -18,11 +19,13 @@ class Block:
 
     index: int
     kind: Literal["thought", "content", "call"]
+    id: str = ""
     name: str = ""
     """The tool that is called."""
     text: str = ""
     """What is said or thought, or the arguments as JSON."""
-    id: str = field(default_factory=lambda: new_id("block"))
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """The tokens of a text, where their probabilities are wanted."""
 
 
 Change = tuple[Literal["open", "more", "close"], Block, str]
@@ -30,9 +33,13 @@ Change = tuple[Literal["open", "more", "close"], Block, str]
 
 
 class Blocks:
-    """The blocks of one answer, as its parts come."""
+    """The blocks of one answer, as its parts come.
 
-    def __init__(self) -> None:
+    `ids` has how the ids of a kind begin; others have none.
+    """
+
+    def __init__(self, ids: Mapping[str, str]) -> None:
+        self._ids = ids
         self.all: list[Block] = []
         self._open: Block | None = None
 
@@ -42,7 +49,9 @@ class Blocks:
         if self._open is None or self._open.kind != kind or part.kind == "call":
             yield from self.finish()
             name = part.text if part.kind == "call" else ""
-            self._open = Block(len(self.all), kind, name)
+            begins = self._ids.get(kind)
+            own = new_id(begins) if begins is not None else ""
+            self._open = Block(len(self.all), kind, own, name)
             self.all.append(self._open)
             yield "open", self._open, ""
         if part.kind != "call":

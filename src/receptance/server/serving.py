@@ -204,8 +204,8 @@ def _observe_nothing(what: str, seconds: float) -> None:
 
 
 def new_id(prefix: str) -> str:
-    """A name that nobody can guess."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A name that nobody can guess, with a beginning that tells what it names."""
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 def new_seed() -> int:

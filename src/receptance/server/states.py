@@ -27,7 +27,7 @@ class NamedState:
     """That of the engine, which decides where the state can be continued."""
     state: State
     created: int = field(default_factory=lambda: int(time.time()))
-    key: str = field(default_factory=lambda: new_id("state"))
+    key: str = field(default_factory=lambda: new_id("state-"))
     """Tells this state from all others, also from another one of its name."""
 
 

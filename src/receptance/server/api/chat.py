@@ -108,7 +108,7 @@ class _Choice:
         if part.kind == "arguments":
             piece = ToolCallDelta(part.call, FunctionDelta(part.text))
             return Delta(tool_calls=[piece])
-        self.call_ids.append(new_id("call"))
+        self.call_ids.append(new_id("call_"))
         head = FunctionDelta("", part.text)
         return Delta(tool_calls=[ToolCallDelta(part.call, head, self.call_ids[-1], "function")])
 
@@ -120,7 +120,7 @@ class _Maker:
         self.request, self.served, self.dialogue = request, served, dialogue
         self.count = request.n or 1
         self.head: dict[str, Any] = {
-            "id": new_id("chatcmpl"),
+            "id": new_id("chatcmpl-"),
             "created": int(time.time()),
             "model": request.model,
             "system_fingerprint": f"fp_{served.fingerprint[:12]}",
@@ -234,7 +234,7 @@ _CHUNK = "chat.completion.chunk"
 
 def _message(outcome: Outcome) -> AnswerMessage:
     calls = [
-        ToolCall(id=new_id("call"), function=FunctionCall(name=name, arguments=arguments))
+        ToolCall(id=new_id("call_"), function=FunctionCall(name=name, arguments=arguments))
         for name, arguments in outcome.calls
     ]
     content = outcome.content if outcome.content or not calls else None

@@ -154,7 +154,7 @@ class _Maker:
         self.beginning = call.models.beginning(call.owner, served, request)
         self.jobs = [self._job(prompt) for prompt in self.prompts]
         self.head: dict[str, Any] = {
-            "id": new_id("cmpl"),
+            "id": new_id("cmpl-"),
             "created": int(time.time()),
             "model": request.model,
             "system_fingerprint": f"fp_{served.fingerprint[:12]}",

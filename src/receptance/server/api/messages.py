@@ -131,8 +131,8 @@ class _Maker:
 
     def __init__(self, request: MessageRequest, served: Served, dialogue: Dialogue) -> None:
         self.request, self.served, self.dialogue = request, served, dialogue
-        self.blocks, self.outcome = Blocks(), Outcome()
-        self.id = new_id("msg")
+        self.blocks, self.outcome = Blocks({"call": "toolu_"}), Outcome()
+        self.id = new_id("msg_")
 
     async def whole(self) -> AnswerMessage:
         """The answer at once."""

@@ -17,12 +17,16 @@ from receptance.server.api.responses_schema import (
     ResponseRequest,
     ResponseUsage,
 )
+from receptance.server.api.tokens import TokenLogprob, token_logprob
 from receptance.server.blocks import Block, Blocks, Change
 from receptance.server.calls import STILL_HERE, Call, Reply, Streamed, event, first, reply
-from receptance.server.dialogue import Dialogue, Outcome, prepare, said
+from receptance.server.dialogue import Dialogue, Outcome, Step, prepare, said
 from receptance.server.errors import refusal
 from receptance.server.serving import Group, Served, new_id
 from receptance.server.tools import Choice, Tool, result_text
+
+_IDS = {"content": "msg_", "thought": "rs_", "call": "fc_"}
+"""How the ids of an answer's parts begin in OpenAI's interface."""
 
 
 async def create(call: Call) -> Reply | Streamed:
@@ -43,6 +47,7 @@ async def create(call: Call) -> Reply | Streamed:
         options,
         list(_messages(request)),
         max_tokens=request.max_output_tokens,
+        likeliest=(request.top_logprobs or 0) if request.logprobs else None,
         tools=tools,
         choice=choice,
         parallel=request.parallel_tool_calls is not False,
@@ -113,8 +118,10 @@ class _Maker:
 
     def __init__(self, request: ResponseRequest, served: Served, dialogue: Dialogue) -> None:
         self.request, self.served, self.dialogue = request, served, dialogue
-        self.blocks, self.outcome = Blocks(), Outcome()
-        self.id, self.created, self.number = new_id("resp"), int(time.time()), -1
+        self.blocks, self.outcome = Blocks(_IDS), Outcome()
+        self.id, self.created, self.number = new_id("resp_"), int(time.time()), -1
+        self.untold: list[TokenLogprob] = []  # tokens whose text has not come out yet
+        self.fresh: list[TokenLogprob] = []  # those of the last piece of text
 
     async def whole(self) -> Response:
         """The answer at once."""
@@ -147,11 +154,32 @@ class _Maker:
                 yield "begun" if index >= 0 else "waiting"
                 continue
             self.outcome.add(step)
+            self._note(step)
             for part in step.parts:
                 for change in self.blocks.add(part):
-                    yield change
+                    yield self._told(change)
+                self.untold = []
         for change in self.blocks.finish():
+            if self.untold and change[1].kind == "content":
+                yield self._told(("more", change[1], ""))
             yield change
+
+    def _note(self, step: Step) -> None:
+        """Remember a token until its text comes out."""
+        token = step.token
+        if self.request.logprobs and token.id >= 0 and token.finish_reason != "end_of_text":
+            told = token_logprob(
+                self.served.tokenizer, token.id, token.log_probability, token.likeliest
+            )
+            self.untold.append(told)
+
+    def _told(self, change: Change) -> Change:
+        """The same change; if it is more of a text, that has the tokens until here."""
+        what, block, _ = change
+        if what == "more" and block.kind == "content":
+            self.fresh, self.untold = self.untold, []
+            block.logprobs += self.fresh
+        return change
 
     def _response(self, group: Group | None) -> Response:
         """The answer; without a group, what is known of it at its beginning."""
@@ -183,6 +211,7 @@ class _Maker:
             metadata=request.metadata or {},
             temperature=request.temperature,
             top_p=request.top_p,
+            top_logprobs=request.top_logprobs or 0,
             usage=usage,
             warnings=request.warnings() or None,
         )
@@ -196,7 +225,9 @@ class _Maker:
             item = _item_of(block, "in_progress", empty=True)
             yield self._event("response.output_item.added", output_index=block.index, item=item)
             if block.kind == "content":
-                yield self._event("response.content_part.added", **part, part=_text_part(""))
+                yield self._event(
+                    "response.content_part.added", **part, part=_text_part(Block(0, "content"))
+                )
             return
         kind = {
             "content": "response.output_text",
@@ -204,8 +235,9 @@ class _Maker:
             "call": "response.function_call_arguments",
         }[block.kind]
         where = place if block.kind == "call" else part
-        extra: dict[str, Any] = {"logprobs": []} if block.kind == "content" else {}
+        extra: dict[str, Any] = {"logprobs": block.logprobs} if block.kind == "content" else {}
         if what == "more":
+            extra = {"logprobs": self.fresh} if extra else {}
             yield self._event(f"{kind}.delta", **where, delta=text, **extra)
             return
         if block.kind == "call":
@@ -213,8 +245,7 @@ class _Maker:
         else:
             yield self._event(f"{kind}.done", **where, text=block.text, **extra)
         if block.kind == "content":
-            done = _text_part(block.text)
-            yield self._event("response.content_part.done", **part, part=done)
+            yield self._event("response.content_part.done", **part, part=_text_part(block))
         item = _item_of(block, "completed")
         yield self._event("response.output_item.done", output_index=block.index, item=item)
 
@@ -223,8 +254,9 @@ class _Maker:
         return event({"type": kind, "sequence_number": self.number, **fields}, kind)
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(block: Block) -> dict[str, Any]:
+    told = block.logprobs
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": told}
 
 
 def _item_of(block: Block, status: str, *, empty: bool = False) -> dict[str, Any]:
@@ -234,7 +266,7 @@ def _item_of(block: Block, status: str, *, empty: bool = False) -> dict[str, Any
         return {
             "type": "function_call",
             "id": block.id,
-            "call_id": block.id,
+            "call_id": block.id.replace(_IDS["call"], "call_"),
             "name": block.name,
             "arguments": text,
             "status": status,
@@ -242,7 +274,7 @@ def _item_of(block: Block, status: str, *, empty: bool = False) -> dict[str, Any
     if block.kind == "thought":
         content = [] if empty else [{"type": "reasoning_text", "text": text}]
         return {"type": "reasoning", "id": block.id, "summary": [], "content": content}
-    content = [] if empty else [_text_part(text)]
+    content = [] if empty else [_text_part(block)]
     return {
         "type": "message",
         "id": block.id,

@@ -8,7 +8,10 @@ import msgspec
 from msgspec import Meta
 
 from receptance.server import limits
-from receptance.server.api.options import StreamOptions
+from receptance.server.api.options import Likeliest, StreamOptions
+
+LOGPROBS = "message.output_text.logprobs"
+"""The word in `include` that asks for the probabilities of an answer's tokens."""
 
 
 class InputText(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +98,9 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     store: bool | None = None
     user: str | None = None
     include: list[str] | None = None
+    """What else to tell; of all that there may be, the probabilities of tokens are known here."""
+    top_logprobs: Likeliest | None = None
+    """How many other tokens to tell in each place, with their probabilities."""
     reasoning: dict[str, Any] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -110,10 +116,19 @@ class ResponseRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def warnings(self) -> list[str]:
         """What the client said that has no effect."""
         idle = (
-            *("store", "user", "include", "reasoning", "service_tier", "safety_identifier"),
+            *("store", "user", "reasoning", "service_tier", "safety_identifier"),
             *("prompt_cache_key", "prompt_cache_retention", "truncation", "max_tool_calls"),
         )
-        return [f"{name} has no effect" for name in idle if getattr(self, name) is not None]
+        given = [name for name in idle if getattr(self, name) is not None]
+        given += [f"include of {word[:100]!r}" for word in self.include or () if word != LOGPROBS]
+        if self.top_logprobs is not None and not self.logprobs:
+            given.append(f"top_logprobs without include of {LOGPROBS!r}")
+        return [f"{name} has no effect" for name in given]
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether the probabilities of tokens are wanted."""
+        return LOGPROBS in (self.include or ())
 
 
 class InputDetails(msgspec.Struct):
@@ -159,5 +174,6 @@ class Response(msgspec.Struct, kw_only=True):
     previous_response_id: None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_logprobs: int = 0
     usage: ResponseUsage | None = None
     warnings: list[str] | None = None
