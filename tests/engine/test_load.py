@@ -7,7 +7,7 @@ import torch
 from tiny import make_model, same_bits, small_bpe
 
 from receptance import State, load, save
-from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptions
+from receptance.adapters import LoRA, LoRAOptions, StateTuning, StateTuningOptions, make_adapter
 from receptance.config import ModelConfig
 from receptance.engine import NativeEngine, load_engine, native_engine
 from receptance.engine.adapted import AdaptedModel
@@ -105,6 +105,35 @@ def test_float16_is_kept_as_it_is(saved, tmp_path):
     engine, _ = load_engine(tmp_path / "half")
     narrow, _ = load_engine(saved[0], dtype="float16")
     assert engine.weight_bytes == narrow.weight_bytes
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("kind", ["lora", "state"])
+def test_an_adapter_shares_what_it_leaves_as_it_is(saved, tmp_path, kind, dtype):
+    directory, model = saved
+    options = LoRAOptions(targets=("blocks.*.ffn.*",)) if kind == "lora" else StateTuningOptions()
+    adapter = make_adapter(model, options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.1)
+    file = tmp_path / "adapter.safetensors"
+    adapter.save(file, model.fingerprint())
+    beside, _ = load_engine(directory, dtype=dtype)
+    before, _ = beside(IDS)
+    alone, _ = load_engine(directory, dtype=dtype, adapter=file)
+    engine, _ = load_engine(directory, dtype=dtype, adapter=file, beside=beside)
+    assert torch.equal(engine(IDS)[0], alone(IDS)[0]) and torch.equal(beside(IDS)[0], before)
+    shared = {name for name, m in engine.packed.items() if m.data is beside.packed[name].data}
+    assert shared == engine.packed.keys() - adapter.changed()
+    other, _ = load_engine(directory, dtype="bfloat16")
+    apart, _ = load_engine(directory, dtype=dtype, adapter=file, beside=other)
+    assert not {m.data_ptr() for m in data(apart)} & {m.data_ptr() for m in data(other)}
+    assert torch.equal(apart(IDS)[0], alone(IDS)[0])
+
+
+def data(engine):
+    return [matrix.data for matrix in engine.packed.values()]
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])

@@ -93,6 +93,10 @@ class Adapter(nn.Module, ABC):
         """The state in which rows begin, with its gradients; None if rows begin empty."""
         return None
 
+    def changed(self) -> set[str]:
+        """The names of the model's tensors that `merge` changes."""
+        return set()
+
     def merge(self, model: Model, dtype: torch.dtype | None = None) -> Model:
         """Make a model, in dtype if given, that computes what model and adapter do together."""
         raise ValueError(

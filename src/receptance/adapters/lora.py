@@ -104,6 +104,10 @@ class LoRA(Adapter):
         ]
         return dict(both)
 
+    def changed(self) -> set[str]:
+        """The names of the targets' weights."""
+        return {f"{name}.weight" for name in self.names}
+
     @torch.no_grad()
     def merge(self, model: Model, dtype: torch.dtype | None = None) -> Model:
         """Make a model with W + (alpha / r) B A in place of each W; the one given is not changed.

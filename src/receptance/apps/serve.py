@@ -153,9 +153,12 @@ def make_app(options: Options) -> App:
     keys = Keys.read(expanded(options.keys)) if options.keys is not None else None
     template = find_template(options.template)
 
+    listed: list[Source] = []
+
     def load(name: str) -> Served:
         source, engine_options = sources[name]
-        engine, tokenizer = engine_options.load(source)
+        base = listed[0].served if engine_options.adapter is not None else None
+        engine, tokenizer = engine_options.load(source, base.engine if base is not None else None)
         with ExitStack() as stack:
             shelf = None
             if options.cache_dir is not None:
@@ -180,7 +183,7 @@ def make_app(options: Options) -> App:
         engine.check(source)
     with waiting(f"reading {sources[first][0]}"):
         served = load(first)
-    listed = [Source(name, partial(load, name)) for name in sources]
+    listed += [Source(name, partial(load, name)) for name in sources]
     listed[0].served = served
     budget = None if options.budget is None else options.budget * _MIB
     return App(

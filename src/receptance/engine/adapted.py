@@ -1,4 +1,4 @@
-"""A torch model and its adapter, run as one engine."""
+"""A model and its adapter as one: side by side in torch, or made one for the kernels."""
 
 from __future__ import annotations
 
@@ -73,3 +73,16 @@ class AdaptedModel(EvaluationOnly):
     def evaluating(self) -> AbstractContextManager[None]:
         """Switch dropout off inside a `with` block, for the model and for the adapter."""
         return evaluating(self._model, self._adapter)
+
+
+def with_adapter(model: Model, adapter: Adapter, own: str) -> tuple[Model, str, State | None]:
+    """Apply an adapter: the model, the fingerprint of its states, and the state rows begin in.
+
+    An adapter of the weights is merged into the model, and rows begin empty. `own` is the
+    fingerprint of the model alone.
+    """
+    states_of, initial = adapter.fingerprint(own), adapter.initial_state()
+    if initial is None:
+        # In a narrower type the sum would be rounded before it is packed, and small changes lost.
+        return adapter.merge(model, torch.float32), states_of, None
+    return model, states_of, initial.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,14 +13,13 @@ from torch import Tensor
 
 from receptance.adapters import load_adapter
 from receptance.config import ModelConfig
-from receptance.engine.adapted import AdaptedModel
+from receptance.engine.adapted import AdaptedModel, with_adapter
 from receptance.engine.base import Engine
 from receptance.engine.memory import Arena, room
 from receptance.engine.native import NativeEngine, check_supported, supports
 from receptance.engine.wide import widen
 from receptance.formats import check_exists
 from receptance.formats.hub import means_hub
-from receptance.model import Model
 from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
 from receptance.ops import native
@@ -82,9 +82,12 @@ class EngineOptions:
         if self.adapter is not None and not self.adapter.exists():
             raise ValueError(f"{self.adapter} does not exist; name the file of an adapter")
 
-    def load(self, source: str | Path) -> tuple[Engine, Tokenizer]:
-        """Load the engine and the model's tokenizer; ValueError if the model has none."""
-        engine, tokenizer = load_engine(source, **vars(self))
+    def load(self, source: str | Path, beside: Engine | None = None) -> tuple[Engine, Tokenizer]:
+        """Load the engine and the model's tokenizer; ValueError if the model has none.
+
+        `beside` is that of load_engine.
+        """
+        engine, tokenizer = load_engine(source, **vars(self), beside=beside)
         if tokenizer is None:
             raise no_tokenizer(engine.config, source)
         return engine, tokenizer
@@ -100,6 +103,7 @@ def load_engine(
     adapter: Path | None = None,
     backend: Backend = "auto",
     threads: int | None = None,
+    beside: Engine | None = None,
 ) -> tuple[Engine, Tokenizer | None]:
     """Load an engine and its tokenizer from a source, which is whatever `receptance.load` opens.
 
@@ -107,8 +111,10 @@ def load_engine(
     on an NVIDIA GPU; elsewhere, and for versions of RWKV that these do not run, it takes a torch
     `Model`. dtype is the type of the weights, by default that of the file; int8 and int4 quantize
     here, unless `receptance quantize` did before (in int4 `group` inputs share a scale). An adapter
-    becomes part of the engine. ValueError says in one line what is wrong; options that would have
-    no effect are refused too.
+    becomes part of the engine. `beside` may be an engine of the same model without an adapter; the
+    matrices that the adapter leaves as they are are then shared with it, if both run natively with
+    weights of one type. ValueError says in one line what is wrong; options that would have no
+    effect are refused too.
     """
     options = EngineOptions(
         device=str(device),
@@ -137,7 +143,7 @@ def load_engine(
     _check_effect(options, chosen)
     if chosen == "torch":
         return _torch_engine(opened, config, tensors, place, options), found
-    return _kernel_engine(config, tensors, chosen, place, options), found
+    return _kernel_engine(config, tensors, chosen, place, options, beside), found
 
 
 def check_threads(threads: int | None) -> None:
@@ -155,20 +161,26 @@ def native_engine(
     threads: int | None = None,
     initial: State | None = None,
     own_fingerprint: str | None = None,
+    shared: Mapping[str, Packed] | None = None,
 ) -> NativeEngine:
     """Make an engine of a model's tensors under official names, in any float type.
 
     With kind None the matrices keep their type if all have the same one, otherwise they become
     float32. The dict `tensors` is emptied on the way, so that a tensor that nobody else holds is
-    freed once it was packed.
+    freed once it was packed. `shared` has matrices that are packed already; those of another
+    kind or group are passed over.
     """
     states_of = own_fingerprint or fingerprint(config, tensors)
-    matrices: dict[str, Packed] = {}
     wanted = config.architecture.layouts(config)
     kind = kind or common_kind(tensors[name] for name in wanted)
     if kind in FLOATS and group is not None:
         raise ValueError(f"group is {group}; {kind} weights have none, so leave out group=")
     group = 0 if kind in FLOATS else check_group(kind, group)
+    shared = shared or {}
+    matrices = {n: m for n, m in shared.items() if (m.kind, m.group) == (kind, group)}
+    for name in matrices:
+        del tensors[name]
+    wanted = {name: to for name, to in wanted.items() if name not in matrices}
     sizes = ((to, tensors[name].shape) for name, to in wanted.items())
     arena = Arena(sum(room(kind, to, size[0], size[1], group) for to, size in sizes))
     for name, layout in wanted.items():
@@ -294,11 +306,17 @@ def _kernel_engine(
     chosen: Backend,
     device: torch.device,
     options: EngineOptions,
+    beside: Engine | None,
 ) -> Engine:
-    initial = states_of = None
+    initial = states_of = shared = None
     kind = options.dtype or common_kind(tensors[n] for n in config.architecture.layouts(config))
     if options.adapter is not None:
-        model, states_of, initial = _with_adapter(as_model(config, tensors), options.adapter)
+        base = as_model(config, tensors)
+        adapter, own = load_adapter(options.adapter, base), base.fingerprint()
+        if isinstance(beside, NativeEngine) and chosen == "native" and beside.fingerprint() == own:
+            changed = adapter.changed()
+            shared = {name: m for name, m in beside.packed.items() if name not in changed}
+        model, states_of, initial = with_adapter(base, adapter, own)
         tensors = dict(model.state_dict())
     if chosen == "native":
         return native_engine(
@@ -309,6 +327,7 @@ def _kernel_engine(
             threads=options.threads,
             initial=initial,
             own_fingerprint=states_of,
+            shared=shared,
         )
     from receptance.engine.gpu import gpu_engine  # This module imports Triton.
 
@@ -321,16 +340,3 @@ def _kernel_engine(
         initial=initial,
         own_fingerprint=states_of,
     )
-
-
-def _with_adapter(model: Model, adapter: Path) -> tuple[Model, str, State | None]:
-    """Apply an adapter: the model, the fingerprint of its states, and the state rows begin in.
-
-    An adapter of the weights is merged into the model, and rows begin empty.
-    """
-    loaded = load_adapter(adapter, model)
-    states_of, initial = loaded.fingerprint(model.fingerprint()), loaded.initial_state()
-    if initial is None:
-        # In a narrower type the sum would be rounded before it is packed, and small changes lost.
-        return loaded.merge(model, torch.float32), states_of, None
-    return model, states_of, initial.detach()

@@ -63,6 +63,8 @@ class NativeEngine(NotCopied, EvaluationOnly):
         self._fingerprint = fingerprint
         self._fields = config.architecture.state_fields
         self._initial = initial or _empty_state(config)
+        self.packed = dict(matrices) if copy_at_pass is None else {}
+        """The matrices by their official names, unless they are to move from a file to memory."""
         self._matrices = _all_matrices(config, matrices, vectors)
         self._vectors = list(_padded_vectors(config, vectors))
         self._instruction_set = instruction_set
