@@ -71,7 +71,7 @@ def test_a_model_that_answers_is_not_unloaded_and_the_other_is_let_go():
 
     async def test(models: Models) -> None:
         served = await models.served("a")
-        async with served.submit([Job(prompt=[1, 2], look="features")]):
+        async with served.submit([Job(prompt=[1, 2], look="mean")]):
             assert not await models.unload("a")
             with pytest.raises(ApiError) as caught:
                 await models.served("b")

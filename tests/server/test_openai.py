@@ -227,6 +227,9 @@ def test_embeddings_have_length_one_in_both_encodings(client, running):
         wanted = (mean / mean.norm()).tolist()
         assert one.embedding == pytest.approx(wanted, abs=1e-5)
         assert other.embedding == pytest.approx(wanted, abs=1e-5)
+    last = client.embeddings.create(model="tiny", input=text, extra_body={"pooling": "last"})
+    wanted = (features[0, -1] / features[0, -1].norm()).tolist()
+    assert last.data[0].embedding == pytest.approx(wanted, abs=1e-5)
 
 
 def test_models_are_listed(client):

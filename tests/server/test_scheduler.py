@@ -103,11 +103,13 @@ def test_scores_are_those_of_the_model(kind, text):
 
 
 @KINDS
-def test_features_are_the_mean_of_all_positions(kind):
-    [answer] = run(make_scheduler(kind), [job(TEXT, look="features")])
+@pytest.mark.parametrize("look", ["mean", "last"])
+def test_features_are_those_of_all_positions_or_the_last(kind, look):
+    [answer] = run(make_scheduler(kind), [job(TEXT, look=look)])
     features, _ = make_engine(kind).features(torch.tensor([ids(TEXT)]))
     assert answer.looked is not None and answer.looked.features is not None
-    torch.testing.assert_close(answer.looked.features, features[0].mean(0), rtol=1e-4, atol=1e-5)
+    wanted = features[0].mean(0) if look == "mean" else features[0, -1]
+    torch.testing.assert_close(answer.looked.features, wanted, rtol=1e-4, atol=1e-5)
     assert answer.ends[0].whole
 
 

@@ -32,8 +32,9 @@ class Job:
     """The state of one row in which the prompt begins. The namespace has to tell it from others."""
     client: str = ""
     """Whose job it is; clients get equal shares."""
-    look: Literal["scores", "features"] | None = None
-    """What is wanted of every position of the prompt: log-probabilities, or the mean feature."""
+    look: Literal["scores", "mean", "last"] | None = None
+    """What is wanted of the positions of the prompt: the log-probabilities of their tokens, the
+    mean of their features, or the features of the last one."""
     likeliest: int = 0
     """With scores, how many of the likeliest tokens to tell in each place of the prompt."""
     keep: bool = False
@@ -91,7 +92,7 @@ class Looked:
     scores: list[Score] = field(default_factory=list)
     """Those of the prompt's tokens but the first, which nothing predicts."""
     features: Tensor | None = None
-    """The mean of the features at all positions [C]."""
+    """The features that were wanted [C]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,10 @@ class Readings:
     def _looked(self, reading: _Reading) -> Looked:
         ticket = reading.ticket
         ticket.read, ticket.state = reading.last, reading.kept
-        mean = None
-        if ticket.job.look == "features":
-            assert reading.total is not None
-            mean = (reading.total / len(ticket.job.prompt)).float()
-        return Looked(ticket, reading.scores, mean)
+        features = reading.features
+        if features is not None and ticket.job.look == "mean":
+            features = features / len(ticket.job.prompt)
+        return Looked(ticket, reading.scores, None if features is None else features.float())
 
     def _read_on(self, reading: _Reading, piece: int) -> int:
         """Read one piece; the number of its positions."""
@@ -77,9 +76,11 @@ class Readings:
         tokens = torch.tensor([job.prompt[at:end]], device=self._engine.device)
         with self._engine.evaluating():
             features, state = self._engine.features(tokens, reading.state)
-        if job.look == "features":
+        if job.look == "last":
+            reading.features = features[0, -1].double().cpu()
+        elif job.look == "mean":
             total = features[0].double().sum(0).cpu()
-            reading.total = total if reading.total is None else reading.total + total
+            reading.features = total if reading.features is None else reading.features + total
         else:
             for start in range(0, end - at, _HEAD):
                 part = features[0, start : start + _HEAD]
@@ -115,7 +116,7 @@ class _Reading:
         self.state: State | None = ticket.job.state
         self.kept: State | None = ticket.job.state
         self.scores: list[Score] = []
-        self.total: Tensor | None = None
+        self.features: Tensor | None = None  # the sum of those until here, or the last ones
 
     @property
     def done(self) -> bool:

@@ -23,6 +23,9 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     """A text, token ids, or a list of texts or of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """Whether a vector is a list of numbers or the base64 of float32 numbers."""
+    pooling: Literal["mean", "last"] | None = None
+    """Whether a vector is the mean of the features at all positions, which is the default, or those
+    at the last one. Not one of OpenAI's parameters."""
     dimensions: Annotated[int, Meta(ge=1)] | None = None
     """It must be the width of the model."""
     user: str | None = None
@@ -55,21 +58,22 @@ class Embeddings(msgspec.Struct, omit_defaults=True):
 
 
 async def embed(call: Call) -> Reply:
-    """The vectors of texts: the mean of the features at all positions, with length 1."""
+    """The vectors of texts: the features of the model, with length 1."""
     request = call.decode(EmbeddingRequest)
     served = await call.models.served(request.model)
     width = served.engine.config.width
     if request.dimensions not in (None, width):
         raise refusal(f"dimensions must be {width}, the width of this model", "dimensions")
     _, prompts = read_prompts(request.input, served.tokenizer, "input")
-    jobs = [Job(prompt=ids, client=call.owner, look="features") for ids in prompts]
+    look = request.pooling or "mean"
+    jobs = [Job(prompt=ids, client=call.owner, look=look) for ids in prompts]
     vectors: dict[int, np.ndarray] = {}
     async with served.submit(jobs) as group:
         async for item in group.events():
             if item is not None and isinstance(item[1], Looked):
                 assert item[1].features is not None
-                mean = item[1].features.numpy()
-                vectors[item[0]] = mean / max(float(np.linalg.norm(mean)), 1e-12)
+                found = item[1].features.numpy()
+                vectors[item[0]] = found / max(float(np.linalg.norm(found)), 1e-12)
         count = group.prompt_tokens
     data = [
         Embedding(index, _encoded(vectors[index], request.encoding_format))
