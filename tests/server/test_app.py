@@ -93,6 +93,8 @@ def test_pages_of_other_sites_cannot_ask(running, locked):
     with running.client() as client:
         # A name that another site points here, and a form that needs no permission.
         assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+        for name in ("[::1]", "[::1]:80", "LocalHost:1", "127.0.0.1"):
+            assert client.get("/v1/models", headers={"host": name}).status_code == 200
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
             found = client.post("/tokenize", content=b"{}", headers={"content-type": kind})
             assert found.status_code == 415

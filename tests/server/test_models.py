@@ -93,6 +93,27 @@ def test_many_who_ask_at_once_load_a_model_once():
     run(sources, test)
 
 
+def test_a_client_that_leaves_while_a_model_is_loaded_leaves_it_loaded():
+    sources = Sources("a", "b")
+
+    async def test(models: Models) -> None:
+        asked = asyncio.ensure_future(models.served("a"))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await models.served("a")
+        unloading = asyncio.ensure_future(models.unload("a"))
+        while models.loaded():
+            await asyncio.sleep(0)
+        unloading.cancel()
+        assert (await models.served("a")).thread.alive
+        assert sources.happened == ["load a", "close a", "load a"]
+        asyncio.ensure_future(models.served("b")).cancel()
+
+    run(sources, test)
+
+
 def test_a_model_that_cannot_be_loaded_says_so_to_its_owner_alone():
     sources = Sources("a", "broken")
 

@@ -91,6 +91,17 @@ def test_streamed_completions_equal_whole_ones(client, prompt, echo):
         assert told.text_offset == streamed["offsets"]
 
 
+def test_a_stream_without_tokens_ends_as_well(client):
+    wanted = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 0, "logprobs": 0, "echo": True}
+    ends = [
+        (choice.index, choice.finish_reason)
+        for part in client.completions.create(**wanted, stream=True)
+        for choice in part.choices
+        if choice.finish_reason is not None
+    ]
+    assert sorted(ends) == [(0, "length"), (1, "length")]
+
+
 def test_the_prompt_is_scored_as_the_model_does(client, running):
     served = running.app.models.sources["tiny"].served
     ids = served.tokenizer.encode("4 little foxes jump over 16 lazy dogs")
@@ -283,6 +294,17 @@ def test_wrong_chats_are_refused_by_name(client, wrong, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{"model": "tiny", "messages": TALK, **wrong})
     assert caught.value.param == param
+
+
+def test_an_answer_without_text_is_left_out_of_the_next_prompt(client):
+    empty: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": "Hm"}
+    more: list[Any] = [TALK[1], empty, {"role": "user", "content": "Well?"}]
+    fewer = [message for message in more if message is not empty]
+    common = {"model": "tiny", "temperature": 0, "max_tokens": 3}
+    found = [client.chat.completions.create(messages=talk, **common) for talk in (more, fewer)]
+    assert found[0].usage.prompt_tokens == found[1].usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="empty"):
+        client.chat.completions.create(messages=[empty], **common)
 
 
 def test_schemas_that_cannot_be_used_are_refused(client):

@@ -107,6 +107,22 @@ def test_jobs_from_many_threads_are_all_answered(thread, inbox):
     assert found == set(ended)
 
 
+def test_an_error_at_the_end_of_a_job_does_not_end_the_thread(thread, inbox, monkeypatch):
+    cancel, errors = thread.scheduler.cancel, [MemoryError()]
+
+    def once(ticket: Ticket) -> None:
+        if errors:
+            raise errors.pop()
+        cancel(ticket)
+
+    monkeypatch.setattr(thread.scheduler, "cancel", once)
+    ticket = thread.submit(job("x", LONG))
+    inbox.until(Wrote, ticket)
+    thread.cancel(ticket)
+    inbox.until(Failed, ticket)
+    inbox.until(Ended, thread.submit(job("x", SHORT)))
+
+
 def test_an_unexpected_error_fails_what_has_begun_and_the_thread_goes_on(
     thread, inbox, monkeypatch
 ):

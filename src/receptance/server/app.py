@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -194,7 +195,7 @@ class App:
         owner = self.keys.owner(headers)
         if owner is None and not endpoint.public:
             raise _no_key()
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        host = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._hosts is not None and host not in self._hosts | {""}:
             raise ApiError(403, "this server is asked as localhost", code="unknown_host")
         if self.draining and not endpoint.public:

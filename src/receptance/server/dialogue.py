@@ -104,7 +104,10 @@ async def prepare(
         raise refusal("JSON of a schema and tools cannot be used together", "response_format")
     if calls:
         messages = _with_tools(messages, told(tools))
-    rendered = render(served.template, served.tokenizer, messages, answer=answer)
+    # In a thread, as a tokenizer takes seconds for megabytes.
+    rendered = await asyncio.to_thread(
+        render, served.template, served.tokenizer, messages, answer=answer
+    )
     grammar = None
     if calls or schema is not None:
         grammar = await asyncio.to_thread(

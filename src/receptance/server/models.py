@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from receptance.server.api.options import TextOptions
 from receptance.server.errors import ApiError, refusal
@@ -14,6 +15,8 @@ from receptance.server.limits import Limits
 from receptance.server.serving import Group, Served
 from receptance.server.states import NamedState, NamedStates, check_name
 from receptance.state import State
+
+Result = TypeVar("Result")
 
 _STATES = 1 << 30
 """Bytes of all named states."""
@@ -53,6 +56,7 @@ class Models:
         """Is called with every model before it starts."""
         self._budget = budget
         self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._grammars: dict[str, Grammars] = {}
 
     def loaded(self) -> list[Served]:
@@ -76,32 +80,49 @@ class Models:
         source.used = asyncio.get_running_loop().time()
         if source.served is not None:
             return source.served
-        async with self._lock:
-            if source.served is None:
-                await self._make_room(source.weight_bytes)
-                try:
-                    served = await asyncio.to_thread(source.load)
-                except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    raise ApiError(500, f"the model {name!r} could not be loaded") from error
-                source.weight_bytes = served.engine.weight_bytes
-                try:
-                    await self._make_room(source.weight_bytes)
-                except ApiError:
-                    await asyncio.to_thread(served.stop)
-                    raise
-                self.prepare(served)
-                served.start()
-                source.served = served
-        return source.served
+        return await self._to_the_end(self._load(source))
 
     async def unload(self, name: str) -> bool:
         """Free a model's memory; False if it is in use or not loaded."""
-        source = self.source(name)
+        return await self._to_the_end(self._unload(self.source(name)))
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Load or unload, one after another, also if the client leaves that asked for it."""
+
+        async def alone() -> Result:
+            async with self._lock:
+                return await work
+
+        task = asyncio.ensure_future(alone())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, source: Source) -> Served:
+        if source.served is not None:
+            return source.served
+        await self._make_room(source.weight_bytes)
+        try:
+            served = await asyncio.to_thread(source.load)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            raise ApiError(500, f"the model {source.name!r} could not be loaded") from error
+        source.weight_bytes = served.engine.weight_bytes
+        try:
+            await self._make_room(source.weight_bytes)
+        except ApiError:
+            await asyncio.to_thread(served.stop)
+            raise
+        self.prepare(served)
+        served.start()
+        source.served = served
+        return served
+
+    async def _unload(self, source: Source) -> bool:
         served = source.served
         if served is None or served.busy:
             return False
         source.served = None
-        self._grammars.pop(name, None)
+        self._grammars.pop(source.name, None)
         await asyncio.to_thread(served.stop)
         return True
 
@@ -111,13 +132,14 @@ class Models:
             return
         while sum(s.engine.weight_bytes for s in self.loaded()) + coming > self._budget:
             idle = [s for s in self.sources.values() if s.served and not s.served.busy]
-            if not idle or not await self.unload(min(idle, key=lambda s: s.used).name):
+            if not idle or not await self._unload(min(idle, key=lambda s: s.used)):
                 raise ApiError(
                     503, "there is no memory for this model now", code="no_memory", retry_after=10
                 )
 
     async def close(self) -> None:
         """Stop all models."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for served in self.loaded():
             await asyncio.to_thread(served.stop)
 

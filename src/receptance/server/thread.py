@@ -21,8 +21,8 @@ class EngineThread:
 
     `deliver` is called in this thread with the events of each step. All methods may be called from
     any thread. `max_waiting` bounds the jobs in the queue, and `max_waiting_tokens` what their
-    prompts hold together. If a step raises an error that the scheduler does not expect, the jobs
-    that had begun fail, `error` holds it, and the thread goes on.
+    prompts hold together. If a step, or the end of a job, raises an error that the scheduler does
+    not expect, the jobs that had begun fail, `error` holds it, and the thread goes on.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class EngineThread:
         self._max_waiting, self._max_tokens = max_waiting, max_waiting_tokens
         self.error: Exception | None = None
         self._condition = threading.Condition()
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[Callable[[], list[Event] | None]] = deque()
         self._queued: dict[Ticket, int] = {}  # with the length of its prompt
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -117,16 +117,17 @@ class EngineThread:
                 if self._stopping:
                     return
                 inbox, self._inbox = self._inbox, deque()
-            for function in inbox:
-                function()
-            if not scheduler.active and not scheduler.waiting:
-                continue
-            try:
-                events = scheduler.step()
-            except Exception as error:
-                self.error = error
-                events = scheduler.fail("the engine failed")
-            self._sort_out(events)
+            for act in (*inbox, self._step):
+                try:
+                    events = act() or []
+                except Exception as error:
+                    self.error = error
+                    events = scheduler.fail("the engine failed")
+                self._sort_out(events)
+
+    def _step(self) -> list[Event]:
+        idle = not self.scheduler.active and not self.scheduler.waiting
+        return [] if idle else self.scheduler.step()
 
     def _sort_out(self, events: list[Event]) -> None:
         if not events:

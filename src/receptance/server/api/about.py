@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -101,7 +102,7 @@ async def tokenize(call: Call) -> Reply:
     """The tokens of a text."""
     request = call.decode(TokenizeRequest)
     tokenizer = (await _served(call.models, request.model)).tokenizer
-    ids = tokenizer.encode(request.prompt)
+    ids = await asyncio.to_thread(tokenizer.encode, request.prompt)
     texts = [tokenizer.decode([token]) for token in ids] if request.return_token_strs else None
     return reply(Tokens(ids, len(ids), _LONGEST, texts))
 

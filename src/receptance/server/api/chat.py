@@ -55,6 +55,8 @@ def messages_of(request: ChatRequest) -> list[Message]:
         for made in message.tool_calls or ():
             call = written_call(made.function.name, made.function.arguments)
             text = f"{text}\n{call}" if text else call
+        if not text.strip() and role == "assistant":
+            continue  # an answer that had no text, or ended inside of a thought
         if not text.strip():
             raise refusal(f"messages[{place}] is empty", f"messages[{place}].content")
         found.append(Message(role, text))

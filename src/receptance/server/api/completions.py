@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ async def complete(call: Call) -> Reply | Streamed:
     request = call.decode(CompletionRequest)
     request.check_stream()
     served = await call.models.served(request.model)
-    maker = _Maker(call, request, served)
+    read = await asyncio.to_thread(read_prompts, request.prompt, served.tokenizer)
+    maker = _Maker(call, request, served, *read)
     if request.stream:
         return Streamed(await first(maker.stream()))
     return reply(await maker.whole())
@@ -142,15 +144,21 @@ async def complete(call: Call) -> Reply | Streamed:
 class _Maker:
     """What turns one request into an answer, at once or in events."""
 
-    def __init__(self, call: Call, request: CompletionRequest, served: Served) -> None:
-        self.request, self.served = request, served
+    def __init__(
+        self,
+        call: Call,
+        request: CompletionRequest,
+        served: Served,
+        texts: list[str],
+        prompts: list[list[int]],
+    ) -> None:
+        self.request, self.served, self.texts, self.prompts = request, served, texts, prompts
         self.count = request.n or 1
         if request.best_of not in (None, self.count):
             raise refusal("best_of must be equal to n", "best_of")
         bounds = served.limits
         asked = request.max_tokens
         self.max_tokens = allowed_tokens(asked, _DEFAULT_TOKENS, bounds, "max_tokens")
-        self.texts, self.prompts = read_prompts(request.prompt, served.tokenizer)
         self.beginning = call.models.beginning(call.owner, served, request)
         self.jobs = [self._job(prompt) for prompt in self.prompts]
         self.head: dict[str, Any] = {
@@ -214,14 +222,18 @@ class _Maker:
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The answer in events."""
-        begun = False
+        begun, unended = False, dict.fromkeys(range(len(self.jobs) * self.count))
         async with self.served.submit(self.jobs) as group:
             async for piece in self.pieces(group):
                 if piece is not None:
                     begun = True
+                    if piece.finish_reason is not None:
+                        del unended[piece.index]
                     yield event(self._answer([piece]))
                 elif begun:
                     yield STILL_HERE
+            for index in unended:  # they were to have no tokens
+                yield event(self._answer([CompletionChoice(index, "", None, "length")]))
             self.beginning.save(group)
             options = self.request.stream_options
             if options is not None and options.include_usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Annotated, Any, Literal
 
@@ -64,7 +65,7 @@ async def embed(call: Call) -> Reply:
     width = served.engine.config.width
     if request.dimensions not in (None, width):
         raise refusal(f"dimensions must be {width}, the width of this model", "dimensions")
-    _, prompts = read_prompts(request.input, served.tokenizer, "input")
+    _, prompts = await asyncio.to_thread(read_prompts, request.input, served.tokenizer, "input")
     look = request.pooling or "mean"
     jobs = [Job(prompt=ids, client=call.owner, look=look) for ids in prompts]
     vectors: dict[int, np.ndarray] = {}

@@ -89,6 +89,8 @@ def _messages(request: MessageRequest | CountRequest) -> Iterator[Message]:
             yield Message("system", text)
     for place, message in enumerate(request.messages):
         text = "\n".join(_texts(message))
+        if not text.strip() and message.role == "assistant":
+            continue  # an answer that had no text, or ended inside of a thought
         if not text.strip():
             raise refusal(f"messages.{place}: the content is empty")
         yield Message(message.role, text)

@@ -32,6 +32,8 @@ _IDS = {"content": "msg_", "thought": "rs_", "call": "fc_"}
 async def create(call: Call) -> Reply | Streamed:
     """Answer, as OpenAI's newer interface does."""
     request = call.decode(ResponseRequest)
+    if request.stream_options is not None and not request.stream:
+        raise refusal("stream_options is only allowed with stream", "stream_options")
     served = await call.models.served(request.model)
     options = TextOptions(
         model=request.model,
@@ -69,6 +71,8 @@ def _messages(request: ResponseRequest) -> Iterator[Message]:
         if item.type == "reasoning":
             continue  # thoughts of earlier answers are not part of the prompt
         role, text = _item(item, f"input[{place}]")
+        if not text.strip() and role == "assistant":
+            continue  # an answer that had no text
         if not text.strip():
             raise refusal(f"input[{place}] is empty", f"input[{place}]")
         yield Message({"developer": "system"}.get(role, role), text)
