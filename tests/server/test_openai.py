@@ -227,6 +227,20 @@ def test_tools_are_called_with_arguments_of_their_schema(client, choice):
     assert again.choices[0].finish_reason
 
 
+def test_a_tool_may_have_the_name_of_a_choice(client):
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": name, "parameters": SCHEMA}}
+        for name in ("none", "auto")
+    ]
+    for tool in tools:
+        chosen: Any = {"type": "function", "function": {"name": tool["function"]["name"]}}
+        found = client.chat.completions.create(
+            model="tiny", messages=TALK, tools=tools, tool_choice=chosen, seed=3
+        )
+        [call] = found.choices[0].message.tool_calls
+        assert call.function.name == tool["function"]["name"]
+
+
 def test_embeddings_have_length_one_in_both_encodings(client, running):
     served = running.app.models.sources["tiny"].served
     texts = ["a fox", "many lazy dogs"]
@@ -258,6 +272,8 @@ def test_models_are_listed(client):
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": ""}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
+        ({"prompt": ["a", "b"], "extra_body": {"save_state": "x"}}, "save_state"),
         ({"logprobs": 21}, "logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -286,6 +302,7 @@ def test_wrong_requests_are_refused_by_name(client, wrong, param):
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "extra_body": {"ignore_eos": True}}, "ignore_eos"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
     ],

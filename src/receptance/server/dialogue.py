@@ -102,6 +102,8 @@ async def prepare(
     calls = bool(tools) and choice != "none"
     if calls and schema is not None:
         raise refusal("JSON of a schema and tools cannot be used together", "response_format")
+    if options.ignore_eos and (calls or schema is not None):
+        raise refusal("JSON and tools end where a text ends; leave out ignore_eos", "ignore_eos")
     if calls:
         messages = _with_tools(messages, told(tools))
     # In a thread, as a tokenizer takes seconds for megabytes.
@@ -116,6 +118,7 @@ async def prepare(
     count = options.n or 1
     requests = options.requests(
         number,
+        served.tokenizer.vocab_size,
         likeliest=likeliest,
         stops=rendered.stops,
         constraints=[grammar.begin() if grammar else None for _ in range(count)],

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from receptance.server.errors import refusal
+
 CALL_START = "<tool_call>\n"
 # A newline cannot stand in a string of JSON, so this ends a call and nothing inside of one.
 CALL_END = "}\n</tool_call>"
 _HEAD = re.compile(r'\{"name": ("(?:[^"\\]|\\.)*"), "arguments": ')
-
-Choice = Literal["auto", "required", "none"] | str
-"""Whether tools are called; any other text is the name of the tool that is."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,18 @@ class Tool:
     description: str
     parameters: dict[str, Any]
     """The JSON schema of its arguments."""
+
+
+Choice = Literal["auto", "required", "none"] | Tool
+"""Whether tools are called, or the tool that is."""
+
+
+def chosen(tools: Sequence[Tool], name: str | None) -> Tool:
+    """The tool of a name; ApiError if there is none."""
+    found = next((tool for tool in tools if tool.name == name), None)
+    if found is None:
+        raise refusal("tool_choice names a tool that is not among tools", "tool_choice")
+    return found
 
 
 def told(tools: Sequence[Tool]) -> str:
@@ -72,7 +83,7 @@ def calls_grammar(tools: Sequence[Tool], choice: Choice, *, parallel: bool) -> s
 
     With "auto" any text may stand before a call.
     """
-    named = tools if choice in ("auto", "required") else [t for t in tools if t.name == choice]
+    named = [choice] if isinstance(choice, Tool) else tools
     rules, calls = [], []
     for number, tool in enumerate(named):
         head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "arguments": ')

@@ -30,7 +30,7 @@ from receptance.server.dialogue import Dialogue, Outcome, prepare, said
 from receptance.server.errors import refusal
 from receptance.server.reply_text import Part
 from receptance.server.serving import Group, Served, new_id
-from receptance.server.tools import Choice, Tool, call_text, result_text
+from receptance.server.tools import Choice, Tool, call_text, chosen, result_text
 
 
 async def chat(call: Call) -> Reply | Streamed:
@@ -89,9 +89,7 @@ def tools_of(request: ChatRequest) -> tuple[list[Tool], Choice]:
         raise refusal("tool_choice is only allowed with tools", "tool_choice")
     if isinstance(choice, str):
         return tools, choice
-    if choice.function.name not in {tool.name for tool in tools}:
-        raise refusal("tool_choice names a tool that is not among tools", "tool_choice")
-    return tools, choice.function.name
+    return tools, chosen(tools, choice.function.name)
 
 
 @dataclass

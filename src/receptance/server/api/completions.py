@@ -159,6 +159,8 @@ class _Maker:
         bounds = served.limits
         asked = request.max_tokens
         self.max_tokens = allowed_tokens(asked, _DEFAULT_TOKENS, bounds, "max_tokens")
+        if request.save_state is not None and len(prompts) > 1:
+            raise refusal("save_state is for one prompt, and there are several", "save_state")
         self.beginning = call.models.beginning(call.owner, served, request)
         self.jobs = [self._job(prompt) for prompt in self.prompts]
         self.head: dict[str, Any] = {
@@ -172,7 +174,10 @@ class _Maker:
     def _job(self, prompt: list[int]) -> Job:
         request = self.request
         requests = request.requests(
-            self.max_tokens, likeliest=request.logprobs, constraints=[None] * self.count
+            self.max_tokens,
+            self.served.tokenizer.vocab_size,
+            likeliest=request.logprobs,
+            constraints=[None] * self.count,
         )
         scored = bool(request.echo) and request.logprobs is not None
         return Job(

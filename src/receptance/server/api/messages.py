@@ -27,7 +27,7 @@ from receptance.server.calls import Call, Reply, Streamed, event, first, reply
 from receptance.server.dialogue import Dialogue, Outcome, prepare, said
 from receptance.server.errors import refusal
 from receptance.server.serving import Group, Served, new_id
-from receptance.server.tools import Choice, Tool, result_text
+from receptance.server.tools import Choice, Tool, chosen, result_text
 
 
 async def create(call: Call) -> Reply | Streamed:
@@ -115,17 +115,15 @@ def _texts(message: InputMessage) -> Iterator[str]:
 
 def _tools(request: MessageRequest | CountRequest) -> tuple[list[Tool], Choice, bool]:
     tools = [Tool(t.name, t.description or "", t.input_schema) for t in request.tools or ()]
-    chosen = request.tool_choice
-    if chosen is None:
+    choice = request.tool_choice
+    if choice is None:
         return tools, "auto" if tools else "none", True
-    if not tools and chosen.type != "none":
+    if not tools and choice.type != "none":
         raise refusal("tool_choice is only allowed with tools")
-    parallel = not chosen.disable_parallel_tool_use
-    if chosen.type == "tool":
-        if chosen.name not in {tool.name for tool in tools}:
-            raise refusal("tool_choice names a tool that is not among tools")
-        return tools, str(chosen.name), parallel
-    return tools, {"any": "required"}.get(chosen.type, chosen.type), parallel
+    parallel = not choice.disable_parallel_tool_use
+    if choice.type == "tool":
+        return tools, chosen(tools, choice.name), parallel
+    return tools, "required" if choice.type == "any" else choice.type, parallel
 
 
 class _Maker:

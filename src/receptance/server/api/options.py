@@ -102,6 +102,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def requests(
         self,
         max_tokens: int,
+        vocab_size: int,
         *,
         likeliest: int | None,
         stops: Sequence[str] = (),
@@ -113,7 +114,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         answer.
         """
         seed = new_seed() if self.seed is None else self.seed
-        sampling, bias = self.sampling(), self._bias()
+        sampling, bias = self.sampling(), self._bias(vocab_size)
         return tuple(
             Request(
                 sampling=sampling,
@@ -134,15 +135,17 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.stream_options is not None and not self.stream:
             raise refusal("stream_options is only allowed with stream", "stream_options")
 
-    def _bias(self) -> dict[int, float]:
+    def _bias(self, vocab_size: int) -> dict[int, float]:
         given = self.logit_bias or {}
         if len(given) > limits.MOST_BIASES:
             raise refusal(f"logit_bias has more than {limits.MOST_BIASES} entries", "logit_bias")
         found = {}
         for name, value in given.items():
-            if not (name.isascii() and name.isdigit() and len(name) < 10):
+            plain = name.isascii() and name.isdigit() and len(name) < 10
+            if not plain or int(name) >= vocab_size:
                 raise refusal(
-                    f"logit_bias names the token {name[:20]!r}; wanted the id of a token",
+                    f"logit_bias names the token {name[:20]!r}; the ids of tokens are 0 to "
+                    f"{vocab_size - 1}",
                     "logit_bias",
                 )
             found[int(name)] = value

@@ -23,7 +23,7 @@ from receptance.server.calls import STILL_HERE, Call, Reply, Streamed, event, fi
 from receptance.server.dialogue import Dialogue, Outcome, Step, prepare, said
 from receptance.server.errors import refusal
 from receptance.server.serving import Group, Served, new_id
-from receptance.server.tools import Choice, Tool, result_text
+from receptance.server.tools import Choice, Tool, chosen, result_text
 
 _IDS = {"content": "msg_", "thought": "rs_", "call": "fc_"}
 """How the ids of an answer's parts begin in OpenAI's interface."""
@@ -85,7 +85,9 @@ def _item(item: InputItem, place: str) -> tuple[str, str]:
             raise refusal(f"{place}: name and arguments are missing", place)
         return "assistant", written_call(item.name, item.arguments)
     if item.type == "function_call_output":
-        return "user", result_text(item.output or "")
+        if item.output is None:
+            raise refusal(f"{place}: output is missing", place)
+        return "user", result_text(item.output)
     if item.role is None:
         raise refusal(f"{place}: role is missing", place)
     content = item.content or ""
@@ -101,9 +103,7 @@ def _tools(request: ResponseRequest) -> tuple[list[Tool], Choice]:
         raise refusal("tool_choice is only allowed with tools", "tool_choice")
     if isinstance(choice, str):
         return tools, choice
-    if choice.name not in {tool.name for tool in tools}:
-        raise refusal("tool_choice names a tool that is not among tools", "tool_choice")
-    return tools, choice.name
+    return tools, chosen(tools, choice.name)
 
 
 def _schema(request: ResponseRequest) -> dict[str, Any] | None:
