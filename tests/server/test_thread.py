@@ -121,6 +121,7 @@ def test_an_error_at_the_end_of_a_job_does_not_end_the_thread(thread, inbox, mon
     thread.cancel(ticket)
     inbox.until(Failed, ticket)
     inbox.until(Ended, thread.submit(job("x", SHORT)))
+    assert isinstance(thread.error, MemoryError)
 
 
 def test_an_unexpected_error_fails_what_has_begun_and_the_thread_goes_on(
