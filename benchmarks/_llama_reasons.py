@@ -73,7 +73,7 @@ REASONS = {
         "a conversation without messages is refused, as Anthropic does"
     ),
     "test_embedding::test_embedding_pooling_none": "a vector for each token is not told",
-    "test_embedding::test_embedding_pooling_none_oai": "the same",
+    "test_embedding::test_embedding_pooling_none_oai": "a vector for each token is not told",
     "test_security::test_access_static_assets_without_api_key": "files of llama.cpp's page",
     "test_security::test_cors_options": _ORIGINS,
     "test_security::test_cors_origins_localhost_reflects": _ORIGINS,
