@@ -197,12 +197,20 @@ class Transformers:
         return {}
 
 
+def llama_cpp(spec: dict[str, Any]) -> Candidate:
+    """llama.cpp, whose bindings are imported in its own process alone."""
+    from _llama_cpp import LlamaCpp
+
+    return LlamaCpp(spec)
+
+
 ENGINES: dict[str, Callable[[dict[str, Any]], Candidate]] = {
     "receptance": Ours,
     "torch": Reference,
     "rwkv.cpp": RwkvCpp,
     "rwkv": RwkvPackage,
     "transformers": Transformers,
+    "llama.cpp": llama_cpp,
 }
 
 
