@@ -79,9 +79,11 @@ class Reference(Ours):
         model, _ = load(spec["path"], dtype=torch.float32)
         dtype = getattr(torch, spec["dtype"], None)
         if dtype in (torch.bfloat16, torch.float16):
-            for parameter in model.parameters():
-                if parameter.squeeze().dim() == 2:
-                    parameter.data = parameter.data.to(dtype).float()
+            version, layers = model.config.architecture, range(model.config.num_layers)
+            factors = (f"blocks.{layer}.{x}" for layer in layers for x in version.native_factors)
+            for name in (*version.layouts(model.config), *factors):
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(dtype).float()
         self.engine, self._decoders = model, {}
 
 
