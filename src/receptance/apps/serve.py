@@ -61,7 +61,7 @@ class Options:
     """Answer everybody who can reach the server, without a key."""
     origins: tuple[str, ...] = ()
     """Let pages of this origin ask, such as https://example.org."""
-    template: Literal["world", "raven", "instruction", "qa"] = "world"
+    template: Literal["world", "raven", "instruction", "qa", "g1"] = "world"
     """Write conversations in this format; it should be the one that the model was trained with."""
     adapters: tuple[str, ...] = ()
     """Serve the first model with an adapter as well, as NAME=PATH."""

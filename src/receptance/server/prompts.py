@@ -47,7 +47,8 @@ def render(
     whole = text + opening
     ids = tokenizer.encode(whole)
     marks = _token_marks(tokenizer, ids, [len(whole[:end].encode()) for end in ends])
-    return Rendered(ids, marks, (TURN_END,), opening.rfind(THINK[:-1]) > opening.rfind(THOUGHT))
+    thinking = opening.rfind(THINK[:-1]) > opening.rfind(THOUGHT)
+    return Rendered(ids, marks, template.stops, thinking)
 
 
 def _text(template: Template, messages: Sequence[Message]) -> str:
