@@ -57,8 +57,9 @@ PEERS = {
 # the same, rounded weights. Products with integers round the activations, too.
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5, "int8": 2e-3, "int4": 2e-3}
 PEER_LIMIT = 1e-5
-# llama.cpp rounds activations to the type of the weights, and rounds weights in its own way.
-LLAMA_LIMITS = {"float32": PEER_LIMIT, "float16": 1e-2, "int8": 0.1, "int4": 0.5}
+# llama.cpp rounds activations to the type of the weights, and rounds weights in its own way; with
+# random weights errors grow from layer to layer. Logits of another model would be off by 1.4.
+LLAMA_LIMITS = {"float32": PEER_LIMIT, "float16": 1e-2, "int8": 0.2, "int4": 0.9}
 CHUNKS = (16, 32, 64, 128)
 BATCHES, BATCHED = (1, 2, 4, 8, 16, 32), "int8"
 PROMPTS = {4: (256, 2048)}  # of other versions:
