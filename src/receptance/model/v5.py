@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from receptance.model.architecture import Architecture, Place, Shape, Sizes
+from receptance.model.architecture import Place, Shape, Sizes
+from receptance.model.headwise import Headwise
 from receptance.model.parts import (
     GroupNorm,
     Linear,
@@ -29,10 +30,6 @@ from receptance.model.parts import (
     token_shift,
 )
 from receptance.ops import Sources, wkv6, wkv6_sources
-
-GROUP_NORM_EPSILON = 64e-5
-"""The epsilon of the norm of y. The official code takes the norm of y / 8, with 1e-5."""
-_HEAD_SIZE = 64
 
 
 class LayerState(NamedTuple):
@@ -210,7 +207,7 @@ _INTERMEDIATES = {
 _GATE = {"att.mix_g": Place("att.gate", "argument"), "att.gate": Place("att.gate")}
 
 
-class RWKV52(Architecture):
+class RWKV52(Headwise):
     """Version 5.2 as the rest of the package sees it."""
 
     number, operator = 5.2, "wkv6"
@@ -221,33 +218,19 @@ class RWKV52(Architecture):
         **dict.fromkeys(("att.output", "ffn.key", "ffn.receptance"), "tiles"),
         "ffn.value": "rows",  # Most of its inputs are zero; with rows kernels skip their weights.
     }
-    residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_faaaa")
-    static_decay, time_state = "att.time_decay", "value_by_key"
+    static_decay = "att.time_decay"
     intermediates = _INTERMEDIATES | _GATE
     native_kernel: ClassVar[str | None] = "Rwkv5"
-    native_extras = ("head_size", "group_norm_epsilon")
     native_vectors = (
         *(f"att.time_mix_{x}" for x in "kvrg"),
         *("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias"),
         *("ffn.time_mix_k", "ffn.time_mix_r"),
     )
 
-    def default_extras(self, width: int) -> dict[str, float]:
-        """The sizes of the published models."""
-        return {"head_size": min(_HEAD_SIZE, width), "group_norm_epsilon": GROUP_NORM_EPSILON}
-
     def default_ffn_width(self, width: int) -> int:
         """3.5 times the width, rounded down to a multiple of 32."""
         return max(32, 7 * width // 2 // 32 * 32)
-
-    def check(self, sizes: Sizes) -> None:
-        """The width is a number of whole heads."""
-        head_size = sizes.extras["head_size"]
-        if sizes.width % head_size:
-            raise ValueError(
-                f"the width is {sizes.width}; it must be a multiple of the head size, {head_size}"
-            )
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """Read the size of a head off the number of decays."""
@@ -272,10 +255,6 @@ class RWKV52(Architecture):
             "ffn.value.weight": (width, hidden),
         }
 
-    def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
-        """Matrices are decayed, but decays and bonuses are not."""
-        return super().is_weight_decayed(name, shape) and name.endswith(".weight")
-
     def forward_flops_per_token(self, sizes: Sizes) -> int:
         """Those of matrices; the recurrence, about 6 N operations per channel, is not in them."""
         shapes = self.block_shapes(sizes, 0)
@@ -295,31 +274,6 @@ class RWKV52(Architecture):
         width = sizes.width
         narrow = (15 + (element_bytes < 4) + 8 * inputs) * width + (1 + inputs) * sizes.ffn_width
         return element_bytes * narrow + 4 * width * (1 + int(sizes.extras["head_size"]) / 32)
-
-    def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Two vectors of C, and a square matrix for each head."""
-        head_size = int(sizes.extras["head_size"])
-        vector, matrices = (sizes.width,), (sizes.width // head_size, head_size, head_size)
-        return dict(zip(LayerState._fields, (vector, vector, matrices), strict=True))
-
-    def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
-        """Everything is zero: the shifts in the dtype of `like`, the matrices in float32."""
-        shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = self.state_shapes(sizes)["key_by_value"]
-        return LayerState(shift, shift, torch.zeros(batch, *shape, device=like.device, dtype=dtype))
-
-    def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
-        """The matrices alone, transposed as in the official files of learned states: [L,H,N,N]."""
-        shape = self.state_shapes(sizes)["key_by_value"]
-        return {"value_by_key": torch.zeros(sizes.num_layers, *shape)}
-
-    def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The learned matrices behind a text of which no last token is known."""
-        matrices = learned["value_by_key"].mT
-        shift = matrices.new_zeros(len(matrices), matrices[0, ..., 0].numel(), dtype=like.dtype)
-        matrices = matrices.to(torch.promote_types(like.dtype, torch.float32))
-        return {"time_shift": shift, "channel_shift": shift, "key_by_value": matrices}
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Random values around those of TimeMix.initialize."""

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from receptance.model.architecture import Architecture, Place, Shape, Sizes
+from receptance.model.architecture import Place, Shape, Sizes
+from receptance.model.headwise import Headwise
 from receptance.model.parts import (
     GroupNorm,
     Linear,
@@ -34,9 +35,6 @@ from receptance.model.parts import (
 )
 from receptance.ops import Sources, wkv6, wkv6_sources
 
-GROUP_NORM_EPSILON = 64e-5
-"""The epsilon of the norm of y: 1e-5 times the square of the official head_size_divisor, 8."""
-_HEAD_SIZE = 64
 _WIDE = 4096  # From this width on published models have ranks twice as large.
 _MIXED = "wkvrg"  # The order of the mixtures in time_maa_w1 and time_maa_w2.
 
@@ -203,7 +201,7 @@ _SHARES = (*(f"att.time_maa_{x}" for x in "xwkvrg"), *(f"ffn.time_maa_{x}" for x
 _READERS = {"w": "_log_decay", "k": "key", "v": "value", "r": "receptance", "g": "gate"}
 
 
-class RWKV6(Architecture):
+class RWKV6(Headwise):
     """Version 6 as the rest of the package sees it."""
 
     number, operator = 6, "wkv6"
@@ -213,10 +211,9 @@ class RWKV6(Architecture):
         **dict.fromkeys(("ffn.key", "ffn.receptance"), "tiles"),
         "ffn.value": "rows",  # Most of its inputs are zero; with rows kernels skip their weights.
     }
-    residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.time_decay", "att.time_faaaa")
-    decay_center, time_state = "att.time_decay", "value_by_key"
-    native_kernel, native_extras = "Rwkv6", ("head_size", "group_norm_epsilon")
+    decay_center = "att.time_decay"
+    native_kernel = "Rwkv6"
     native_vectors = (
         *(f"att.time_maa_{x}" for x in "xwkvrg"),
         *("att.time_decay", "att.time_faaaa", "att.ln_x.weight", "att.ln_x.bias"),
@@ -241,20 +238,11 @@ class RWKV6(Architecture):
     def default_extras(self, width: int) -> dict[str, float]:
         """The sizes of the published models."""
         double = 2 if width >= _WIDE else 1
-        sizes = {"head_size": min(_HEAD_SIZE, width), "mix_rank": 32 * double}
-        return sizes | {"decay_rank": 64 * double, "group_norm_epsilon": GROUP_NORM_EPSILON}
+        return super().default_extras(width) | {"mix_rank": 32 * double, "decay_rank": 64 * double}
 
     def default_ffn_width(self, width: int) -> int:
         """3.5 times the width, rounded down to a multiple of 32."""
         return max(32, 7 * width // 2 // 32 * 32)
-
-    def check(self, sizes: Sizes) -> None:
-        """The width is a number of whole heads."""
-        head_size = sizes.extras["head_size"]
-        if sizes.width % head_size:
-            raise ValueError(
-                f"the width is {sizes.width}; it must be a multiple of the head size, {head_size}"
-            )
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """Read ranks and the size of a head."""
@@ -286,10 +274,6 @@ class RWKV6(Architecture):
             "ffn.value.weight": (width, hidden),
         }
 
-    def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
-        """Matrices are decayed, but those of low rank and the bonus are not."""
-        return super().is_weight_decayed(name, shape) and name.endswith(".weight")
-
     def forward_flops_per_token(self, sizes: Sizes) -> int:
         """Those of matrices; the recurrence, about 6 N operations per channel, is not in them."""
         bonus = sizes.width  # It has two axes and is no matrix; time_maa_w2 has three, and is one.
@@ -310,32 +294,6 @@ class RWKV6(Architecture):
         narrow = (18 + (element_bytes < 4) + 14 * inputs) * width + (1 + inputs) * sizes.ffn_width
         wide_vectors = (2 + inputs) * width + int(extras["head_size"]) * width / 32
         return element_bytes * (narrow + ranks) + 4 * wide_vectors
-
-    def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Two vectors of C, and a square matrix for each head."""
-        head_size = int(sizes.extras["head_size"])
-        vector, matrices = (sizes.width,), (sizes.width // head_size, head_size, head_size)
-        return dict(zip(LayerState._fields, (vector, vector, matrices), strict=True))
-
-    def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
-        """Everything is zero: the shifts in the dtype of `like`, the matrices in float32."""
-        shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = self.state_shapes(sizes)["key_by_value"]
-        return LayerState(shift, shift, torch.zeros(batch, *shape, device=like.device, dtype=dtype))
-
-    def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
-        """The matrices alone, transposed as in the official files of learned states: [L,H,N,N]."""
-        shape = self.state_shapes(sizes)["key_by_value"]
-        return {"value_by_key": torch.zeros(sizes.num_layers, *shape)}
-
-    def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The learned matrices behind a text of which no last token is known."""
-        matrices = learned["value_by_key"].mT
-        layers, heads, size, _ = matrices.shape
-        shift = matrices.new_zeros(layers, heads * size, dtype=like.dtype)
-        matrices = matrices.to(torch.promote_types(like.dtype, torch.float32))
-        return {"time_shift": shift, "channel_shift": shift, "key_by_value": matrices}
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Random values around those of TimeMix.initialize."""

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from receptance.model.architecture import Architecture, Shape, Sizes
+from receptance.model.architecture import Shape, Sizes
+from receptance.model.headwise import Headwise
 from receptance.model.parts import (
     GroupNorm,
     Linear,
@@ -40,9 +41,6 @@ from receptance.ops import Sources, wkv7, wkv7_sources
 
 STRONGEST_DECAY = math.exp(-0.5)
 """The largest |log w|: at a token no channel keeps less than a share of 0.545."""
-GROUP_NORM_EPSILON = 64e-5
-"""The epsilon of the norm of S r; the official code has it at every head size."""
-_HEAD_SIZE = 64
 _SMALLEST_NORM = 1e-12  # This makes kappa zero where the key is zero.
 
 
@@ -225,7 +223,7 @@ _SHARES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 _VECTORS = tuple(f"att.{x}" for x in (*_SHARES, "w0", "a0", "v0", "k_k", "k_a"))
 
 
-class RWKV7(Architecture):
+class RWKV7(Headwise):
     """Version 7 as the rest of the package sees it."""
 
     number, operator = 7, "wkv7"
@@ -235,10 +233,9 @@ class RWKV7(Architecture):
         "ffn.key": "tiles",
         "ffn.value": "rows",  # Most of its inputs are zero; with rows kernels skip their weights.
     }
-    residual_outputs = ("att.output", "ffn.value")
     float32_parameters = ("att.w0",)
-    decay_center, time_state = "att.w0", "value_by_key"
-    native_kernel, native_extras = "Rwkv7", ("head_size", "group_norm_epsilon")
+    decay_center = "att.w0"
+    native_kernel = "Rwkv7"
     native_vectors = (*_VECTORS, "att.r_k", "att.ln_x.weight", "att.ln_x.bias", "ffn.x_k")
     native_factors = tuple(f"att.{x}" for x in _LOW_RANK)
     intermediates = INTERMEDIATES
@@ -247,16 +244,7 @@ class RWKV7(Architecture):
         """The sizes of RWKV-v7/train_temp; those of published models are in receptance.config."""
         factors = {"decay": 2.5, "rate": 2.5, "value": 1.7, "gate": 5.0}
         ranks = {f"{x}_rank": max(32, 32 * round(f * width**0.5 / 32)) for x, f in factors.items()}
-        fixed = {"head_size": min(_HEAD_SIZE, width), "group_norm_epsilon": GROUP_NORM_EPSILON}
-        return ranks | fixed
-
-    def check(self, sizes: Sizes) -> None:
-        """The width is a number of whole heads."""
-        head_size = sizes.extras["head_size"]
-        if sizes.width % head_size:
-            raise ValueError(
-                f"the width is {sizes.width}; it must be a multiple of the head size, {head_size}"
-            )
+        return super().default_extras(width) | ranks
 
     def infer(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         """Read ranks and the size of a head; some files lack the unused tensors of block 0."""
@@ -287,10 +275,6 @@ class RWKV7(Architecture):
         """The first block's share of its own value in itself."""
         return tuple(f"blocks.0.att.v{i}" for i in range(3))
 
-    def is_weight_decayed(self, name: str, shape: torch.Size | Shape) -> bool:
-        """Matrices are decayed, but those of low rank and the bonus are not."""
-        return super().is_weight_decayed(name, shape) and name.endswith(".weight")
-
     def forward_flops_per_token(self, sizes: Sizes) -> int:
         """Those of matrices; the recurrence, about 8 N operations per channel, is not in them."""
         bonuses, shapes = sizes.width * sizes.num_layers, self.shapes(sizes)  # r_k is no matrix.
@@ -311,32 +295,6 @@ class RWKV7(Architecture):
         narrow = (16 + (element_bytes < 4) + 14 * inputs) * width + (1 + inputs) * sizes.ffn_width
         wide_vectors = (2 + inputs) * width + int(extras["head_size"]) * width / 32
         return element_bytes * (narrow + ranks) + 4 * wide_vectors
-
-    def state_shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Two vectors of C, and a square matrix for each head."""
-        head_size = int(sizes.extras["head_size"])
-        vector, matrices = (sizes.width,), (sizes.width // head_size, head_size, head_size)
-        return dict(zip(LayerState._fields, (vector, vector, matrices), strict=True))
-
-    def empty_layer(self, sizes: Sizes, batch: int, like: Tensor) -> LayerState:
-        """Everything is zero: the shifts in the dtype of `like`, the matrices in float32."""
-        shift = torch.zeros(batch, sizes.width, device=like.device, dtype=like.dtype)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        shape = self.state_shapes(sizes)["value_by_key"]
-        return LayerState(shift, shift, torch.zeros(batch, *shape, device=like.device, dtype=dtype))
-
-    def learnable_state(self, sizes: Sizes, strength: float) -> dict[str, Tensor]:
-        """The matrices alone, as in the official files of learned states: [L,H,N,N]."""
-        shape = self.state_shapes(sizes)["value_by_key"]
-        return {"value_by_key": torch.zeros(sizes.num_layers, *shape)}
-
-    def learned_state(self, learned: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-        """The learned matrices behind a text of which no last token is known."""
-        matrices = learned["value_by_key"]
-        layers, heads, size, _ = matrices.shape
-        shift = matrices.new_zeros(layers, heads * size, dtype=like.dtype)
-        matrices = matrices.to(torch.promote_types(like.dtype, torch.float32))
-        return {"time_shift": shift, "channel_shift": shift, "value_by_key": matrices}
 
     def example_vector(self, name: str, shape: Shape, generator: torch.Generator) -> Tensor:
         """Random values around those of TimeMix.initialize."""

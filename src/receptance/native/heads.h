@@ -15,6 +15,8 @@
 namespace receptance {
 namespace {
 
+constexpr int64_t kAhead = 2;  // How many tokens ahead numbers are asked for.
+
 // Where the numbers of one head of one row of the batch are.
 template <class F>
 struct Head {
@@ -46,21 +48,34 @@ struct Head {
         for (int64_t i = 0; i < f.size; ++i)
             std::memcpy((S*)to + offset + i * f.size, from + i * side, f.size * sizeof(S));
     }
+    // A token's numbers, and a request for those of a token that comes soon: in memory it is as far
+    // away as all heads are long, too far for the processor to foresee it.
     template <class V, class T, class S>
-    void load_vector(const void* from, int64_t t, S* to) const {
+    void load_vector(const void* from, int64_t t, S* to, int64_t ahead = kAhead) const {
         const T* const x = (const T*)from + at(t);
+        prefetch<0>(x, t + ahead, ahead);
         for (int64_t c = 0; c < f.size; c += RECEPTANCE_LANES)
             store(to + c, load<V>(x + c, std::min<int64_t>(RECEPTANCE_LANES, f.size - c)));
     }
     template <class V, class T, class S>
-    void store_vector(const S* from, void* to, int64_t t) const {
+    void store_vector(const S* from, void* to, int64_t t, int64_t ahead = kAhead) const {
         T* const x = (T*)to + at(t);
+        prefetch<1>(x, t + ahead, ahead);
         for (int64_t c = 0; c < f.size; c += RECEPTANCE_LANES)
             store(x + c, load<V>(from + c), std::min<int64_t>(RECEPTANCE_LANES, f.size - c));
     }
     template <class T>
     void clear_vector(void* to, int64_t t) const {
         std::memset((T*)to + at(t), 0, f.size * sizeof(T));
+    }
+
+private:
+    // x has the numbers of the token that is `ahead` tokens before t, if there is a token t.
+    template <int kWrite, class T>
+    void prefetch(T* x, int64_t t, int64_t ahead) const {
+        if (t < 0 || t >= f.time) return;
+        const char* const soon = (const char*)(x + ahead * f.heads * f.size);
+        for (size_t i = 0; i < f.size * sizeof(T); i += 64) __builtin_prefetch(soon + i, kWrite);
     }
 };
 

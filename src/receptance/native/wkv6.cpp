@@ -188,7 +188,7 @@ void backward_token(const Head<Wkv6Backward>& head, const BackwardRoom<S>& room,
                     const FadingToken<S>& x, const S* state) {
     const Wkv6Backward& f = head.f;
     const int64_t side = head.side;
-    head.template load_vector<V, T>(f.grad_out, t, room.grad_out);
+    head.template load_vector<V, T>(f.grad_out, t, room.grad_out, -kAhead);
     if (side == 64) gradients_of_rows<V, 4>(room, side, x, state);
     else gradients_of_rows<V, 0>(room, side, x, state);
     const S along = dot<V>(x.value, room.grad_out, side);
@@ -208,10 +208,10 @@ void backward_token(const Head<Wkv6Backward>& head, const BackwardRoom<S>& room,
     for (; c + kFadingVectors * RECEPTANCE_LANES <= side; c += kFadingVectors * RECEPTANCE_LANES)
         gradients_of_columns<V, kFadingVectors>(room, side, x, own, c);
     for (; c < side; c += RECEPTANCE_LANES) gradients_of_columns<V, 1>(room, side, x, own, c);
-    head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t);
-    head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t);
-    head.template store_vector<V, T>(room.grads.key, f.grad_key, t);
-    head.template store_vector<V, T>(room.grads.value, f.grad_value, t);
+    head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t, -kAhead);
+    head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.key, f.grad_key, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.value, f.grad_value, t, -kAhead);
 }
 
 template <class T, class V, class S>

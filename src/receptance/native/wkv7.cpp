@@ -194,7 +194,7 @@ void backward_token(const Head<Wkv7Backward>& head, const BackwardRoom<S>& room,
                     const Token<S>& x, const S* state, const S* removed) {
     const Wkv7Backward& f = head.f;
     const int64_t side = head.side;
-    head.template load_vector<V, T>(f.grad_out, t, room.grad_out);
+    head.template load_vector<V, T>(f.grad_out, t, room.grad_out, -kAhead);
     if (side == 64) gradients_of_rows<V, 4>(room, side, x);
     else gradients_of_rows<V, 0>(room, side, x);
     const S along_removed = dot<V>(removed, room.grad_out, side);
@@ -210,12 +210,12 @@ void backward_token(const Head<Wkv7Backward>& head, const BackwardRoom<S>& room,
         columns(Wide(), std::false_type(), c);
     for (; !x.base && c < side; c += RECEPTANCE_LANES) columns(One(), std::false_type(), c);
     for (; c < side; c += RECEPTANCE_LANES) columns(One(), std::true_type(), c);
-    head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t);
-    head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t);
-    head.template store_vector<V, T>(room.grads.key, f.grad_key, t);
-    head.template store_vector<V, T>(room.grads.value, f.grad_value, t);
-    head.template store_vector<V, T>(room.grads.removal, f.grad_removal, t);
-    head.template store_vector<V, T>(room.grads.replacement, f.grad_replacement, t);
+    head.template store_vector<V, T>(room.grads.receptance, f.grad_receptance, t, -kAhead);
+    head.template store_vector<V, S>(room.grads.fade, f.grad_log_decay, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.key, f.grad_key, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.value, f.grad_value, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.removal, f.grad_removal, t, -kAhead);
+    head.template store_vector<V, T>(room.grads.replacement, f.grad_replacement, t, -kAhead);
 }
 
 template <class T, class V, class S>
