@@ -1,29 +1,42 @@
-"""What cpu_inference.py is compared with: ratios of medians of the same run."""
+"""What cpu_inference.py is compared with: ratios of medians of the same run.
+
+Some bars depend on the version of RWKV, or on the instructions of the processor: without AVX-512
+integer products are bound by arithmetic.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from receptance.config import ModelConfig
+
 Results = dict[str, Any]
 Verdict = dict[str, Any]
 
 OURS, BUS = "receptance", "memory bus"
 
-# Our type, rwkv.cpp's, and the least ratio of tokens per second.
+# Our type, the peer's, and the least ratio of tokens per second.
 DECODING = {
-    "float32": ("FP32", 1.0),
-    "bfloat16": ("FP16", 1.0),
-    "float16": ("FP16", 1.0),
-    "int8": ("Q8_0", 1.5),
-    "int4": ("Q4_0", 2.2),
+    "rwkv.cpp": {
+        "float32": ("FP32", 1.0),
+        "bfloat16": ("FP16", 1.0),
+        "float16": ("FP16", 1.0),
+        "int8": ("Q8_0", 1.5),
+        "int4": ("Q4_0", 2.2),
+    },
+    "llama.cpp": {"float16": ("F16", 1.2), "int8": ("Q8_0", 1.3), "int4": ("Q4_0", 1.3)},
 }
 OF_BANDWIDTH = 0.95
-BATCHED = 6.0
-PREFILL = {"rwkv bfloat16": 1.3, "rwkv.cpp": 3.0}
+NARROW = ("int8", "int4")
+OF_LIMIT_7 = 0.85  # RWKV-7, in the types that llama.cpp has
+BATCHED, BATCHED_AVX2, BATCHED_7 = 6.0, 3.5, 4.0
+INT4_OVER_INT8 = 1.5  # RWKV-4 on AVX2
+PREFILL = {"rwkv bfloat16": 1.3, "rwkv.cpp": 3.0, "llama.cpp": 1.5}
 FIRST_TOKEN_SECONDS = 1.0
 FIRST_TOKEN_SIZE = "430m"
 MEMORY_ABOVE_WEIGHTS = 150e6
@@ -49,25 +62,48 @@ def limit(contest: Results) -> float:
     return float(contest[BUS]["rate"] / contest[OURS]["bytes per token"])
 
 
-def read(contest: Results, sizes: dict[str, int]) -> float:
+def read(contest: Results, sizes: dict[str, Any]) -> float:
     """The share of the weights that a token needed: less than all where activations are zero."""
-    width, hidden, layers = sizes["width"], sizes["ffn_width"], sizes["num_layers"]
-    ffn_value = layers * hidden * width
-    matrices = sizes["vocab_size"] * width + layers * 5 * width * width + 2 * ffn_value
-    return float(1 - contest[OURS]["skipped"] * ffn_value / matrices)
+    config = ModelConfig.from_dict(sizes)
+    shapes = config.architecture.shapes(config)
+    read = [name for name in config.architecture.layouts(config) if name != "emb.weight"]
+    skipped = [name for name in read if name.endswith("ffn.value.weight")]
+    share = sum(math.prod(shapes[name]) for name in skipped) / sum(
+        math.prod(shapes[name]) for name in read
+    )
+    return float(1 - contest[OURS]["skipped"] * share)
 
 
 def _decode(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, contest in sections["decode"].items():
-        theirs, least = DECODING[dtype]
-        if measured(contest, OURS, "rwkv.cpp"):
-            ratio = contest[OURS]["rate"] / contest["rwkv.cpp"]["rate"]
-            yield _at_least(f"decode {dtype} / rwkv.cpp {theirs}", ratio, least)
-        if dtype not in ("int8", "int4") and measured(contest, OURS, BUS):
-            share = contest[OURS]["rate"] / limit(contest)
-            yield _at_least(f"decode {dtype} / memory limit", share, OF_BANDWIDTH)
-            used = share * read(contest, sections["sizes"])
-            yield _at_least(f"decode {dtype}: bandwidth used / measured", used, OF_BANDWIDTH)
+        for peer, kinds in DECODING.items():
+            if dtype in kinds and measured(contest, OURS, peer):
+                theirs, least = kinds[dtype]
+                ratio = contest[OURS]["rate"] / contest[peer]["rate"]
+                yield _at_least(f"decode {dtype} / {peer} {theirs}", ratio, least)
+        if measured(contest, OURS, BUS):
+            yield from _of_limit(dtype, contest, sections["sizes"])
+    narrow = [sections["decode"].get(dtype, {}) for dtype in NARROW]
+    of_4 = sections["sizes"]["version"] == 4
+    if of_4 and _is_avx2(sections) and all(measured(contest, OURS) for contest in narrow):
+        int8, int4 = (contest[OURS]["rate"] for contest in narrow)
+        yield _at_least("decode int4 / int8", int4 / int8, INT4_OVER_INT8)
+
+
+def _of_limit(dtype: str, contest: Results, sizes: dict[str, Any]) -> Iterator[Verdict]:
+    share = contest[OURS]["rate"] / limit(contest)
+    if sizes["version"] == 7:
+        if dtype in DECODING["llama.cpp"]:
+            yield _at_least(f"decode {dtype} / memory limit", share, OF_LIMIT_7)
+    elif dtype not in NARROW:
+        yield _at_least(f"decode {dtype} / memory limit", share, OF_BANDWIDTH)
+        used = share * read(contest, sizes)
+        yield _at_least(f"decode {dtype}: bandwidth used / measured", used, OF_BANDWIDTH)
+
+
+def _is_avx2(sections: Results) -> bool:
+    """Whether the fastest instructions of the processor are those of AVX2 or AVX-VNNI."""
+    return sections["instructions"] in ("avx2", "avxvnni")
 
 
 def _sparse(size: str, sections: Results) -> Iterator[Verdict]:
@@ -81,7 +117,9 @@ def _batches(size: str, sections: Results) -> Iterator[Verdict]:
     for dtype, contest in sections["batches"].items():
         if measured(contest, "16", "1"):
             ratio = contest["16"]["rate"] / contest["1"]["rate"]
-            yield _at_least(f"decode {dtype}, batch 16 / batch 1", ratio, BATCHED)
+            least = BATCHED_AVX2 if _is_avx2(sections) else BATCHED
+            least = BATCHED_7 if sections["sizes"]["version"] == 7 else least
+            yield _at_least(f"decode {dtype}, batch 16 / batch 1", ratio, least)
 
 
 def _prefill(size: str, sections: Results) -> Iterator[Verdict]:
@@ -145,7 +183,8 @@ def show(console: Console, results: Results, verdicts: list[Verdict]) -> None:
 def _decoding_table(size: str, sections: Results) -> Table:
     title = f"{size}: tokens/s at batch 1"
     table = Table("weights", title=title, title_justify="left", box=None, pad_edge=False)
-    peers = [OURS, "rwkv.cpp", "rwkv", "transformers"]
+    peers = [OURS, "rwkv.cpp", "llama.cpp", "rwkv", "transformers"]
+    peers = [name for name in peers if any(name in x for x in sections["decode"].values())]
     for column in ("GB/s", "limit", *peers, "of the limit", "zeros", "of the GB/s"):
         table.add_column(column, justify="right")
     for dtype, contest in sections["decode"].items():

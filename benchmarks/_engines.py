@@ -79,9 +79,11 @@ class Reference(Ours):
         model, _ = load(spec["path"], dtype=torch.float32)
         dtype = getattr(torch, spec["dtype"], None)
         if dtype in (torch.bfloat16, torch.float16):
-            for parameter in model.parameters():
-                if parameter.squeeze().dim() == 2:
-                    parameter.data = parameter.data.to(dtype).float()
+            version, layers = model.config.architecture, range(model.config.num_layers)
+            factors = (f"blocks.{layer}.{x}" for layer in layers for x in version.native_factors)
+            for name in (*version.layouts(model.config), *factors):
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(dtype).float()
         self.engine, self._decoders = model, {}
 
 
@@ -197,12 +199,20 @@ class Transformers:
         return {}
 
 
+def llama_cpp(spec: dict[str, Any]) -> Candidate:
+    """llama.cpp, whose bindings are imported in its own process alone."""
+    from _llama_cpp import LlamaCpp
+
+    return LlamaCpp(spec)
+
+
 ENGINES: dict[str, Callable[[dict[str, Any]], Candidate]] = {
     "receptance": Ours,
     "torch": Reference,
     "rwkv.cpp": RwkvCpp,
     "rwkv": RwkvPackage,
     "transformers": Transformers,
+    "llama.cpp": llama_cpp,
 }
 
 

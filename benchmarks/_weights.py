@@ -20,7 +20,10 @@ from receptance.model import Model
 from receptance.storage.checkpoint import save
 from receptance.tokenizer import Tokenizer, WorldTokenizer, load_tokenizer
 
-SIZES = PUBLISHED_SIZES | {"tiny": ModelConfig(vocab_size=512, width=128, num_layers=2)}
+SIZES = PUBLISHED_SIZES | {
+    "tiny": ModelConfig(vocab_size=512, width=128, num_layers=2),
+    "rwkv7-tiny": ModelConfig(version=7, vocab_size=512, width=128, num_layers=2),
+}
 QUANTIZED = ("int8", "int4")
 QUANTIZE = """
 import ctypes, sys
@@ -72,6 +75,19 @@ class Files:
         # As its documentation does: embedding and head stay as they are in the source.
         source = self.ggmf("FP16")
         return self._once(f"{kind}.bin", lambda path: self._quantize(source, path, kind))
+
+    def gguf(self, kind: str) -> str:
+        """What llama.cpp loads; quantized by itself, which keeps some matrices more precise."""
+        import _llama_cpp as peer
+
+        if kind in ("F32", "F16"):
+            _, tokenizer = receptance.load(self.ours())
+            return self._once(
+                f"{kind}.gguf",
+                lambda path: peer.write(path, self.config, self._tensors(), tokenizer, kind),
+            )
+        source = self.gguf("F16")
+        return self._once(f"{kind}.gguf", lambda path: peer.quantize(source, path, kind))
 
     def _once(self, name: str, make: Callable[[Path], object]) -> str:
         path = self.folder / name

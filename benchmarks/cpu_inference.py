@@ -1,7 +1,10 @@
-"""Inference on a CPU against rwkv.cpp, the `rwkv` package and transformers: the bars of one run.
+"""Inference on a CPU against rwkv.cpp, llama.cpp, the `rwkv` package and transformers: one run.
 
     python benchmarks/cpu_inference.py [--rwkv-cpp PATH/librwkv.so] [--peers rwkv transformers]
-                                       [--sizes 169m 430m] [--budget SECONDS] [--json FILE]
+                                       [--sizes 169m rwkv7-0.1b] [--budget SECONDS] [--json FILE]
+
+Peers take part in the versions that they run: llama.cpp in RWKV-6 and RWKV-7, the `rwkv` package
+up to RWKV-6, transformers in RWKV-4.
 
 All run the same random weights, each in a process of its own, in turns, with the better of the
 given numbers of threads; in every turn the rate of reading memory is measured, too. Logits are
@@ -34,27 +37,33 @@ from rich.console import Console
 
 from receptance.inference.measure import machine
 
-TORCH, CPP, PACKAGE, HF = "torch", "rwkv.cpp", "rwkv", "transformers"
+TORCH, CPP, PACKAGE, HF, LLAMA = "torch", "rwkv.cpp", "rwkv", "transformers", "llama.cpp"
 INSTALL = {
     CPP: "build https://github.com/RWKV/rwkv.cpp and pass --rwkv-cpp PATH/librwkv.so",
     PACKAGE: "pip install rwkv",
     HF: "pip install transformers",
+    LLAMA: "pip install llama-cpp-python",
 }
+VERSIONS = {CPP: (4, 5.2, 6, 7), PACKAGE: (4, 5.2, 6), HF: (4,), LLAMA: (6, 7)}
 # Our type of weights, and what of each peer it is compared with.
 PEERS = {
-    "float32": {CPP: "FP32", PACKAGE: "float32", HF: "float32"},
+    "float32": {CPP: "FP32", PACKAGE: "float32", HF: "float32", LLAMA: "F32"},
     "bfloat16": {CPP: "FP16", PACKAGE: "bfloat16", HF: "bfloat16"},
-    "float16": {CPP: "FP16"},
-    "int8": {CPP: "Q8_0"},
-    "int4": {CPP: "Q4_0"},
+    "float16": {CPP: "FP16", LLAMA: "F16"},
+    "int8": {CPP: "Q8_0", LLAMA: "Q8_0"},
+    "int4": {CPP: "Q4_0", LLAMA: "Q4_0"},
 }
 # Root mean square difference of logits, relative to theirs, from the torch model in float32 with
 # the same, rounded weights. Products with integers round the activations, too.
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5, "int8": 2e-3, "int4": 2e-3}
 PEER_LIMIT = 1e-5
+# llama.cpp rounds activations to the type of the weights, and rounds weights in its own way; with
+# random weights errors grow from layer to layer. Logits of another model would be off by 1.4.
+LLAMA_LIMITS = {"float32": PEER_LIMIT, "float16": 1e-2, "int8": 0.2, "int4": 0.9}
 CHUNKS = (16, 32, 64, 128)
 BATCHES, BATCHED = (1, 2, 4, 8, 16, 32), "int8"
-PROMPTS = (256, 2048)
+PROMPTS = {4: (256, 2048)}  # of other versions:
+PROMPT = (512,)
 FIRST_TOKEN = """
 import sys, time
 from receptance.engine import load_engine
@@ -73,6 +82,7 @@ class Run:
         self.files, self.options, self.say = files, options, say
         self.stopped: dict[str, str] = {}  # peers that were not found correct, and why
         self.failed = False
+        self.version = SIZES[files.size].version
 
     def way(self, engine: str, kind: str, command: dict[str, Any], *, sparse: bool = False) -> Way:
         """An engine with the model in a type of weights; kind is the engine's own name for it."""
@@ -81,6 +91,8 @@ class Run:
             return Way(engine, kind, lambda: self.files.ggmf(kind), command, library)
         if engine == PACKAGE:
             return Way(engine, kind, self.files.pth, command)
+        if engine == LLAMA:
+            return Way(engine, kind, lambda: self.files.gguf(kind), command)
         return Way(engine, kind, lambda: self.files.ours(kind, sparse=sparse), command)
 
     def budget(self) -> Budget:
@@ -118,7 +130,11 @@ class Run:
 
     def peers(self, dtype: str) -> dict[str, str]:
         """Those that take part, with the type that is compared with ours."""
-        return {name: kind for name, kind in PEERS[dtype].items() if name in self.options.peers}
+        return {name: kind for name, kind in PEERS[dtype].items() if self.has(name)}
+
+    def has(self, peer: str) -> bool:
+        """Whether a peer is here and runs this version."""
+        return peer in self.options.peers and self.version in VERSIONS[peer]
 
     def check(self, errors: dict[str, Any]) -> None:
         """Logits against the torch model's, or no timing."""
@@ -126,7 +142,13 @@ class Run:
         for dtype, limit in LIMITS.items():
             wanted, ours[dtype] = self.logits(TORCH, dtype), self.logits(OURS, dtype)
             errors[f"{OURS} {dtype}"] = _error(ours[dtype], wanted, limit, dtype)
-        for name, kind in self.peers("float32").items():
+        peers = [(name, kind, PEER_LIMIT) for name, kind in self.peers("float32").items()]
+        if self.has(LLAMA):
+            kinds = {dtype: self.peers(dtype).get(LLAMA) for dtype in PEERS}
+            peers += [(LLAMA, kind, LLAMA_LIMITS[x]) for x, kind in kinds.items() if kind]
+        for name, kind, limit in dict.fromkeys(peers):
+            if name in self.stopped:
+                continue
             note: dict[str, Any] = {}
             with noted(note, self.budget()):
                 found = self.logits(name, kind)
@@ -135,7 +157,7 @@ class Run:
                 self.stopped[name] = f"not checked: {note['stopped']}"
                 self.tell("logits", {f"{name} {kind}": note})
             else:
-                errors[f"{name} {kind}"] = _error(found, ours["float32"], PEER_LIMIT, name)
+                errors[f"{name} {kind}"] = _error(found, ours["float32"], limit, f"{name} {kind}")
 
     def logits(self, engine: str, kind: str) -> torch.Tensor:
         """For what follows a fixed prompt."""
@@ -171,15 +193,19 @@ class Run:
 
     def prefill(self, found: dict[str, Any]) -> None:
         """Tokens per second of reading a prompt, everyone with the type that suits best."""
-        parts = {PACKAGE: 2 * len(PROMPTS), CPP: len(PROMPTS)}
+        prompts = PROMPTS.get(self.version, PROMPT)
+        parts = {PACKAGE: 2 * len(prompts), CPP: len(prompts), LLAMA: len(prompts)}
         budgets = {name: Budget(self.options.budget, count) for name, count in parts.items()}
-        for length in PROMPTS:
+        for length in prompts:
             command = {"do": "prefill", "tokens": length}
             contestants = {OURS: [self.way(OURS, dtype, command) for dtype in PEERS]}
-            if PACKAGE in self.options.peers:
+            if self.has(PACKAGE):
                 for dtype in ("float32", "bfloat16"):
                     contestants[f"{PACKAGE} {dtype}"] = [self.way(PACKAGE, dtype, command)]
-            if CPP in self.options.peers:
+            if self.has(LLAMA):
+                kinds = ("F32", "F16", "Q8_0", "Q4_0")
+                contestants[LLAMA] = [self.way(LLAMA, kind, command) for kind in kinds]
+            if self.has(CPP):
                 contestants[CPP] = [
                     self.way(CPP, kind, command | {"chunk": chunk})
                     for kind in ("FP32", "FP16", "Q8_0", "Q4_0")
@@ -291,7 +317,10 @@ def parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, st
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.absolute().parent}")
     here = {CPP: options.rwkv_cpp, PACKAGE: find_spec(PACKAGE), HF: find_spec(HF)}
-    wanted = list(INSTALL) if options.peers is None else options.peers
+    here[LLAMA] = find_spec("llama_cpp")
+    versions = {SIZES[size].version for size in options.sizes}
+    wanted = [x for x in options.peers or INSTALL if versions & set(VERSIONS[x])]
+    wanted = wanted if options.peers != [] else []
     options.peers = [name for name in wanted if here[name]]
     return options, {name: INSTALL[name] for name in wanted if not here[name]}
 
@@ -303,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, how in missing.items():
         console.print(f"{name} is left out, because it is not here: {how}", soft_wrap=True)
     results: dict[str, Any] = {}
+    kind = machine()["instructions"]
     report = {"results": results, "left out": missing, "complete": False, "machine": machine()}
     code = 0
 
@@ -322,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     options,
                     say,
                 )
-                found = results[size] = {"sizes": SIZES[size].to_dict()}
+                found = results[size] = {"sizes": SIZES[size].to_dict(), "instructions": kind}
                 run.check(found.setdefault("logits, relative error", {}))
                 for name in options.sections:
                     SECTIONS[name](run, found.setdefault(name, {}))

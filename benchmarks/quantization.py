@@ -1,10 +1,12 @@
 """What quantizing costs in quality: bits per byte and greedy tokens, format by format.
 
-    python benchmarks/quantization.py MODEL [TEXT ...] [--calibrate TEXT]
+    python benchmarks/quantization.py MODEL [TEXT ...] [--calibrate TEXT] [--json FILE]
+    python benchmarks/quantization.py MODEL --sums COUNT    of a model trained as sums.py says
 
 Without a text MODEL is a run folder of `receptance train`, whose validation text is read, and
 whose training text is calibrated with. Activations are float32 throughout. Checks that what was
-written to disk is what was measured, prints a table, then JSON on the last line.
+written to disk is what was measured, prints a table, then JSON on the last line. With --sums it is
+the share of right answers that the engine generates greedily, in float32, int8 and int4.
 """
 
 from __future__ import annotations
@@ -24,26 +26,32 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from sums import questions
 from torch import Tensor
 
 import receptance
 from receptance.apps.quantize import sample_text
 from receptance.data import TokenFiles
 from receptance.data.batches import Batch
+from receptance.engine import load_engine
+from receptance.inference.generation import generate
 from receptance.inference.measure import machine
 from receptance.inference.scoring import bits_per_byte, negative_log_likelihood, text_rows
 from receptance.model import Model
 from receptance.quantize import Quantized, quantize
 from receptance.quantize.calibration import Calibration
-from receptance.quantize.packing import pack
+from receptance.quantize.packing import Kind, pack
 from receptance.quantize.weights import quantize_tensors
 from receptance.storage.quantized import About, dequantized_tensors, read_quantized, write_quantized
 from receptance.tokenizer import Tokenizer
 
 CHUNK = 256
 PIECES = 8  # of the training text, to calibrate with
+ANSWERED: tuple[Kind, ...] = ("float32", "int8", "int4")
+TOGETHER, DIGITS = 64, 4  # questions in a batch; digits of an answer, at most
 
 Weights = dict[str, Tensor | Quantized]
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,14 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=100_000, help="of the text, at most")
+    parser.add_argument("--sums", type=int, help="generate the answers to so many, instead")
+    parser.add_argument("--json", type=Path, help="write the JSON to this file as well")
     options = parser.parse_args()
+    if options.sums:
+        right = track(ANSWERED, transient=True)
+        results = [{"format": x, "right, %": answered(options, x)} for x in right]
+        finish(options, results, {"questions": options.sums})
+        return
     model, tokenizer = receptance.load(options.model, dtype=torch.float32)
     tokens, num_bytes = held_out(options, tokenizer)
     rows = text_rows(tokens, start=tokenizer.end_of_text)
@@ -82,10 +97,33 @@ def main() -> None:
         model.load_state_dict({n: floats(x) for n, x in found.items()})
         results.append({"format": name, "bits/weight": bits_per_weight(model, found)})
         results[-1] |= compare(read(model, rows, (exact, reference)), reference, rows, num_bytes)
-    show(results)
     about = {"tokens": len(tokens), "bytes": num_bytes, "parameters": model.config.num_parameters}
     about |= {"calibration tokens": calibration.tokens.numel() if calibration else 0}
-    print(json.dumps({"results": results, **about, "machine": machine()}))
+    finish(options, results, about)
+
+
+def finish(options: argparse.Namespace, results: list[dict[str, Any]], about: Results) -> None:
+    """Show the table, then everything as JSON."""
+    show(results)
+    whole = json.dumps({"results": results, **about, "machine": machine()})
+    if options.json:
+        options.json.write_text(whole + "\n")
+    print(whole)
+
+
+def answered(options: argparse.Namespace, dtype: Kind) -> float:
+    """The share of held-out sums, in percent, whose greedy answers are right to the last digit."""
+    engine, tokenizer = load_engine(options.model, dtype=dtype)
+    asked = questions(options.sums)
+    right = 0
+    for at in range(0, len(asked), TOGETHER):
+        part = asked[at : at + TOGETHER]
+        prompts = [f"\n{question}" for question, _ in part]
+        found = generate(
+            engine, tokenizer, prompts, max_tokens=DIGITS + 1, temperature=0, stop=("\n",)
+        )
+        right += sum(text == answer for text, (_, answer) in zip(found, part, strict=True))
+    return 100 * right / len(asked)
 
 
 def held_out(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:

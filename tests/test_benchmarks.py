@@ -59,7 +59,7 @@ class Files:
     def ours(self, *_: object, **__: object) -> str:
         return ""
 
-    pth = ggmf = ours
+    pth = ggmf = gguf = ours
 
 
 Engines = Callable[[dict[str, dict[Any, Any]]], None]
@@ -104,7 +104,16 @@ def run(benchmark: ModuleType, capsys: pytest.CaptureFixture[str], *argv: str) -
         benchmark.main(words)
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1])
-    return report["results"]["tiny"] | {"report": report, "code": leaving.value.code, "out": out}
+    return report["results"][found_size(words)] | {
+        "report": report,
+        "code": leaving.value.code,
+        "out": out,
+    }
+
+
+def found_size(words: Sequence[str]) -> str:
+    """The size that was asked for last."""
+    return words[len(words) - words[::-1].index("--sizes")]
 
 
 def test_budgets_are_shared(benchmark):
@@ -236,11 +245,35 @@ def test_peers_are_chosen(benchmark, engines, capsys):
     assert benchmark.parsed(["--peers"])[0].peers == []
 
 
+def test_peers_take_part_in_the_versions_that_they_run(benchmark, engines, capsys):
+    sections = ["--sections", "decode", "prefill", "batches"]
+    found = run(benchmark, capsys, "--sizes", "rwkv7-tiny", *sections)
+    assert list(found["decode"]["int8"]) == ["memory bus", "receptance", "llama.cpp"]
+    assert found["logits, relative error"]["llama.cpp Q4_0"] == 0
+    bars = {x["what"]: x["wanted"] for x in found["report"]["bars"]}
+    assert bars["decode int4 / llama.cpp Q4_0"] == ">= 1.3"
+    assert bars["decode int4 / memory limit"] == ">= 0.85"
+    assert bars["prompt of 512 / llama.cpp"] == ">= 1.5"
+    assert bars["decode int8, batch 16 / batch 1"] == ">= 4"
+    assert "llama.cpp" not in run(benchmark, capsys)["decode"]["int8"]
+
+
+@pytest.mark.parametrize(("instructions", "wanted"), [("avx2", 3.5), ("avx512", 6)])
+def test_bars_depend_on_instructions(benchmark, instructions, wanted):
+    from _bars import bars
+
+    rates = {"rates": [1.0], "rate": 1.0}
+    sections = {"sizes": {"version": 4}, "instructions": instructions}
+    sections["batches"] = {"int8": {"1": rates, "16": rates}}
+    (found,) = bars({"tiny": sections})
+    assert found["wanted"] == f">= {wanted:g}" and not found["passed"]
+
+
 def test_an_unknown_peer_is_refused(benchmark, capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(["--peers", "llama"])
     error = capsys.readouterr().err
-    assert "llama" in error and "'rwkv.cpp', 'rwkv', 'transformers'" in error
+    assert "llama" in error and "'rwkv.cpp', 'rwkv', 'transformers', 'llama.cpp'" in error
 
 
 def test_an_absent_peer_is_named(benchmark, engines, capsys, monkeypatch):

@@ -244,3 +244,15 @@ def test_numbered_tokens_are_a_vocabulary_of_any_size():
     tokenizer = measure.NumberedTokens(70_000)
     assert tokenizer.vocab_size == 70_000
     assert tokenizer.encode(tokenizer.decode([7, 69_999])) == [7, 69_999]
+
+
+@pytest.mark.parametrize(("version", "narrow"), [(4, True), (5.0, False)])
+def test_types_that_no_kernel_runs_are_left_out(version, narrow, tmp_path, monkeypatch):
+    model = make_model(width=64, version=version)
+    save(model, tmp_path / "model", ByteTokenizer())
+    figures = {"about": {"sizes": model.config.to_dict()}, "load s": 1.0}
+    monkeypatch.setattr(bench, "_in_a_process", lambda *_: iter([dict(figures)]))
+    monkeypatch.setattr(bench.native, "is_available", lambda: True)
+    findings = bench.Findings()
+    bench._measure_all(bench.Options(), str(tmp_path / "model"), findings)
+    assert list(findings.results) == ["float32", "bfloat16", *["int8", "int4"] * narrow]

@@ -43,7 +43,7 @@ BAD = [
     (b'{"text": 5}', "field 'text' is int, not a text"),
     (b'{"text": null}', "NoneType"),
     (b'{"text": "\xff"}', "not UTF-8"),
-    (b'{"prompt": "a", "response": "b"}', "set template to say how"),
+    (b'{"prompt": "a", "response": "b"}', "say with template= how"),
     (b"[" * 100_000, "not JSON"),
 ]
 

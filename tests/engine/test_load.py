@@ -251,3 +251,11 @@ def test_without_kernels_a_quantized_directory_runs_in_torch(saved, tmp_path, mo
         torch.testing.assert_close(engine(IDS)[0], wanted, atol=2e-3, rtol=0)
     with pytest.raises(ValueError, match="were not built"):
         load_engine(there, backend="native")
+
+
+def test_types_that_no_kernel_runs_for_a_version(tmp_path):
+    save(make_model(width=64, version=5.0), tmp_path / "model", ByteTokenizer())
+    with pytest.raises(
+        ValueError, match=r"dtype is int8; .* the native kernels do not run RWKV-5.0"
+    ):
+        load_engine(tmp_path / "model", dtype="int8", device="cpu")

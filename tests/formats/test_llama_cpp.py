@@ -116,14 +116,16 @@ def logits(model: Model, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]))[0][0]
 
 
-def model_for(rows: int) -> Model:
-    return make_model(rows, width=128, layers=3, version=7)
+def model_for(rows: int, version: float) -> Model:
+    return make_model(rows, width=128, layers=3, version=version)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_it_gives_our_ids_logits_and_text(tmp_path, name):
+@pytest.mark.parametrize(
+    ("version", "name"), [*((7, name) for name in TOKENIZERS), (6, "World"), (6, "BPE")]
+)
+def test_it_gives_our_ids_logits_and_text(tmp_path, version, name):
     tokenizer = TOKENIZERS[name]
-    model = model_for(tokenizer.vocab_size)
+    model = model_for(tokenizer.vocab_size, version)
     path = write(tmp_path / "x.gguf", model, tokenizer=tokenizer)
     found = theirs(path, count=40)
     assert found["ids"] == tokenizer.encode(TEXT)
@@ -140,11 +142,12 @@ def test_it_gives_our_ids_logits_and_text(tmp_path, name):
     assert found["chat"] == TEMPLATES["world"].prompt("why?")
 
 
+@pytest.mark.parametrize("version", [6, 7])
 @pytest.mark.parametrize(
     ("kind", "bound"), [("F16", 0.02), ("BF16", 0.1), ("Q8_0", 0.3), ("Q4_0", 0.3)]
 )
-def test_files_of_narrow_matrices(tmp_path, kind, bound):
-    path = write(tmp_path / "x.gguf", model_for(256), kind, ByteTokenizer())
+def test_files_of_narrow_matrices(tmp_path, version, kind, bound):
+    path = write(tmp_path / "x.gguf", model_for(256, version), kind, ByteTokenizer())
     found = theirs(path)
     file = open_gguf(path)
     wanted = logits(Model.from_tensors(file.config, dict(file), dtype=torch.float32), found["ids"])

@@ -8,8 +8,9 @@ import pytest
 from running_server import Running, start
 from tiny import make_model
 
-from receptance.data.templates import find_template
+from receptance.data.templates import TEMPLATES, Message, find_template
 from receptance.server.cache import StateCache
+from receptance.server.prompts import render
 from receptance.server.serving import Served
 from receptance.tokenizer import ByteTokenizer
 
@@ -41,3 +42,11 @@ def test_a_turn_reads_what_is_new_and_no_more(running):
             talk.append({"role": "assistant", "content": before})
             sizes.append(usage["prompt_tokens"])
     assert sizes[-1] > TURNS / 2 * sizes[0]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_end_where_the_template_says(name):
+    """Those of RWKV-7 G1 go on after a blank line."""
+    found = render(find_template(name), ByteTokenizer(), [Message("user", "why?")])
+    assert found.stops == find_template(name).stops
+    assert ("\n\n" in found.stops) == (name != "g1")

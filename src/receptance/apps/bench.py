@@ -21,9 +21,10 @@ from rich.table import Table
 from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.atomic import check_replaceable, written
-from receptance.config import published
+from receptance.config import ModelConfig, published
 from receptance.engine import load_engine
 from receptance.engine.load import check_threads
+from receptance.engine.native import supports
 from receptance.errors import out_of_memory
 from receptance.inference import measure
 from receptance.ops import native
@@ -36,6 +37,7 @@ from receptance.storage.quantized import is_quantized
 _MEMORY_TOKENS = 100
 # The size of the random weights that are measured without a model.
 _SIZE = "169m"
+_NARROW = ("int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,11 @@ class Options:
     """The model, as for `receptance generate`. Without it, random weights of a published size are
     measured."""
     size: str | None = None
-    """Give the random weights this published size: 169m (the default) to 14b, or rwkv7-0.1b to
+    """Give the random weights this published size: 169m (the default) to 14b, or rwkv5-0.1b to
     rwkv7-13.3b."""
     dtypes: tuple[Kind | Literal["stored"], ...] = ()
     """Compare these types of weights; "stored" is the type in the files. The default is float32 and
-    bfloat16, and int8 and int4 if there are kernels for them; a quantized model has its own."""
+    bfloat16, and int8 and int4 if kernels run the model; a quantized model has its own."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Decode this number of rows together."""
     prefill: tuple[int, ...] = (256, 2048)
@@ -151,7 +153,12 @@ def _reporting(console: Console, options: Options, findings: Findings) -> Iterat
 def _usual_dtypes(source: str) -> tuple[str, ...]:
     if is_quantized(existing(source)):
         return ("stored",)
-    return ("float32", "bfloat16", *(("int8", "int4") if native.is_available() else ()))
+    return ("float32", "bfloat16", *(_NARROW if native.is_available() else ()))
+
+
+def _has_kernels(findings: Findings) -> bool:
+    """Whether native kernels run the model, whose sizes were found with its first type."""
+    return supports(ModelConfig.from_dict(findings.about["sizes"]))
 
 
 def _measure_all(options: Options, source: str, findings: Findings) -> None:
@@ -162,6 +169,9 @@ def _measure_all(options: Options, source: str, findings: Findings) -> None:
     with progress_bar(console) as bar:
         task = bar.add_task("bench", total=steps * len(dtypes), note="")
         for dtype in dtypes:
+            if not options.dtypes and dtype in _NARROW and not _has_kernels(findings):
+                bar.update(task, advance=steps)
+                continue
             bar.update(task, note=f"{dtype}: loading")
             for figures in _in_a_process(options, source, dtype):
                 findings.about = figures.pop("about", findings.about)

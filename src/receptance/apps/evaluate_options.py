@@ -101,7 +101,7 @@ class Options:
     include_path: tuple[Path, ...] = ()
     """Look for tasks in the YAML files of this folder as well."""
     apply_chat_template: str | None = None
-    """Lay tasks out as a chat by this template: world, raven, instruction or qa."""
+    """Lay tasks out as a chat by this template: world, raven, instruction, qa or g1."""
     max_length: int | None = None
     """Read windows of at most this number of tokens, as Transformers with a limited context do,
     instead of texts of any length with carried state."""

@@ -161,7 +161,7 @@ def encode_document(
         ids = [token for chunk in chunks([text]) for token in tokenizer.encode(chunk)]
         return ids, None, len(text)
     if is_example(record):
-        raise ValueError("it holds an example; set template to say how that is laid out")
+        raise ValueError("it holds an example; say with template= how that is laid out")
     known = ", ".join(map(str, record)) or "none at all"
     raise ValueError(f"no field {field!r}; there are {known}; set text_field to one of them")
 

@@ -134,13 +134,13 @@ def load_engine(
         if adapter is None:
             packed = open_quantized(opened)
             if (chosen := _choose(backend, place, packed.config)) != "torch":
-                _check_effect(options, chosen)
+                _check_effect(options, chosen, packed.config)
                 own = packed.tokenizer
                 found = chosen_tokenizer(opened.path, packed.config, own, tokenizer)
                 return _packed_engine(packed, chosen, place, options), found
     config, tensors, found = read_opened(opened, source, tokenizer)
     chosen = _choose(backend, place, config)
-    _check_effect(options, chosen)
+    _check_effect(options, chosen, config)
     if chosen == "torch":
         return _torch_engine(opened, config, tensors, place, options), found
     return _kernel_engine(config, tensors, chosen, place, options, beside), found
@@ -231,7 +231,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _check_effect(options: EngineOptions, chosen: Backend) -> None:
+def _check_effect(options: EngineOptions, chosen: Backend, config: ModelConfig) -> None:
     """ValueError for options that the chosen backend would ignore."""
     if options.threads is not None and chosen != "native":
         raise ValueError(
@@ -243,9 +243,14 @@ def _check_effect(options: EngineOptions, chosen: Backend) -> None:
             f"group is {options.group}; torch runs no integer weights, so leave out group="
         )
     if chosen == "torch" and options.dtype not in (None, *_TORCH_DTYPES):
+        kernels = (
+            "run the others on a CPU (`receptance doctor` says if they were built)"
+            if supports(config)
+            else f"do not run RWKV-{config.version}"
+        )
         raise ValueError(
             f"dtype is {options.dtype}; torch runs {' and '.join(_TORCH_DTYPES)} only, and the "
-            "native kernels run the others on a CPU (`receptance doctor` says if they were built)"
+            f"native kernels {kernels}"
         )
 
 
