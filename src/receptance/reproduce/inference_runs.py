@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 from typing import Any
 
 from receptance.evaluation.intervals import Estimate, fitted_line
@@ -78,9 +80,9 @@ class Run:
             for word, n, place in ends:
                 yield self._figure(f"{named} {word} {n}", self.found[what][place] * scale, unit)
             slope = fitted_line(tokens, self.found[what], "parts of the run").slope
-            on_top = slope.map(lambda x, by=1000 * scale: x * by)
             if what == "bytes":  # They are counted, so that nothing is uncertain about them.
-                on_top = Estimate(on_top.value, None, None, "")
+                slope = Estimate(slope.value, None, None, "")
+            on_top = slope.map(partial(mul, 1000 * scale))
             yield self._figure(f"{named}, on top per 1,000 tokens", on_top, unit)
         yield self._figure("all tokens", self.seconds, "s")
         yield self._figure("power of the tokens with which seconds grow", self.power(), "")

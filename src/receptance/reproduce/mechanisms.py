@@ -36,6 +36,8 @@ class Mechanism:
     """The time of T and d, up to a factor."""
     kept: Callable[[int, int], float]
     """The space of T and d beyond q, k, v and out, up to a factor."""
+    dropped: str = ""
+    """The term of the table's space that is not in `kept`: inputs, which all have."""
     fast: Read | None = None
     """A form that a machine runs well, if there is one, to be timed."""
 
@@ -123,6 +125,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=attention,
         steps=lambda t, d: t * t * d,
         kept=lambda t, d: t * t,
+        dropped="Td",
         fast=attention,
     ),
     "Linear Transformer": Mechanism(
@@ -131,6 +134,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=linear_attention,
         steps=lambda t, d: t * d * d,
         kept=lambda t, d: d * d,
+        dropped="Td",
         fast=linear_attention_in_chunks,
     ),
     "Performer": Mechanism(
@@ -139,6 +143,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=performer,
         steps=lambda t, d: t * d * d * math.log(d),
         kept=lambda t, d: d * d * math.log(d),
+        dropped="Td log d",
     ),
     "AFT-full": Mechanism(
         time="O(T²d)",
