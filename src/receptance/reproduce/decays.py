@@ -18,7 +18,15 @@ from receptance.analysis.decays import (
 )
 from receptance.evaluation.results import Figure, Result, Subject
 from receptance.plots import Line, Panel
-from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
+from receptance.reproduce.experiment import (
+    AGREES,
+    Check,
+    Experiment,
+    Found,
+    Piece,
+    Work,
+    verdict,
+)
 from receptance.storage.checkpoint import load
 
 NOW, BEFORE = "after training", "before training"
@@ -70,6 +78,9 @@ class Decays(Experiment):
         figures, curves = decay_figures(name, decays, first=1)
         return Found(
             checks=checks(decays[NOW], decays[BEFORE]),
+            headline="the starting values alone have this form, and training keeps it"
+            if verdict(checks(decays[NOW])) == verdict(checks(decays[BEFORE])) == AGREES
+            else "",
             models=[Subject(name=name, fingerprint=it["fingerprint"], about=it["about"])],
             figures=[*figures, *_moved(name, decays)],
             curves=curves,

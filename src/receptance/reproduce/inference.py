@@ -90,7 +90,7 @@ class Inference(Experiment):
     @classmethod
     def quick(cls) -> Inference:
         """Small models, and a text that is long for them."""
-        return cls(sizes=("64x2", "128x4", "256x4"), vocabulary=512, tokens=256, windows=8)
+        return cls(sizes=("64x2", "128x4", "192x4"), vocabulary=512, tokens=256, windows=8)
 
     def pieces(self) -> list[Piece]:
         """Every model in every way of remembering and every precision."""
