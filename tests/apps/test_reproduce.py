@@ -1,14 +1,20 @@
 """`receptance reproduce`: the list, one experiment, and what it refuses."""
 
+import base64
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command import call
 
+from receptance.analysis import EVERYTHING
 from receptance.apps.gallery import BEGIN, ELSEWHERE, END, _plain, command, gallery
 from receptance.apps.options import parse
+from receptance.apps.paper import PaperPage, _form
 from receptance.apps.reproduce import COMMANDS
-from receptance.evaluation.results import Result
+from receptance.evaluation.report import write_report
+from receptance.evaluation.results import Curve, Result
 from receptance.reproduce.experiment import Work
 from receptance.reproduce.registry import EXPERIMENTS
 
@@ -42,6 +48,60 @@ def test_one_experiment_and_its_report(tmp_path):
     assert "half-life" in (out / "decays.svg").read_text()
     assert call("report", out, "--out", tmp_path / "r.html").code == 0
     assert "Figure 10 of the paper, agrees" in (tmp_path / "r.html").read_text()
+
+
+def test_the_page_has_the_pictures_and_loads_nothing(tmp_path):
+    made = {}
+    for name in ("trace", "decays", "sizes"):
+        made[name] = result = Result(
+            kind="reproduce",
+            what=f"{name} of the paper",
+            options=_plain(EXPERIMENTS[name]()),
+            curves=[
+                Curve(
+                    name="x" if name != "trace" else "log p(answer)",
+                    x_name="a",
+                    x=[1.0, 2.0],
+                    y_name="b",
+                    y=[1.0, 2.0],
+                    about={"place": EVERYTHING, "token": "t", "layer": 0, "when": "after"},
+                )
+            ],
+            details={
+                "experiment": name,
+                "verdict": "agrees",
+                "caption": "7 tokens",
+                "checks": [
+                    {"claim": "<b>", "found": "1 & 2", "rule": "r", "verdict": "agrees"},
+                ],
+            },
+            notes=["claim", "said", "a remark"],
+        )
+        result.save(tmp_path / f"{name}.json")
+    other = replace(made["sizes"], options={"old": 1}, what="of an older version")
+    other.save(tmp_path / "old.json")
+    replace(made["sizes"], kind="text", what="something else").save(tmp_path / "other.json")
+    write_report(tmp_path, tmp_path / "r.html", PaperPage())
+    page = (tmp_path / "r.html").read_text()
+    titles = re.findall("<h2>([a-z ]+)</h2>", page)
+    wanted = [f"{name} of the paper" for name in ("sizes", "decays", "trace")]
+    assert titles == [*wanted, "of an older version", "something else"]
+    assert page.count('src="data:image/svg+xml;base64,') == 3 and page.count("<img") == 3
+    svg = base64.b64decode(re.findall(r"base64,([^\"]+)", page)[0])
+    assert b"<svg" in svg and b"<script" not in svg
+    assert "<b>" not in page and page.count('<td data-head="what was measured">1 &amp; 2</td>') == 3
+    for said in ("7 tokens", "a remark", "prompts (Appendix L", "complexity (Table 1): it was not"):
+        assert said in page
+    assert "<li>said</li>" not in page.partition("of an older version</h2>")[0]
+    assert "<script" not in page and 'src="http' not in page
+
+
+def test_the_page_says_which_form_it_was():
+    kind = EXPERIMENTS["complexity"]
+    details = {"experiment": "complexity"}
+    for one, said in ((kind.quick(), "quick form (--quick)"), (kind(), "full form, or one of")):
+        made = Result(kind="reproduce", what="", options=_plain(one), details=details)
+        assert said in _form(made)
 
 
 def test_the_gallery_is_made_of_results(tmp_path):

@@ -98,6 +98,7 @@ def test_the_page_loads_nothing_and_has_no_scripts():
     reader = read(written)
     assert reader.loads == []
     assert not {"script", "link", "img", "iframe", "object"} & set(reader.names)
+    assert "default-src 'none'" in written
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", written)
     assert 'name="viewport"' in written and "prefers-color-scheme: dark" in written
     assert reader.names.count("svg") == 2 and "c is damaged" in "".join(reader.words)
@@ -129,6 +130,9 @@ def test_text_of_results_is_no_markup():
         ({"value": 12345678.0}, ">12,345,678<"),
         ({"value": 0.0001234567}, ">0.00012346<"),
         ({"value": math.nan}, ">nan<"),
+        ({"value": 122_502_505_957_376_336.0}, ">1.225e+17<"),
+        ({"value": 2.0 + 1e-15, "low": 2.0 - 1e-15, "high": 2.0 + 2e-15}, "2<small>2 … 2<"),
+        ({"value": -1e-4, "low": -0.05, "high": 0.05}, ">0.000<small>-0.050 … 0.050"),
         ({"value": math.inf}, ">inf<"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from receptance.config import PUBLISHED_SIZES, ModelConfig
-from receptance.reproduce import mechanisms
+from receptance.evaluation.intervals import Estimate, Line
+from receptance.reproduce import complexity, mechanisms
 from receptance.reproduce.complexity import COUNTED, Complexity
 from receptance.reproduce.experiment import AGREES, DIFFERS, Work, verdict
 from receptance.reproduce.mechanisms import MECHANISMS, drawn
@@ -40,7 +41,8 @@ def test_a_model_that_looks_its_head_up_as_well_is_found_out():
     found = counted(PUBLISHED_SIZES["169m"])
     assert verdict(checks({"169m": found | {FLOPS: found[FLOPS] - 2 * 50277 * 768}})) == DIFFERS
     narrow = counted(ModelConfig(vocab_size=50277, width=768, num_layers=12, ffn_width=768))
-    assert [check.agrees for check in checks({"169m": narrow})] == [False, False]
+    assert [check.agrees for check in checks({"169m": narrow})][:2] == [False, False]
+    assert checks({"169m": found | {FLOPS: found[FLOPS] // 2}})[2].agrees is False
     assert "Slip" in slips({"169m": found})[1]
 
 
@@ -91,11 +93,32 @@ def test_rwkv_has_the_slopes_of_the_table_and_attention_under_its_name_has_not(
     def of_rwkv(result):
         return next(x for x in result.details["checks"] if x["claim"].startswith("RWKV:"))
 
-    assert of_rwkv(results(tmp_path))["agrees"]
+    right = results(tmp_path)
+    assert of_rwkv(right)["agrees"] and right.details["checks"][-1]["agrees"]
+    assert "Td counts inputs and is left out" in right.details["checks"][0]["claim"]
+    assert all(x.low is None or "seconds" in x.name for x in right.figures)
     swapped = dataclasses.replace(MECHANISMS["RWKV"], read=mechanisms.attention)
     monkeypatch.setitem(MECHANISMS, "RWKV", swapped)
     wrong = results(tmp_path)
     assert not of_rwkv(wrong)["agrees"] and wrong.details["verdict"] == DIFFERS
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wanted"),
+    [
+        ((0.9, 1.1), (1.5, 2.5), True),
+        ((0.5, 1.5), (1.5, 2.5), None),
+        ((0.9, 1.1), (1.1, 2.5), None),
+        ((1.8, 2.2), (1.5, 2.5), False),
+        ((0.9, 1.1), (0.9, 1.1), False),
+    ],
+)
+def test_intervals_of_time_decide(ours, theirs, wanted):
+    slopes = {
+        (name, "seconds", "T"): (Line(Estimate(sum(x) / 2, *x, ""), 0, 1), None)
+        for name, x in (("RWKV", ours), ("Transformer", theirs))
+    }
+    assert complexity._in_seconds(slopes).agrees is wanted
 
 
 def test_mistakes():

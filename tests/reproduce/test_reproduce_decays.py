@@ -20,6 +20,10 @@ def test_the_model_in_the_box_shows_it(tmp_path):
     result = experiment.result([(piece, found)], 0.0)
     assert result.details["verdict"] == AGREES
     assert [panel.y for panel in experiment.panels(result)] == ["share", "tokens"]
+    for check in result.details["checks"]:
+        assert "Before training it was " in check["found"]
+    assert "agrees: the starting values alone have this form" in result.what
+    assert {x.about["layer"] for x in result.figures} == set(range(1, 7))
     layers = len(found[NOW])
     assert all(len(panel.lines) == 2 * layers for panel in experiment.panels(result))
 

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from receptance.analysis import starting_log_decays
+from receptance.config import ModelConfig
 from receptance.evaluation.results import Curve
-from receptance.reproduce import bounds, norms
+from receptance.reproduce import bounds, gradients, norms
 from receptance.reproduce.bounds import IDENTITIES, SHARES, derivatives, weights
 from receptance.reproduce.experiment import AGREES, DIFFERS, Work, verdict
 from receptance.reproduce.gradients import (
@@ -16,6 +18,7 @@ from receptance.reproduce.gradients import (
     Gradients,
     bound_checks,
     stability_checks,
+    starting_weights,
 )
 from receptance.reproduce.norms import NETWORKS, backward, network
 
@@ -82,6 +85,33 @@ def test_an_lstm_under_the_name_of_rwkv_is_found_out(tmp_path, monkeypatch):
     assert result.details["verdict"] == DIFFERS
     depth, back = (check["agrees"] for check in result.details["checks"][3:])
     assert depth is False and back is False
+
+
+def test_the_weights_of_the_decays_are_those_of_the_average():
+    """A channel's share of a token is a geometric series; a root mean square is taken of all."""
+    weight = starting_weights(8, 2)
+    rates = -starting_log_decays(ModelConfig(vocab_size=1, width=8, num_layers=2)).double()
+    for distance in (1, 5):
+        by_hand = [(1 - math.exp(-w)) * math.exp(-w * (distance - 1)) for w in rates.flatten()]
+        wanted = math.sqrt(sum(x * x for x in by_hand) / len(by_hand))
+        assert weight(distance) == pytest.approx(wanted)
+
+
+def test_what_float32_cannot_hold_has_no_point():
+    curve = gradients._curve(BACK, "", {1: [1.0, 2.0], 2: [1e-3, 1e-4], 4: [1e-39, 0.0]}, "LSTM")
+    assert curve.x == [1, 2] and min(curve.y) > 1e-4
+
+
+def test_a_gradient_that_falls_faster_than_the_decays_is_found_out():
+    def check(far):
+        curves = {
+            model: Curve(name=BACK, x_name="", x=[1, 64], y_name="", y=[1, y], model=model)
+            for model, y in (("RWKV", far), ("LSTM", 1e-9), ("Transformer", 1.0))
+        }
+        return gradients._vanishes_with_the_decay(curves, lambda d: 1 / d)
+
+    assert check(1 / 64).agrees and not check(1 / 64 / 4).agrees
+    assert "LSTM keeps 1.00e-09" in check(1 / 64).found
 
 
 def test_the_verdict_follows_from_the_curves():

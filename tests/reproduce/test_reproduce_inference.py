@@ -12,13 +12,14 @@ pytest.importorskip("transformers")
 from receptance.engine.base import Engine
 from receptance.evaluation.compare.families import EngineDecoder
 from receptance.evaluation.results import Result
-from receptance.reproduce import inference
+from receptance.reproduce import inference, inference_runs
 from receptance.reproduce.experiment import DIFFERS, Work
 from receptance.reproduce.generators import (
     CACHE,
     NO_CACHE,
     RWKV,
     STATE,
+    TORCH,
     TRANSFORMERS,
     Setting,
     decoder,
@@ -26,9 +27,10 @@ from receptance.reproduce.generators import (
     watched,
 )
 from receptance.reproduce.inference import Inference
+from receptance.reproduce.inference_runs import ALL_MEMORY, ALL_TIME, Run
 from receptance.reproduce.mechanisms import Counter
 
-TINY = Inference(width=32, layers=2, vocabulary=64, tokens=48, windows=4, device="cpu")
+TINY = Inference(sizes=("16x2", "32x2"), vocabulary=64, tokens=48, windows=4, device="cpu")
 SETTING = Setting(width=32, layers=2, vocabulary=64, positions=99, device="cpu", dtype="float32")
 
 
@@ -74,11 +76,15 @@ def verdicts(result):
     return [check["agrees"] for check in result.details["checks"]]
 
 
-@pytest.mark.slow  # Nine models generate, and every operation is counted.
+@pytest.mark.slow  # Twenty models generate, and every operation is counted.
 def test_constant_cost_is_that_of_the_state(tmp_path, by_operations, monkeypatch):
     right = run(tmp_path)
-    assert verdicts(right) == [True] * 5
-    assert len(right.curves) == 27 and [len(x.lines) for x in TINY.panels(right)] == [9] * 3
+    assert verdicts(right) == [True] * 7
+    assert {x.name for x in right.curves if x.x_name == "parameters"} == {ALL_TIME, ALL_MEMORY}
+    # Over tokens, those of the largest size; plain torch has the memory of RWKV already.
+    assert [len(x.lines) for x in TINY.panels(right)] == [10, 10, 9, 10, 9]
+    counts = [x for x in right.figures if x.name.startswith("memory")]
+    assert counts and all(x.low is None for x in counts), "what is counted has no interval"
     cached = [note for note in right.notes if note.startswith("With its KV cache")]
     assert len(cached) == len(TRANSFORMERS)
 
@@ -90,7 +96,36 @@ def test_constant_cost_is_that_of_the_state(tmp_path, by_operations, monkeypatch
     monkeypatch.setattr(inference, "decoder", lambda *named: without_state(*named)[0])
     wrong = run(tmp_path)
     assert wrong.details["verdict"] == DIFFERS
-    assert verdicts(wrong)[0] is False and verdicts(wrong)[2] is False
+    time, _, memory, _, linear, more, least = verdicts(wrong)
+    assert time is False and memory is False and linear is False and more is True
+    assert least is False
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_a_cache_takes_the_bytes_of_its_keys_and_values(model):
+    """And those of the keys of the layer at which a step is, whose old ones are still there."""
+    made, module = watched(model, CACHE, SETTING)
+    first, second = inference.remembered(made, module, 64, 2, SETTING)
+    wanted = 4 * 32 * (2 * SETTING.layers * SETTING.width + SETTING.width)
+    assert wanted <= second - first <= 1.1 * wanted
+
+
+@pytest.mark.parametrize(("power", "wanted"), [(1.0, True), (1.15, None), (2.0, False)])
+def test_the_power_of_time_decides(power, wanted):
+    """Of RWKV; a Transformer has to have another."""
+    tokens = [16, 32, 48, 64]
+    parts = [1e-3 * (n**power - (n - 16) ** power) / 16 for n in tokens]
+    found = {"tokens": tokens, "step": parts, "seconds": [1, 2, 3, 900]}  # It was stopped once.
+    one = Run({"model": RWKV, "how": STATE, "size": "16x2"}, found)
+    assert one.power() == pytest.approx(power)
+    assert inference_runs._linear(one).agrees is wanted
+    more = {True: False, None: None, False: True}
+    assert inference_runs._more_than_linear([one]).agrees is more[wanted]
+
+
+def test_who_computes_is_said():
+    assert inference.runs_by(decoder(RWKV, TORCH, SETTING)) == "plain torch"
+    assert inference.runs_by(decoder("OPT", CACHE, SETTING)) == "plain torch"
 
 
 @pytest.mark.parametrize("model", TRANSFORMERS)
@@ -126,7 +161,9 @@ def test_models_are_of_one_size():
     [
         ({"windows": 2}, "windows is 2; wanted 3 or more"),
         ({"tokens": 20}, "windows is 16; wanted 3 or more, of at least 2 of the 20 tokens"),
-        ({"layers": 3}, "layers is 3; GPT-Neo needs an even number"),
+        ({"sizes": ("16x3",)}, "sizes has 16x3; GPT-Neo needs an even number of layers"),
+        ({"sizes": ("16x2", "16x2")}, "name each once"),
+        ({"dtypes": ("int8",)}, "wanted first one that transformers run as well"),
     ],
 )
 def test_mistakes(change, message):

@@ -1,11 +1,14 @@
 """The scaling law: fronts and fits are right, and a loss that compute does not lower is no law."""
 
+import math
+
 import pytest
 from tiny import TEXT
 
+from receptance.evaluation.intervals import fitted_line
 from receptance.evaluation.results import Result
 from receptance.reproduce.experiment import AGREES, DIFFERS, NOT_SHOWN, Work, verdict
-from receptance.reproduce.power_law import SLOPE, PowerLaw, front
+from receptance.reproduce.power_law import SLOPE, PowerLaw, edge, front
 from receptance.reproduce.scaling import Scaling
 
 COMPUTES = [10 ** (10 + n / 3) for n in range(10)]
@@ -41,6 +44,45 @@ def test_models_that_stop_to_gain_do_not_show_it():
     found = law(lambda compute: power(min(compute, limit)) - 1e-9 * compute / limit)
     assert verdict(found.checks()) == DIFFERS
     assert not found.checks()[1].agrees
+
+
+def test_what_smaller_sizes_had_no_tokens_for_decides_nothing():
+    """A small model with a power law of its own, and larger ones that are worse at each compute."""
+    sizes = {
+        name: [(times * c, waste * power(times * c)) for c in COMPUTES[:7]]
+        for name, times, waste in (("8x1", 1, 1.0), ("16x1", 4, 1.02), ("32x1", 400, 1.4))
+    }
+    outer = edge(sizes)
+    assert [x for x in sizes["32x1"] if x not in outer] == [sizes["32x1"][0]]
+    points = [point for some in sizes.values() for point in some]
+    found = PowerLaw(points, 10, outer)
+    assert found.edge and not set(found.edge) & {*found.fitted, *found.beyond}
+    assert found.checks()[1].agrees is None
+    assert "decide nothing (+" in found.checks()[1].found
+    assert PowerLaw(points, 10).checks()[1].agrees is False, "as it was without this rule"
+    assert "optimal, at the edge of the grid" in [curve.name for curve in found.curves()]
+
+
+def test_predictions_that_miss_the_form_decide_nothing():
+    """Each within five percent, but no better than the mean of what was held out."""
+    tilted = [
+        (c, power(c) * (0.97 if n == 7 else 1.03 if n == 8 else 1)) for n, c in enumerate(COMPUTES)
+    ]
+    found = PowerLaw(tilted, 10)
+    found.beyond = tilted[7:9]
+    assert max(map(abs, found.errors())) < 0.05 and found.predicted_r2() < 0.75
+    assert found._holds().agrees is None
+
+
+@pytest.mark.parametrize(("wobble", "wanted"), [(0.0, True), (0.06, None), (0.2, False)])
+def test_a_line_that_is_nearly_one_decides_nothing(wobble, wanted):
+    """As a coarse grid makes steps in the front."""
+    optimal = [(c, power(c) * (1 + wobble * (-1) ** n)) for n, c in enumerate(COMPUTES)]
+    found = PowerLaw(optimal, 1.5)
+    found.fitted = optimal
+    x, y = zip(*optimal, strict=True)
+    found.fit = fitted_line([math.log10(c) for c in x], [math.log10(v) for v in y])
+    assert found._straight().agrees is wanted
 
 
 def test_without_a_line_there_is_no_law():

@@ -44,6 +44,8 @@ def test_the_printed_recipe_kills_channel_mixing(tmp_path):
     printed, _ = result.details["checks"]
     assert not printed["agrees"] and "exactly 0 for 0.ffn.key" in printed["found"]
     assert result.details["verdict"] == DIFFERS
+    assert "does not agree: the recipe that the paper prints stops channel mixing" in result.what
+    assert any("the deviation √(d/s) is 2." in note for note in result.notes)
     assert {curve.name for curve in result.curves} == {
         "training loss",
         "gradient of channel mixing",
@@ -59,7 +61,7 @@ def test_a_recipe_with_a_key_is_not_called_dead(tmp_path, monkeypatch):
 
     monkeypatch.setitem(initialization.STARTS, PRINTED, repaired)
     result, _ = done(Initialization, tmp_path)
-    assert result.details["checks"][0]["agrees"]
+    assert result.details["checks"][0]["agrees"] and "stops" not in result.what
 
 
 def test_starting_values_that_kill_are_found_out_under_any_name():
@@ -88,7 +90,9 @@ def test_three_embeddings_are_trained_on_the_same_text(tmp_path):
     # All start at about ln V, as the head's output is small.
     assert max(first) - min(first) < 2 and len(found[0][1]["losses"]) == 10
     assert found[0][1]["losses"] != found[3][1]["losses"]
-    assert [curve.model for curve in result.curves] == [SMALL, NORMAL, BARE]
+    assert [curve.model for curve in result.curves] == [SMALL, NORMAL, BARE, NORMAL, BARE]
+    small, usual, _, more, _ = (curve.y for curve in result.curves)
+    assert more == pytest.approx([b - a for a, b in zip(small, usual, strict=True)])
     # The layer norm on the embedding is gone: a weight and a bias.
     sizes = {x.name: x.about["parameters"] for x in result.models}
     assert sizes[SMALL] - sizes[BARE] == 2 * 16

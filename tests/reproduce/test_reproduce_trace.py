@@ -6,7 +6,7 @@ from tiny import TEXT, make_model, small_bpe
 import receptance
 from receptance.analysis import EVERYTHING
 from receptance.reproduce import facts, trace
-from receptance.reproduce.experiment import AGREES, NOT_SHOWN, Work
+from receptance.reproduce.experiment import NOT_SHOWN, Work
 from receptance.reproduce.trace import CausalTrace
 
 
@@ -25,7 +25,10 @@ def run(experiment, folder):
 @pytest.mark.slow  # A model is trained.
 def test_the_planted_way_is_found(tmp_path):
     found = run(CausalTrace(samples=4), tmp_path)
-    assert found.details["verdict"] == AGREES
+    *tool, paper = [check["agrees"] for check in found.details["checks"]]
+    assert tool == [True] * 5 and paper is None
+    assert found.details["verdict"] == NOT_SHOWN, "the figure is that of another model"
+    assert "planted" in found.what and "were not used here" in found.notes[-1]
     panels = CausalTrace().panels(found)
     assert EVERYTHING in panels[0].title and panels[0].rows == list(facts.TEXTS)
     assert len(panels[0].matrix) == len(facts.TEXTS)
@@ -44,9 +47,10 @@ def test_without_the_carrier_it_is_not(tmp_path, monkeypatch, wrong):
             other = facts.trained()
         monkeypatch.setattr(facts, "trained", lambda: other)
     found = run(CausalTrace(samples=2), tmp_path)
-    assert found.details["verdict"] != AGREES
+    answers = [check["agrees"] for check in found.details["checks"]]
+    assert not all(answers[:-1])
     if wrong == "no carrier":
-        assert found.details["verdict"] == NOT_SHOWN
+        assert set(answers) == {None}
 
 
 def test_any_model_and_prompt(tmp_path):

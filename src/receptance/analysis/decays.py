@@ -47,11 +47,16 @@ def starting_log_decays(config: ModelConfig) -> Tensor:
     return log_decays(Model(dataclasses.replace(config, vocab_size=1, ffn_width=1)))
 
 
-def decay_figures(name: str, decays: Mapping[str, Tensor]) -> tuple[list[Figure], list[Curve]]:
-    """Median half-lives, shares and half-lives of log decays [L,C] by when they were there."""
+def decay_figures(
+    name: str, decays: Mapping[str, Tensor], first: int = 0
+) -> tuple[list[Figure], list[Curve]]:
+    """Median half-lives, shares and half-lives of log decays [L,C] by when they were there.
+
+    first is the number of the first layer.
+    """
     figures, curves = [], []
     for when, found in decays.items():
-        for layer, row in enumerate(found):
+        for layer, row in enumerate(found, start=first):
             row = row.sort(descending=True).values
             about = {"layer": layer, "when": when}
             lives = half_lives(row)

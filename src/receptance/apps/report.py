@@ -10,6 +10,7 @@ import tyro
 
 from receptance.apps.console import Console
 from receptance.apps.options import parse
+from receptance.apps.paper import PaperPage
 from receptance.evaluation.report import write_report
 from receptance.progress import say
 
@@ -33,6 +34,6 @@ def main(argv: list[str]) -> None:
     """Parse, write the page, say what was left out."""
     options = parse(Options, argv, "receptance report")
     console = Console()
-    for reason in write_report(options.results, options.out).values():
+    for reason in write_report(options.results, options.out, PaperPage()).values():
         say(console, f"left out: {reason}", style="bold yellow")
     say(console, f"report: {options.out}")

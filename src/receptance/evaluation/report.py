@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from receptance.atomic import check_replaceable, written
 from receptance.errors import one_line
@@ -20,8 +20,15 @@ from receptance.evaluation.results import FORMAT, Figure, Result
 from receptance.storage.directories import expanded
 
 _MARK = "<!-- receptance report -->"
+# The page may load nothing at all; its pictures are a part of it.
+_POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+)
 # The format of a result stands within so many bytes of its beginning.
 _SNIFFED = 200
+# An interval that is narrower than this share of its ends comes from rounding.
+_ROUNDING = 1e-12
 
 
 def _colors(ink: str, quiet: str, link: str, paper: str, shade: str, soft: str) -> str:
@@ -93,7 +100,36 @@ def _looks_like_result(path: Path) -> bool:
         return False
 
 
-def write_report(folder: str | Path, out: str | Path) -> dict[Path, str]:
+class Page:
+    """How a page tells results. A subclass knows more of some kinds of them."""
+
+    STYLE: ClassVar[str] = ""
+    """Rules of style beside those of all pages."""
+
+    def arranged(self, results: Mapping[str, Result]) -> dict[str, Result]:
+        """The results in the order of the page."""
+        return dict(results)
+
+    def front(self, results: Mapping[str, Result]) -> Iterator[str]:
+        """What stands above all, after the heading: a list of the results."""
+        if len(results) > 1:
+            items = (
+                f'<li><a href="#r{n}">{text(result.what)}</a> <small>{text(name)}</small></li>'
+                for n, (name, result) in enumerate(results.items())
+            )
+            yield f"<ul>{''.join(items)}</ul>"
+
+    def section(self, name: str, result: Result) -> Iterator[str]:
+        """What is said of the result in the file of this name."""
+        yield from head(name, result)
+        if result.notes:
+            yield "<ul>" + "".join(f"<li>{text(note)}</li>" for note in result.notes) + "</ul>"
+        yield from tables(result)
+        yield from drawn(result)
+        yield from origin(result)
+
+
+def write_report(folder: str | Path, out: str | Path, how: Page | None = None) -> dict[Path, str]:
     """Write the page of all results below a folder, and return those that cannot be read.
 
     ValueError if there is no result, or if something else than such a page is at out.
@@ -101,7 +137,8 @@ def write_report(folder: str | Path, out: str | Path) -> dict[Path, str]:
     found, unread = find_results(folder)
     path, root = expanded(out), expanded(folder)
     check_replaceable(path, "the report", "a report", _is_report)
-    content = page({str(_below(file, root)): result for file, result in found.items()}, unread)
+    named = {str(_below(file, root)): result for file, result in found.items()}
+    content = page(named, unread, how)
     with one_line(path, "the report to "), written(path) as file:
         file.write(content.encode())
     return unread
@@ -116,42 +153,49 @@ def _is_report(path: Path) -> bool:
         return _MARK.encode() in file.read(_SNIFFED)
 
 
-def page(results: Mapping[str, Result], unread: Mapping[Path, str]) -> str:
+def page(results: Mapping[str, Result], unread: Mapping[Path, str], how: Page | None = None) -> str:
     """The page of results by the names of their files."""
-    body = ["<h1>Results</h1>"]
-    if len(results) > 1:
-        items = (
-            f'<li><a href="#r{n}">{_text(result.what)}</a> <small>{_text(name)}</small></li>'
-            for n, (name, result) in enumerate(results.items())
-        )
-        body.append(f"<ul>{''.join(items)}</ul>")
+    how = how or Page()
+    results = how.arranged(results)
+    body = ["<h1>Results</h1>", *how.front(results)]
     for n, (name, result) in enumerate(results.items()):
-        body += [f'<section id="r{n}">', *_section(name, result), "</section>"]
+        body += [f'<section id="r{n}">', *how.section(name, result), "</section>"]
     if unread:
         body.append("<h2>Not read</h2>")
-        body.append("<ul>" + "".join(f"<li>{_text(why)}</li>" for why in unread.values()) + "</ul>")
+        body.append("<ul>" + "".join(f"<li>{text(why)}</li>" for why in unread.values()) + "</ul>")
     return (
-        f'<!doctype html>\n{_MARK}\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n{_MARK}\n<html lang="en"><head><meta charset="utf-8">{_POLICY}'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Results</title><style>{_PAGE_STYLE}{STYLE}</style></head>\n"
+        f"<title>Results</title><style>{_PAGE_STYLE}{STYLE}{how.STYLE}</style></head>\n"
         f"<body>{''.join(body)}</body></html>\n"
     )
 
 
-def _section(name: str, result: Result) -> Iterator[str]:
-    yield f"<h2>{_text(result.what)}</h2>"
+def head(name: str, result: Result) -> Iterator[str]:
+    """The heading of a result, and what it is."""
+    yield f"<h2>{text(result.what)}</h2>"
     seed = "" if result.seed is None else f", seed {result.seed}"
     took = "" if result.seconds is None else f", {_duration(result.seconds)}"
-    yield f'<p class="quiet">{_text(result.kind)}{seed}{took}; {_text(name)}</p>'
-    if result.notes:
-        yield "<ul>" + "".join(f"<li>{_text(note)}</li>" for note in result.notes) + "</ul>"
+    yield f'<p class="quiet">{text(result.kind)}{seed}{took}; {text(name)}</p>'
+
+
+def tables(result: Result) -> Iterator[str]:
+    """All figures."""
     for figures in _tables(result.figures):
         yield from _figure_table(figures)
-    if drawn := charts(result):
-        yield '<div class="charts">' + "".join(chart.svg() for chart in drawn) + "</div>"
+
+
+def drawn(result: Result) -> Iterator[str]:
+    """All curves, as charts."""
+    if found := charts(result):
+        yield '<div class="charts">' + "".join(chart.svg() for chart in found) + "</div>"
         named = dict.fromkeys(f"{x.name}: {x.interval}" for x in result.curves if x.interval)
         if named:
-            yield f'<p class="quiet">Intervals in the charts: {_text("; ".join(named))}.</p>'
+            yield f'<p class="quiet">Intervals in the charts: {text("; ".join(named))}.</p>'
+
+
+def origin(result: Result) -> Iterator[str]:
+    """Models, data, machine, options and details."""
     if result.models:
         yield "<h3>Models</h3>"
         yield from _things((x.name, x.fingerprint, x.about) for x in result.models)
@@ -163,7 +207,7 @@ def _section(name: str, result: Result) -> Iterator[str]:
     for title, content in (("Options", result.options), ("Details", result.details)):
         if content:
             shown = json.dumps(content, indent=1, ensure_ascii=False)
-            yield f"<details><summary>{title}</summary><pre>{_text(shown)}</pre></details>"
+            yield f"<details><summary>{title}</summary><pre>{text(shown)}</pre></details>"
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -192,10 +236,10 @@ def _figure_table(figures: Sequence[Figure]) -> Iterator[str]:
     titles = ["model", *keys][skip:]
     names = [*titles, *(name if unit in name else f"{name}, {unit}" for name, unit in columns)]
     yield '<div class="wide"><table><thead><tr>'
-    yield from (f"<th>{_text(name)}</th>" for name in names)
+    yield from (f"<th>{text(name)}</th>" for name in names)
     yield "</tr></thead><tbody>"
     for row, cells in rows.items():
-        yield "<tr>" + "".join(f"<td>{_text(word)}</td>" for word in heads[row][skip:])
+        yield "<tr>" + "".join(f"<td>{text(word)}</td>" for word in heads[row][skip:])
         for column in columns:
             inside = "<br>".join(map(_cell, cells.get(column, ())))
             yield f'<td class="number">{inside}</td>'
@@ -204,7 +248,7 @@ def _figure_table(figures: Sequence[Figure]) -> Iterator[str]:
     for name, _ in columns:
         named = dict.fromkeys(x.interval for x in figures if x.name == name and x.interval)
         if named:
-            yield f"<small>{_text(name)}: interval {_text('; '.join(named))}.</small><br>"
+            yield f"<small>{text(name)}: interval {text('; '.join(named))}.</small><br>"
 
 
 def _cell(figure: Figure) -> str:
@@ -213,9 +257,9 @@ def _cell(figure: Figure) -> str:
     if low is None or high is None:
         return _number(figure.value)
     half, three = (high - low) / 2, (figure.value, low, high)
-    if math.isfinite(half) and half > 0:
+    if math.isfinite(half) and half > _ROUNDING * max(map(abs, three)):
         places = min(8, max(0, 1 - math.floor(math.log10(half))))
-        shown = [f"{x:,.{places}f}" for x in three]
+        shown = [f"{x:z,.{places}f}" for x in three]
     else:
         shown = [_number(x) for x in three]
     return f"{shown[0]}<small>{shown[1]} … {shown[2]}</small>"
@@ -224,6 +268,8 @@ def _cell(figure: Figure) -> str:
 def _number(value: float) -> str:
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
+    if abs(value) >= 1e15:
+        return f"{value:.4g}"
     return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
 
 
@@ -234,12 +280,12 @@ def _things(things: Iterable[tuple[str, str | None, Mapping[str, Any]]]) -> Iter
     named, sealed = any(name for name, _, _ in rows), any(digest for _, digest, _ in rows)
     heads = [*(["name"] if named else []), *keys, *(["digest"] if sealed else [])]
     yield '<div class="wide"><table><thead><tr>'
-    yield from (f"<th>{_text(head)}</th>" for head in heads)
+    yield from (f"<th>{text(head)}</th>" for head in heads)
     yield "</tr></thead><tbody>"
     for name, digest, about in rows:
         cells = [*([name] if named else []), *(_value(about.get(key)) for key in keys)]
         cells += [digest[:16] if digest else ""] if sealed else []
-        yield "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+        yield "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in cells) + "</tr>"
     yield "</tbody></table></div>"
 
 
@@ -258,5 +304,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
+    """A text as it stands in a page."""
     return escape(value)

@@ -7,6 +7,7 @@ the most tokens per second are (bytes read per second) / (bytes of weights per t
 from __future__ import annotations
 
 import math
+import os
 import platform
 import statistics
 import time
@@ -108,6 +109,7 @@ def machine() -> dict[str, object]:
     return gpu | {
         "cpu": name,
         "instructions": sets[0] if sets else torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

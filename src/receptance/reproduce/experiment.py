@@ -59,6 +59,8 @@ class Found:
     figures: Sequence[Figure] = ()
     curves: Sequence[Curve] = ()
     notes: Sequence[str] = ()
+    headline: str = ""
+    """What is found, where the verdict alone would mislead: no capital, no full stop."""
     caption: str = ""
     """What stands below the picture besides models and machine: tokens, precision, seeds."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -138,9 +140,10 @@ class Experiment(ABC):
         it = self.conclude(found)
         said = [f"{self.SHOWS} of arXiv 2305.13048v2. {self.CLAIM}"]
         said += [f"{x.verdict}: {x.claim} {x.found} Rule: {x.rule}" for x in it.checks]
+        headline = verdict(it.checks) + (f": {it.headline}" if it.headline else "")
         return Result(
             kind="reproduce",
-            what=f"{self.NAME}: {self.SHOWS} of the paper, {verdict(it.checks)}",
+            what=f"{self.NAME}: {self.SHOWS} of the paper, {headline}",
             models=it.models,
             data=it.data,
             figures=it.figures,
@@ -148,11 +151,13 @@ class Experiment(ABC):
             options=asdict(self),
             seed=getattr(self, "seed", None),
             seconds=seconds,
+            # The first of them say again what details has, for whoever knows no experiments.
             notes=[*said, *it.notes],
             details={
                 "experiment": self.NAME,
                 "identity": self.identity(),
                 "verdict": verdict(it.checks),
+                "headline": headline,
                 "checks": [asdict(x) | {"verdict": x.verdict} for x in it.checks],
                 "caption": it.caption,
                 **it.details,
@@ -174,6 +179,16 @@ def panel(chart: Chart) -> Panel:
     )
 
 
+def headline(result: Result) -> str:
+    """The verdict, and what is found where that would mislead."""
+    return str(result.details.get("headline", result.details["verdict"]))
+
+
+def remarks(result: Result) -> Sequence[str]:
+    """The notes of a result without those that repeat its claim and its checks."""
+    return result.notes[1 + len(result.details["checks"]) :]
+
+
 def caption(result: Result) -> str:
     """What stands below a picture: models with their parameters, what was run, the machine."""
     models = [
@@ -181,7 +196,8 @@ def caption(result: Result) -> str:
         for x in result.models
     ]
     hardware = result.machine.get("gpu") or result.machine.get("cpu", "")
-    count = result.machine.get("threads")
-    threads = f"{count} thread{'s' * (count != 1)}, torch {result.versions.get('torch')}"
+    count, cores = result.machine.get("threads"), result.machine.get("cores")
+    of = "" if cores is None else f" of {cores} cores" if cores > 1 else " of 1 core"
+    threads = f"{count} thread{'s' * (count != 1)}{of}, torch {result.versions.get('torch')}"
     parts = [", ".join(models), result.details.get("caption", ""), f"{hardware}, {threads}"]
     return ". ".join(part for part in parts if part) + "."

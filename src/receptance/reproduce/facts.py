@@ -20,7 +20,7 @@ REACH = LAYERS + 1
 FILLERS = 2 * REACH
 TEXTS = ("subject", *("filler",) * FILLERS, "question")
 _QUESTION, _FIRST_FILLER, _FIRST_ANSWER, _VOCABULARY = 16, 17, 32, 64
-_STEPS, _RATE = 150, 1e-2
+STEPS, _RATE = 150, 1e-2
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def trained(version: int = 4, *, carrier: bool = True) -> Model:
         block.att.requires_grad_(layer == CARRIER and carrier)
     tokens, answers = prompts()
     optimizer = torch.optim.Adam((x for x in model.parameters() if x.requires_grad), lr=_RATE)
-    for _ in range(_STEPS):
+    for _ in range(STEPS):
         loss = F.cross_entropy(model(tokens)[0][:, -1], answers)
         optimizer.zero_grad()
         loss.backward()

@@ -22,7 +22,7 @@ from receptance.inference.measure import random_tensors
 from receptance.model import Model
 from receptance.ops import native
 
-STATE, CACHE, NO_CACHE = "state", "KV cache", "no cache"
+STATE, TORCH, CACHE, NO_CACHE = "state", "state, plain torch", "KV cache", "no cache"
 RWKV, TRANSFORMERS = "RWKV-4", ("GPT-NeoX", "OPT", "BLOOM", "GPT-Neo")
 Precision = Literal["float32", "bfloat16", "int8"]
 
@@ -65,9 +65,9 @@ class RereadingDecoder:
 
 
 def decoder(model: str, how: str, setting: Setting) -> Decoder:
-    """What generates one row fastest."""
+    """What generates one row: RWKV by the fastest kernels, or by torch as all others."""
     if model == RWKV:
-        return EngineDecoder(_engine(setting))
+        return watched(model, how, setting)[0] if how == TORCH else EngineDecoder(_engine(setting))
     transformer = _transformer(model, setting)
     return RereadingDecoder(transformer) if how == NO_CACHE else CachingDecoder(transformer)
 
@@ -82,6 +82,14 @@ def watched(model: str, how: str, setting: Setting) -> tuple[Decoder, nn.Module]
     found = decoder(model, how, setting)
     assert isinstance(found, (RereadingDecoder, CachingDecoder))
     return found, found.model
+
+
+def runs_by(generator: Decoder) -> str:
+    """What computes the steps of a decoder, in words."""
+    engine = generator.engine if isinstance(generator, EngineDecoder) else None
+    if engine is None or isinstance(engine, Model):
+        return "plain torch"
+    return "GPU kernels" if engine.device.type == "cuda" else "native kernels"
 
 
 def parameters(model: str, setting: Setting) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from receptance.analysis.decays import starting_log_decays
+from receptance.config import ModelConfig
 from receptance.evaluation.intervals import mean
 from receptance.evaluation.results import Curve, Figure, Result, Subject
 from receptance.plots import Line, Panel
@@ -18,14 +20,14 @@ RWKV, LSTM, TRANSFORMER = NETWORKS
 _BOUNDS, _LENGTH, _DEPTH = "bounds", "length", "depth"
 # Float64 rounds at 1e-16; sums over thousands of positions and exponents lose some digits of it.
 _EXACT = 1e-9
-# Norms that float32 cannot tell from 0 count as this.
-_LEAST = 1e-40
+# What float32 cannot hold has no point.
+_LEAST = 1e-38
 # Pictures end here.
 _DRAWN = 1e-20
 # A gradient is stable if its largest norm is at most so many times the smallest.
 _STABLE = 10.0
-# The far end of a text is reached if it has this many times the share that the LSTM leaves it.
-_REACHES = 10.0
+# A gradient vanishes with the decay if it falls at most by so many times what the decays say.
+_REACHES = 3.0
 # The figure of each question, and over what it is drawn.
 WHOLE = "gradient of the last loss, all weights of the layers"
 FIRST = "gradient of the last loss, weights of the first layer"
@@ -108,7 +110,10 @@ class Gradients(Experiment):
         """Bounds, stability over length and depth, and reach."""
         curves = [*self._bounds(found), *self._norms(found)]
         return Found(
-            checks=[*bound_checks(curves), *stability_checks(curves)],
+            checks=[
+                *bound_checks(curves),
+                *stability_checks(curves, starting_weights(self.width, self.layers)),
+            ],
             models=[
                 Subject(
                     name=name,
@@ -126,6 +131,8 @@ class Gradients(Experiment):
                 "RWKV has its starting decays and mixes. Its matrices, some of which begin at 0, "
                 "are drawn with deviation 1/√C, as if training had begun; the others have torch's "
                 "starting values, the Transformer with its layer norms first.",
+                "RWKV and the Transformer add what a layer finds to its input, and the layers of "
+                "the LSTM do not: over depth it is these residual connections that are compared.",
                 "The bound of a weighted mean is the largest value; that of a weighted covariance "
                 "is a quarter of the product of both ranges (Grüss). Token shift is left out of "
                 "the bounds, as in the appendix, and is in the networks.",
@@ -195,20 +202,18 @@ class Gradients(Experiment):
 
 
 def _curve(name: str, x_name: str, values: Mapping[int, Sequence[float]], model: str) -> Curve:
-    """Geometric means over seeds, and their intervals."""
-    means = [
-        mean([math.log(max(x, _LEAST)) for x in some], "seeds").map(math.exp)
-        for some in values.values()
-    ]
+    """Geometric means over seeds, and their intervals; up to where float32 holds them."""
+    values = {place: some for place, some in values.items() if min(some) > _LEAST}
+    means = [mean([math.log(x) for x in some], "seeds").map(math.exp) for some in values.values()]
     return Curve(
         name=name,
         x_name=x_name,
         x=[*map(float, values)],
-        y_name="share" if name == BACK else "norm",
+        y_name="share of the gradient" if name == BACK else "norm of the gradient",
         y=[x.value for x in means],
         low=[x.low for x in means if x.low is not None],
         high=[x.high for x in means if x.high is not None],
-        interval=means[0].interval,
+        interval=means[0].interval if means else "",
         model=model,
     )
 
@@ -224,6 +229,11 @@ def _line(curve: Curve) -> Line:
 def _spread(curve: Curve) -> float:
     """By which factor the largest value exceeds the smallest."""
     return max(curve.y) / min(curve.y)
+
+
+def _widest(curve: Curve) -> float:
+    """The same within the bands: from the highest to the lowest end."""
+    return max(curve.high or curve.y) / min(curve.low or curve.y)
 
 
 def _ratio(curve: Curve) -> Figure:
@@ -262,8 +272,10 @@ def bound_checks(curves: Sequence[Curve]) -> list[Check]:
     ]
 
 
-def stability_checks(curves: Sequence[Curve]) -> list[Check]:
-    """Gradients of whole networks."""
+def stability_checks(
+    curves: Sequence[Curve], weights: Callable[[float], float] = lambda distance: 1.0
+) -> list[Check]:
+    """Gradients of whole networks; weights are those that the decays alone give to a distance."""
     found = {(curve.name, curve.model): curve for curve in curves}
     made = []
     for name, over in ((WHOLE, "length"), (FIRST, "depth")):
@@ -276,19 +288,48 @@ def stability_checks(curves: Sequence[Curve]) -> list[Check]:
                 "the smallest, both in the geometric mean over seeds.",
                 found="The factor is "
                 + ", ".join(f"{n:.3g} for {model}" for model, n in spreads.items())
-                + ".",
+                + f"; within the bands of RWKV it is at most {_widest(found[name, RWKV]):.3g}.",
                 agrees=spreads[RWKV] <= _STABLE,
             )
         )
-    ends = {model: found[BACK, model].y[-1] for model in NETWORKS}
-    far = found[BACK, RWKV].x[-1]
-    made.append(
-        Check(
-            claim="A gradient vanishes over time only as far as the decay makes it.",
-            rule=f"over {far:,.0f} tokens RWKV keeps at least {_REACHES:g} times the share of an "
-            "LSTM, which forgets half at every token before it is trained.",
-            found=", ".join(f"{model} keeps {share:.2e}" for model, share in ends.items()) + ".",
-            agrees=ends[RWKV] >= _REACHES * ends[LSTM] and ends[RWKV] > 0,
-        )
+    return [*made, _vanishes_with_the_decay({m: found[BACK, m] for m in NETWORKS}, weights)]
+
+
+def _vanishes_with_the_decay(
+    curves: Mapping[str, Curve], weights: Callable[[float], float]
+) -> Check:
+    shares = {model: dict(zip(it.x, it.y, strict=True)) for model, it in curves.items()}
+    far = max(x for some in shares.values() for x in some)
+    near = min(x for some in shares.values() for x in some)
+    fall = shares[RWKV].get(far, 0.0) / shares[RWKV].get(near, math.inf)
+    wanted = weights(far) / weights(near)
+    others = ", ".join(
+        f"{model} keeps {some[far] / some[near]:.2e}"
+        if far in some
+        else f"{model} keeps less than float32 can hold"
+        for model, some in shares.items()
+        if model != RWKV
     )
-    return made
+    return Check(
+        claim="A gradient vanishes over time only as far as the decay makes it.",
+        rule=f"from {near:g} to {far:,.0f} tokens the share of RWKV falls at most {_REACHES:g} "
+        "times as far as the weights that its decays alone give to these tokens in the average.",
+        found=f"It falls to {fall:.2e}, the weights to {wanted:.2e}; {others}, without decays.",
+        agrees=fall >= wanted / _REACHES and fall > 0,
+    )
+
+
+def starting_weights(width: int, layers: int) -> Callable[[float], float]:
+    """The weight of a token so many tokens back by the decays of a new model, over its channels.
+
+    Keys are taken as equal: what is left of equation 16 is (1 - exp(-w)) exp(-(d - 1) w) at a
+    distance d, and its root mean square over all channels of all layers is the weight.
+    """
+    config = ModelConfig(vocab_size=1, width=width, num_layers=layers, ffn_width=1)
+    log_decay = starting_log_decays(config).double()
+
+    def weight(distance: float) -> float:
+        share = -log_decay.expm1() * ((distance - 1) * log_decay).exp()
+        return float(share.square().mean().sqrt())
+
+    return weight

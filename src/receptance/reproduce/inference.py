@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,35 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from receptance.evaluation.compare.families import Decoder
-from receptance.evaluation.intervals import Line, fitted_line
-from receptance.evaluation.results import Curve, Figure, Subject
+from receptance.evaluation.compare.options import parse_size
+from receptance.evaluation.results import Result, Subject
 from receptance.inference.measure import seconds
 from receptance.model.devices import resolve_device
-from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
+from receptance.plots import Panel
+from receptance.reproduce.experiment import Experiment, Found, Piece, Work
 from receptance.reproduce.generators import (
     CACHE,
     NO_CACHE,
     RWKV,
     STATE,
+    TORCH,
     TRANSFORMERS,
     Precision,
     Setting,
     decoder,
     parameters,
+    runs_by,
     watched,
 )
+from receptance.reproduce.inference_runs import Run, checks, curves, panels, with_caches
 from receptance.reproduce.mechanisms import Counter
 
-# A cost per token is constant if it grows by less than the first share over the run, and it grows
-# if that is more than the second; between them nobody can say.
-_CONSTANT, _GROWS = 0.1, 0.25
 _WARM_UP = 8
-TIME, STEP, MEMORY = "cumulative seconds", "seconds of a token", "memory"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference(Experiment):
-    """Cumulative seconds and peak memory against generated tokens, at the same size."""
+    """Cumulative seconds and peak memory against generated tokens, at several sizes."""
 
     NAME: ClassVar[str] = "inference"
     SHOWS: ClassVar[str] = "Figures 7, 13 and 14"
@@ -50,16 +50,15 @@ class Inference(Experiment):
     )
     DOES: ClassVar[str] = (
         "lets RWKV and transformers' GPT-NeoX, OPT, BLOOM and GPT-Neo of random weights generate "
-        "text, with and without their KV cache, on a CPU or a GPU, and fits what a token costs"
+        "text at several sizes, with and without their KV cache, on a CPU or a GPU, and looks at "
+        "what a token costs"
     )
     NEEDS: ClassVar[str] = "transformers"
-    TAKES: ClassVar[tuple[str, str]] = ("1 minute", "1.5 hours; minutes on a GPU")
+    TAKES: ClassVar[tuple[str, str]] = ("1 to 2 minutes", "2 hours; minutes on a GPU")
     PACKAGES: ClassVar[tuple[str, ...]] = ("transformers",)
 
-    width: int = 768
-    """Channels of all models."""
-    layers: int = 12
-    """Layers of all models; an even number."""
+    sizes: tuple[str, ...] = ("256x4", "512x8", "768x12")
+    """Sizes of all models, as WIDTHxLAYERS with an even number of layers, from small to large."""
     vocabulary: int = 50277
     """Size of the vocabulary."""
     tokens: int = 512
@@ -77,124 +76,99 @@ class Inference(Experiment):
                 f"windows is {self.windows}; wanted 3 or more, of at least 2 of the {self.tokens} "
                 "tokens each"
             )
-        if self.layers < 2 or self.layers % 2:
-            raise ValueError(f"layers is {self.layers}; GPT-Neo needs an even number")
+        if not self.dtypes or self.dtypes[0] == "int8":
+            raise ValueError(
+                f"dtypes is {self.dtypes}; wanted first one that transformers run as well, such as "
+                "float32"
+            )
+        if not self.sizes or len({*self.sizes}) < len(self.sizes):
+            raise ValueError(f"sizes is {self.sizes}; name each once, at least one")
+        for size in self.sizes:
+            if parse_size(size)[1] % 2:
+                raise ValueError(f"sizes has {size}; GPT-Neo needs an even number of layers")
 
     @classmethod
     def quick(cls) -> Inference:
         """Small models, and a text that is long for them."""
-        return cls(width=128, layers=4, vocabulary=512, tokens=256, windows=8)
+        return cls(sizes=("64x2", "128x4", "192x4"), vocabulary=512, tokens=256, windows=8)
 
     def pieces(self) -> list[Piece]:
         """Every model in every way of remembering and every precision."""
         found = []
         for dtype in self.dtypes:
-            found.append({"model": RWKV, "how": STATE, "dtype": dtype})
+            ways = [(RWKV, STATE)]
             if dtype != "int8":
-                ways = [(model, how) for how in (NO_CACHE, CACHE) for model in TRANSFORMERS]
-                found += [{"model": model, "how": how, "dtype": dtype} for model, how in ways]
+                ways += [(RWKV, TORCH)]
+                ways += [(model, how) for how in (NO_CACHE, CACHE) for model in TRANSFORMERS]
+            found += [
+                {"model": model, "how": how, "size": size, "dtype": dtype}
+                for size in self.sizes
+                for model, how in ways
+            ]
         return found
 
     def cost(self, piece: Piece) -> float:
         """Reading all again takes as often as long as there are tokens, but for the overhead."""
-        return 1 + self.tokens / 64 if piece["how"] == NO_CACHE else 2
+        width, layers = parse_size(piece["size"])
+        again = self.tokens / 64 if piece["how"] == NO_CACHE else 1
+        return 1 + again * width**2 * layers / 128**2
 
     def measure(self, piece: Piece, work: Work) -> dict[str, Any]:
         """Generate once for the time and once for the memory."""
-        setting = self._setting(piece["dtype"], work.device)
+        setting = self._setting(piece, work.device)
         named = piece["model"], piece["how"], setting
+        generator = decoder(*named)
         return {
-            **timed(decoder(*named), self.tokens, self.windows, self.vocabulary, work),
+            **timed(generator, self.tokens, self.windows, self.vocabulary, work),
             "bytes": remembered(*watched(*named), self.tokens, self.windows, setting),
+            "runs by": runs_by(generator),
             "parameters": parameters(piece["model"], setting),
             "device": str(resolve_device(work.device)),
         }
 
-    def _setting(self, dtype: Precision, device: str) -> Setting:
+    def _setting(self, piece: Piece, device: str) -> Setting:
+        width, layers = parse_size(piece["size"])
         return Setting(
-            width=self.width,
-            layers=self.layers,
+            width=width,
+            layers=layers,
             vocabulary=self.vocabulary,
             positions=self.tokens + 2 * _WARM_UP + 2,
             device=device,
-            dtype=dtype,
+            dtype=piece["dtype"],
         )
 
     def conclude(self, found: Sequence[tuple[Piece, Mapping[str, Any]]]) -> Found:
-        """Fit the cost of a token in every run."""
-        runs = [_Run(piece, it) for piece, it in found]
-        names = {run.piece["model"]: run.found["parameters"] for run in runs}
+        """What a token costs in every run."""
+        runs = [Run(piece, it) for piece, it in found]
         first = [run for run in runs if run.piece["dtype"] == self.dtypes[0]]
+        sizes = {(x.piece["model"], x.piece["size"]): x.found["parameters"] for x in first}
+        largest = [run for run in first if run.piece["size"] == self.sizes[-1]]
         return Found(
-            checks=list(_checks(first)),
+            checks=list(checks(first, self.sizes)),
             models=[
-                Subject(name=n, about={"parameters": x, "D": self.width, "L": self.layers})
-                for n, x in names.items()
+                Subject(name=f"{model} {size}", about={"parameters": count})
+                for (model, size), count in sizes.items()
             ],
             figures=[figure for run in runs for figure in run.figures()],
-            curves=[curve for what in (TIME, STEP, MEMORY) for curve in _curves(runs, what)],
+            curves=list(curves(runs)),
             caption=f"{self.tokens} generated tokens of one row, random weights, vocabulary "
-            f"{self.vocabulary:,}, {', '.join(self.dtypes)}, on {runs[0].found['device']}",
+            f"{self.vocabulary:,}, {', '.join(self.dtypes)}, on {runs[0].found['device']}; sizes "
+            "are channels and layers",
             notes=[
-                "Memory is what a model remembers of the text, and the most that one step makes on "
-                "top, logits included; weights are not counted. On a CPU the tensors that torch "
-                "makes are counted, on a GPU what its allocator gives.",
+                "A point is the median of a part of the run, whose last token it names.",
+                "Memory is the most that a model remembers of the text and makes in one step, "
+                "logits included; weights are not counted. On a CPU the tensors that torch makes "
+                "are counted, on a GPU what its allocator gives. RWKV's is that of plain torch.",
                 "The paper's script calls transformers without a KV cache, so that a token costs "
                 "as much as reading the whole text. Its memory of RWKV is a sum over 512 tokens, "
                 "that of the others the last token's; here all are those of a single token.",
-                *_cached(first),
+                *with_caches(largest),
             ],
         )
 
-
-@dataclass(frozen=True)
-class _Run:
-    """One model that has generated a text in one way."""
-
-    piece: Piece
-    found: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        how = f", {self.piece['how']}" if self.piece["model"] != RWKV else ""
-        return f"{self.piece['model']}{how}"
-
-    def line(self, what: str) -> Line:
-        """The line through what a token costs, over the tokens that were there before."""
-        return fitted_line(self.found["tokens"], self.found[what], "parts of the run")
-
-    def growth(self, what: str) -> float:
-        """By which share a token costs more in the last part of the run than in the first."""
-        first, *_, last = self.found[what]
-        return float(last / first - 1)
-
-    def figures(self) -> Iterator[Figure]:
-        about = {"dtype": self.piece["dtype"], "remembers by": self.piece["how"]}
-        for what, unit, scale in (("step", "ms", 1e3), ("bytes", "kB", 1e-3)):
-            line = self.line(what)
-            named = "time" if what == "step" else "memory"
-            low, high = line.slope.low, line.slope.high
-            model = self.piece["model"]
-            yield Figure(
-                name=f"{named} of the first token",
-                value=line.at(self.found["tokens"][0]) * scale,
-                unit=unit,
-                model=model,
-                about=about,
-            )
-            yield Figure(
-                name=f"{named} on top per 1,000 tokens",
-                value=line.slope.value * 1000 * scale,
-                low=None if low is None else low * 1000 * scale,
-                high=None if high is None else high * 1000 * scale,
-                interval=line.slope.interval,
-                unit=unit,
-                model=model,
-                about=about,
-            )
-        yield Figure(
-            name="all tokens", value=self.found["seconds"][-1], unit="s", model=model, about=about
-        )
+    def panels(self, result: Result) -> list[Panel]:
+        """The largest size over its tokens, then all sizes."""
+        return list(panels(result.curves, self.sizes[-1]))
 
 
 def timed(
@@ -229,18 +203,18 @@ def _timed_step(generator: Decoder, device: str) -> float:
 def remembered(
     generator: Decoder, model: nn.Module, tokens: int, windows: int, setting: Setting
 ) -> list[int]:
-    """The bytes that the model remembers, and that one step makes on top, after each part."""
+    """The most bytes of what the model remembers and one step makes, after each part."""
     found, read = [], 0
+    weights = [*model.parameters(), *model.buffers()]
     for end in _ends(tokens, windows):
         generator.read(_ids(end - read, setting.vocabulary, setting.device))
         read = end + 1
-        held = sum(x.nbytes for x in generator.remembered)
         if setting.device == "cpu":
-            given = [*model.parameters(), *model.buffers(), *generator.remembered]
-            with Counter(given) as counter:
+            with Counter(weights, generator.remembered) as counter:
                 generator.step()
-            found.append(held + counter.most)
+            found.append(counter.most)
         else:
+            held = sum(x.nbytes for x in generator.remembered)
             torch.cuda.reset_peak_memory_stats(setting.device)
             before = torch.cuda.memory_allocated(setting.device)
             generator.step()
@@ -254,60 +228,3 @@ def _ends(tokens: int, windows: int) -> list[int]:
 
 def _ids(count: int, vocabulary: int, device: str) -> Tensor:
     return torch.arange(1, count + 1, device=device) * 7919 % vocabulary
-
-
-def _curves(runs: Sequence[_Run], what: str) -> Iterator[Curve]:
-    field, unit = {TIME: ("seconds", "s"), STEP: ("step", "s"), MEMORY: ("bytes", "bytes")}[what]
-    for run in runs:
-        yield Curve(
-            name=what,
-            x_name="generated tokens",
-            x=[float(n) for n in run.found["tokens"]],
-            y_name=unit,
-            y=[float(x) for x in run.found[field]],
-            model=run.name,
-            about={"remembers by": run.piece["how"], "dtype": run.piece["dtype"]},
-        )
-
-
-def _checks(runs: Sequence[_Run]) -> Iterator[Check]:
-    """What the figures show: of RWKV, of the Transformers as the paper ran them, of both."""
-    ours = next(run for run in runs if run.piece["model"] == RWKV)
-    theirs = [run for run in runs if run.piece["how"] == NO_CACHE]
-    for what, word in (("step", "time"), ("bytes", "memory")):
-        grown = ours.growth(what)
-        yield Check(
-            claim=f"The {word} of a token of RWKV does not depend on how many there were.",
-            rule=f"from the first part of the run to the last it grows by less than "
-            f"{_CONSTANT:.0%}.",
-            found=f"It grows by {grown:+.1%} over {ours.found['tokens'][-1]} tokens.",
-            agrees=grown < _CONSTANT or (None if grown < _GROWS else False),
-        )
-        least = min(run.growth(what) for run in theirs)
-        yield Check(
-            claim=f"The {word} of a token of a Transformer without its cache grows.",
-            rule=f"from the first part of the run to the last it grows by more than "
-            f"{_GROWS:.0%} in each.",
-            found="; ".join(f"{x.piece['model']} {x.growth(what):+.0%}" for x in theirs) + ".",
-            agrees=least > _GROWS or (None if least > _CONSTANT else False),
-        )
-    totals = {run.piece["model"]: run.found["seconds"][-1] for run in theirs}
-    mine = ours.found["seconds"][-1]
-    yield Check(
-        claim="In all RWKV takes less time than each of them.",
-        rule="its cumulative seconds at the end of the run are the least.",
-        found=f"RWKV {mine:.3g} s; {'; '.join(f'{n} {x:.3g} s' for n, x in totals.items())}.",
-        agrees=mine < min(totals.values()),
-    )
-
-
-def _cached(runs: Sequence[_Run]) -> Iterator[str]:
-    """What the paper does not show: the same with caches."""
-    ours = next(run for run in runs if run.piece["model"] == RWKV)
-    for run in runs:
-        if run.piece["how"] == CACHE:
-            yield (
-                f"With its KV cache {run.piece['model']} takes {run.found['seconds'][-1]:.3g} s "
-                f"(RWKV {ours.found['seconds'][-1]:.3g} s); a token costs "
-                f"{run.growth('step'):+.0%} at the end, and {run.growth('bytes'):+.0%} of memory."
-            )

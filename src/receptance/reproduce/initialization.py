@@ -15,7 +15,14 @@ from receptance.evaluation.intervals import Estimate, mean
 from receptance.evaluation.results import Curve, Figure, Source, Subject
 from receptance.model import Model
 from receptance.reproduce.experiment import Check, Found, Piece, Work
-from receptance.reproduce.small_models import OnText, averaged, check_seeds, losses_of, over_seeds
+from receptance.reproduce.small_models import (
+    OnText,
+    averaged,
+    check_seeds,
+    losses_of,
+    over_seeds,
+    shape_of,
+)
 
 CODE, PRINTED = "official code", "appendix E as printed"
 # The shares of the steps whose mean loss is compared.
@@ -121,9 +128,16 @@ class Initialization(OnText):
         """Name the matrices that never learn, and compare the losses."""
         runs = {name: [it for piece, it in found if piece["start"] == name] for name in STARTS}
         source = Source(**found[0][1]["source"])
+        counted = shape_of(self.size, 1)
         gap = difference(*([it["losses"] for it in runs[name]] for name in (CODE, PRINTED)))
+        lifeless = {name: dead(some) for name, some in runs.items()}
+        s, d = counted.width, counted.ffn_width
         return Found(
-            checks=checks({name: dead(some) for name, some in runs.items()}, gap, self.steps),
+            checks=checks(lifeless, gap, self.steps),
+            headline="the recipe that the paper prints stops channel mixing from ever learning, "
+            "and the official code does not have it"
+            if lifeless[PRINTED] and not lifeless[CODE]
+            else "",
             models=[
                 Subject(
                     name=name,
@@ -141,6 +155,11 @@ class Initialization(OnText):
             f"{self.batch * self.context:,} tokens of {self.tokenizer} from {source.name}, "
             f"learning rate {self.learning_rate:g}, float32; bands are 95 % over seeds",
             notes=[
+                f"Here s = {s} and d = {d}, so that the deviation √(d/s) is {math.sqrt(d / s):g}.",
+                "Runs of one seed read the same batches, so that their difference is surer than "
+                "the bands of the curves, which contain what batches and seeds have in common.",
+                "A name such as 0.ffn.key is a block, counted from 0, its part (att: time mixing, "
+                "ffn: channel mixing) and the matrix in it: W'_k is ffn.key.",
                 "Why: with W'_k = 0 the argument of relu² is 0, where relu² and its derivative "
                 "are 0. Nothing flows through channel mixing then, forward or backward.",
                 "Slip: the code does nearly the reverse of what appendix E prints. Its output "

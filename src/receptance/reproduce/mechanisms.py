@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Mechanism:
     """The time of T and d, up to a factor."""
     kept: Callable[[int, int], float]
     """The space of T and d beyond q, k, v and out, up to a factor."""
+    dropped: str = ""
+    """The term of the table's space that is not in `kept`: inputs, which all have."""
     fast: Read | None = None
     """A form that a machine runs well, if there is one, to be timed."""
 
@@ -123,6 +125,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=attention,
         steps=lambda t, d: t * t * d,
         kept=lambda t, d: t * t,
+        dropped="Td",
         fast=attention,
     ),
     "Linear Transformer": Mechanism(
@@ -131,6 +134,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=linear_attention,
         steps=lambda t, d: t * d * d,
         kept=lambda t, d: d * d,
+        dropped="Td",
         fast=linear_attention_in_chunks,
     ),
     "Performer": Mechanism(
@@ -139,6 +143,7 @@ MECHANISMS: Mapping[str, Mechanism] = {
         read=performer,
         steps=lambda t, d: t * d * d * math.log(d),
         kept=lambda t, d: d * d * math.log(d),
+        dropped="Td log d",
     ),
     "AFT-full": Mechanism(
         time="O(T²d)",
@@ -178,13 +183,17 @@ class Counter(TorchDispatchMode):
     """Counts operations and bytes of all tensors that are made inside the block.
 
     Products of matrices count as torch's FLOP counter has them, everything else by the numbers that
-    it writes or sums up. Views count nothing.
+    it writes or sums up. Views count nothing. Tensors that are given are there before, and those
+    that are remembered count from the beginning until they are gone; whoever holds them inside the
+    block makes them stay.
     """
 
-    def __init__(self, given: list[Tensor]) -> None:
+    def __init__(self, given: Iterable[Tensor], remembered: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.operations = self.most = self._held = 0
         self._known = {x.untyped_storage().data_ptr() for x in given}
+        for tensor in remembered:
+            self._hold(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -204,11 +213,15 @@ class Counter(TorchDispatchMode):
         return max(read + [x.numel() for x in tensors])
 
     def _hold(self, tensor: Tensor) -> None:
-        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place in self._known:
+            return
         self._known.add(place)
         self._held += size
         self.most = max(self.most, self._held)
-        weakref.finalize(tensor, self._release, place, size)
+        # A tensor may be gone while a view of it is there, so the storage is asked.
+        weakref.finalize(storage, self._release, place, size)
 
     def _release(self, place: int, size: int) -> None:
         self._known.discard(place)

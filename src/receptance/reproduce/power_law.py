@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from receptance.evaluation.intervals import Line as Fit
@@ -14,12 +15,17 @@ from receptance.reproduce.experiment import Check
 LOSS, COMPUTE = "held-out loss, nats per token", "training compute, FLOPs"
 SLOPE = "exponent of compute"
 FITTED, BEYOND, LINE = "optimal, in the fit", "optimal, held out of the fit", "fit"
+EDGE = "optimal, at the edge of the grid"
 # So many points make a line of which r² says something, and so many can confute it.
 _LEAST_FITTED, _LEAST_BEYOND = 5, 2
-_STRAIGHT = 0.95
+# Above the first r² they lie on a line, below the second they do not.
+_STRAIGHT, _BENT = 0.95, 0.9
+# The paper's r² of the fit and of the predictions.
+_PAPER_FIT, _PAPER_REST = 0.994, 0.875
 # A prediction is right if it is off by at most this share, and all predictions together if their
-# mean error is less than this part of what an unchanging loss would have had.
-_OFF, _PART = 0.05, 0.5
+# mean error is less than this part of what an unchanging loss would have had. They have the form of
+# the points if their r² is at least this.
+_OFF, _PART, _FORETOLD = 0.05, 0.5, 0.75
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -32,15 +38,36 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-class PowerLaw:
-    """The line through the front's lower part, and what it says of the rest."""
+def edge(runs: Mapping[str, Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The points that cost more than all runs of the next smaller size, of sizes in their order.
 
-    def __init__(self, points: Sequence[tuple[float, float]], factor: float) -> None:
+    Such a point may be on the front only because that size was not trained for longer.
+    """
+    sizes, found = list(runs.values()), []
+    for smaller, size in itertools.pairwise(sizes):
+        reach = max(compute for compute, _ in smaller)
+        found += [point for point in size if point[0] > reach]
+    return found
+
+
+class PowerLaw:
+    """The line through the front's lower part, and what it says of the rest.
+
+    Points at the edge of the grid belong to neither, as nobody knows whether they are optimal.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[tuple[float, float]],
+        factor: float,
+        edge: Collection[tuple[float, float]] = (),
+    ) -> None:
         """points: compute and loss of all runs. Above 1/factor of the most compute is the rest."""
         optimal, self.factor = front(points), factor
         limit = max((compute for compute, _ in points), default=0.0) / factor
-        self.fitted = [point for point in optimal if point[0] <= limit]
-        self.beyond = [point for point in optimal if point[0] > limit]
+        self.edge = [point for point in optimal if point in edge]
+        self.fitted = [x for x in optimal if x[0] <= limit and x not in edge]
+        self.beyond = [x for x in optimal if x[0] > limit and x not in edge]
         self.fit: Fit | None = None
         if len(self.fitted) >= 2:
             x, y = ([math.log10(n) for n in column] for column in zip(*self.fitted, strict=True))
@@ -53,7 +80,10 @@ class PowerLaw:
 
     def errors(self) -> list[float]:
         """How much more loss than predicted each point of the rest has, as a share."""
-        return [loss / self.predicted(compute) - 1 for compute, loss in self.beyond]
+        return self._errors(self.beyond)
+
+    def _errors(self, points: Sequence[tuple[float, float]]) -> list[float]:
+        return [loss / self.predicted(compute) - 1 for compute, loss in points]
 
     def unchanged(self) -> list[float]:
         """The same for the prediction that more compute than that of the fit helps no more."""
@@ -66,42 +96,66 @@ class PowerLaw:
     def _straight(self) -> Check:
         rule = (
             f"r² of the fit to at least {_LEAST_FITTED} points is {_STRAIGHT} or more, and the "
-            "95 % interval of the slope lies below 0."
+            f"95 % interval of the slope lies below 0; r² below {_BENT} refutes it."
         )
-        claim = "On logarithmic axes the front is a line."
+        claim = f"On logarithmic axes the front is a line (r² = {_PAPER_FIT})."
         fit = self.fit
         if fit is None or len(self.fitted) < _LEAST_FITTED or fit.slope.high is None:
-            found = f"There are {len(self.fitted)} points to fit a line to."
+            found = f"There are {len(self.fitted)} points to fit a line to{self._left_out()}."
             return Check(claim=claim, rule=rule, found=found, agrees=None)
+        falls = fit.slope.high < 0
         return Check(
             claim=claim,
             rule=rule,
-            found=f"r² is {fit.r2:.4f} over {len(self.fitted)} points, from "
+            found=f"r² is {fit.r2:.3f} over {len(self.fitted)} points, from "
             f"{self.fitted[0][0]:.1e} to {self.fitted[-1][0]:.1e} FLOPs; the slope is "
             f"{fit.slope.value:.4f} ({fit.slope.low:.4f} to {fit.slope.high:.4f}).",
-            agrees=fit.r2 >= _STRAIGHT and fit.slope.high < 0,
+            agrees=False if fit.r2 < _BENT else True if fit.r2 >= _STRAIGHT and falls else None,
         )
 
     def _holds(self) -> Check:
-        claim = f"The line holds for {self.factor:g} times the compute."
+        claim = f"The line holds for {self.factor:g} times the compute (r² = {_PAPER_REST})."
         rule = (
             f"at least {_LEAST_BEYOND} points are held out, each within {_OFF:.0%} of the "
-            f"prediction, whose mean error is less than {_PART:g} of that of an unchanging loss."
+            f"prediction, and the mean error is less than {_PART:g} of that of a guess which says "
+            "that more compute than that of the fit helps no more. If r² of the predictions is "
+            f"then below {_FORETOLD}, nobody can say."
         )
         if self.fit is None or len(self.beyond) < _LEAST_BEYOND:
-            found = f"{len(self.beyond)} optimal points are held out of the fit."
+            found = f"{len(self.beyond)} optimal points are held out of the fit{self._left_out()}."
             return Check(claim=claim, rule=rule, found=found, agrees=None)
-        errors = [abs(error) for error in self.errors()]
+        errors, r2 = [abs(error) for error in self.errors()], self.predicted_r2()
         still = [abs(error) for error in self.unchanged()]
-        said = ", ".join(f"{error:+.2%}" for error in self.errors())
+        said = ", ".join(f"{error:+.1%}" for error in self.errors())
         mean, other = (sum(some) / len(some) for some in (errors, still))
+        near = max(errors) <= _OFF and mean < _PART * other
         return Check(
             claim=claim,
             rule=rule,
-            found=f"Measured minus predicted: {said}, up to {self.beyond[-1][0]:.1e} FLOPs; the "
-            f"mean error is {mean:.2%}, and {other:.2%} for an unchanging loss.",
-            agrees=max(errors) <= _OFF and mean < _PART * other,
+            found=f"Measured minus predicted: {said}, up to {self.beyond[-1][0]:.1e} FLOPs (r² = "
+            f"{r2:.3f}); the mean error is {mean:.1%}, and {other:.1%} for that "
+            f"guess{self._left_out()}.",
+            agrees=False if not near else True if r2 >= _FORETOLD else None,
         )
+
+    def _left_out(self) -> str:
+        if not self.edge:
+            return ""
+        said = ""
+        if self.fit is not None:
+            said = f" ({', '.join(f'{error:+.1%}' for error in self._errors(self.edge))})"
+        return (
+            f"; {len(self.edge)} at the edge of the grid decide nothing{said}: they cost more than "
+            "all runs of the next smaller size, which with more tokens might be better"
+        )
+
+    def predicted_r2(self) -> float:
+        """r² of what the line says of the rest; it needs two points there."""
+        assert self.fit is not None
+        logs = [(math.log10(compute), math.log10(loss)) for compute, loss in self.beyond]
+        middle = sum(y for _, y in logs) / len(logs)
+        rest = sum((y - self.fit.at(x)) ** 2 for x, y in logs)
+        return 1 - rest / sum((y - middle) ** 2 for _, y in logs)
 
     def figures(self) -> list[Figure]:
         """Slope, r² of both parts, and the error of each prediction."""
@@ -119,16 +173,9 @@ class PowerLaw:
             Figure(name="r² of the fit", value=self.fit.r2, about={"points": len(self.fitted)}),
         ]
         if len(self.beyond) > 1:
-            logs = [(math.log10(c), math.log10(y)) for c, y in self.beyond]
-            middle = sum(y for _, y in logs) / len(logs)
-            rest = sum((y - self.fit.at(x)) ** 2 for x, y in logs)
-            total = sum((y - middle) ** 2 for _, y in logs)
+            about = {"points": len(self.beyond)}
             made.append(
-                Figure(
-                    name="r² of the predictions",
-                    value=1 - rest / total,
-                    about={"points": len(logs)},
-                )
+                Figure(name="r² of the predictions", value=self.predicted_r2(), about=about)
             )
         return made + [
             Figure(
@@ -144,8 +191,9 @@ class PowerLaw:
         """The points of both parts, and the line through all of their range."""
         made = [curve(FITTED, self.fitted)] if self.fitted else []
         made += [curve(BEYOND, self.beyond)] if self.beyond else []
+        made += [curve(EDGE, self.edge)] if self.edge else []
         if self.fit is not None:
-            ends = [self.fitted[0][0], (self.beyond or self.fitted)[-1][0]]
+            ends = [self.fitted[0][0], max(x for x, _ in (*self.fitted, *self.beyond, *self.edge))]
             made.append(curve(LINE, [(compute, self.predicted(compute)) for compute in ends]))
         return made
 

@@ -44,7 +44,8 @@ class PromptOrder(Experiment):
     SHOWS: ClassVar[str] = "Appendix L, Tables 6 and 7"
     CLAIM: ClassVar[str] = (
         "An RNN cannot look back, so a prompt that asks first and gives the data afterwards is "
-        "answered far better (RTE 74.8 instead of 44.2 F1, WNLI 49.3 instead of 47.9 % correct)."
+        "answered far better: RTE 74.8 instead of 44.2 F1. Its other tasks gain little or nothing: "
+        "WNLI 49.3 instead of 47.9 % correct, GoEmotions 7.9 in both, PolEmo2 40.9 instead of 38.2."
     )
     DOES: ClassVar[str] = (
         "scores both labels of every example of a .jsonl file behind each of the two prompts, in "

@@ -73,7 +73,7 @@ class _Shown:
         console = self._bar.console
         if not console.is_terminal and time.monotonic() - self._said > _PATIENCE:
             self._said = time.monotonic()
-            say(console, f"{self._name}: {done / self._total:.0%}, {what}")
+            say(console, f"{self._name}: {done / self._total:.0%}" + (f", {what}" if what else ""))
 
     def add(self, cost: float) -> None:
         """A piece is done."""

@@ -14,12 +14,14 @@ from receptance.reproduce.experiment import Found, Piece, Work
 from receptance.reproduce.power_law import (
     BEYOND,
     COMPUTE,
+    EDGE,
     FITTED,
     LINE,
     LOSS,
     SLOPE,
     PowerLaw,
     curve,
+    edge,
 )
 from receptance.reproduce.small_models import OnText, counts_of, tokenizer_of
 from receptance.training.options import TrainOptions
@@ -82,10 +84,11 @@ class Scaling(OnText):
 
     @classmethod
     def quick(cls) -> Scaling:
-        """Very small models, on less text."""
+        """Very small models, on less text; the smallest are trained for longest."""
         return cls(
             sizes=("16x2", "24x2", "32x3", "48x3"),
-            tokens=(1 << 15, 1 << 16, 1 << 17, 1 << 18),
+            tokens=(1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19),
+            most_flops=2.25e11,
             held_out=1 << 14,
         )
 
@@ -158,14 +161,22 @@ class Scaling(OnText):
     def conclude(self, found: Sequence[tuple[Piece, Mapping[str, Any]]]) -> Found:
         """Find the front, fit the line to its lower part, and judge it by the rest."""
         runs = [(piece, it) for piece, it in found if it["loss"] is not None]
-        law = PowerLaw([(float(it["flops"]), float(it["loss"])) for _, it in runs], self.factor)
+        by_size = _by_size(sorted(self.sizes, key=lambda x: _parameters(found, x)), runs)
+        points = {str(x.model): list(zip(x.x, x.y, strict=True)) for x in by_size}
+        law = PowerLaw([x for some in points.values() for x in some], self.factor, edge(points))
         source = Source(**found[0][1]["source"])
         sizes = {piece["size"]: it["parameters"] for piece, it in found}
         tokens = sorted({it["tokens"] for _, it in found})
+        read = {
+            size: [n for n in tokens if (size, n) in {(p["size"], it["tokens"]) for p, it in found}]
+            for size in sizes
+        }
         text = source.about["training tokens"]
         notes = [
-            "The learning rate is not searched for: times the width it is the same in all runs, "
-            f"{self.rate:g}, and at most {self.highest_rate:g}.",
+            f"The learning rate is not searched for: it is {self.rate:g} over the width, and at "
+            f"most {self.highest_rate:g}; here it is "
+            f"{', '.join(f'{rate:g}' for rate in sorted({it['learning rate'] for _, it in found}))}"
+            " at the start of the runs.",
             "Compute is counted, not timed: three times the forward FLOPs of a token, times the "
             "tokens. The paper has no table of its points, so that only the form is compared.",
         ]
@@ -179,13 +190,13 @@ class Scaling(OnText):
         return Found(
             checks=law.checks(),
             models=[
-                Subject(name=size, about={"parameters": sizes[size]})
+                Subject(name=size, about={"parameters": sizes[size], "tokens": read[size]})
                 for size in self.sizes
                 if size in sizes
             ],
             data=[source],
             figures=law.figures(),
-            curves=[*_by_size(self.sizes, runs), *law.curves()],
+            curves=[*by_size, *law.curves()],
             caption=f"{len(runs)} runs of {tokens[0]:,} to {tokens[-1]:,} tokens of "
             f"{self.tokenizer} from {source.name}, context {self.context}, float32; judged on "
             f"{found[0][1]['judged on']:,} held-out tokens",
@@ -199,7 +210,7 @@ class Scaling(OnText):
 
     def panels(self, result: Result) -> list[Panel]:
         """All runs, those of a size joined, with the front and the line."""
-        styles = {FITTED: "ro", BEYOND: "bs", LINE: "k--"}
+        styles = {FITTED: "ro", BEYOND: "bs", EDGE: "b+", LINE: "k--"}
         lines = [
             Line(curve.model or curve.name, curve.x, curve.y, style=styles.get(curve.name, ".-"))
             for curve in result.curves
@@ -216,6 +227,10 @@ class Scaling(OnText):
                 log_y=True,
             )
         ]
+
+
+def _parameters(found: Sequence[tuple[Piece, Mapping[str, Any]]], size: str) -> int:
+    return next((it["parameters"] for piece, it in found if piece["size"] == size), 0)
 
 
 def _by_size(sizes: Sequence[str], runs: Sequence[tuple[Piece, Mapping[str, Any]]]) -> list[Curve]:

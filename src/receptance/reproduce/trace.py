@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,8 +43,9 @@ class CausalTrace(Experiment):
     NAME: ClassVar[str] = "trace"
     SHOWS: ClassVar[str] = "Figure 11"
     CLAIM: ClassVar[str] = (
-        "A fact is retrieved at its subject in an early layer, carried to later tokens by the "
-        "state of few layers, and handed up to the last layer at the end of the prompt."
+        "In RWKV-4-Pile-430M a fact is retrieved at its subject in an early layer, carried to "
+        "later tokens by the state of few layers, and handed up to the last layer at the end of "
+        "the prompt."
     )
     DOES: ClassVar[str] = (
         "traces an answer by ROME's procedure through every layer, token and part of the state: of "
@@ -112,15 +114,27 @@ class CausalTrace(Experiment):
         config = asked.model.config
         about = {**config.to_dict(), "parameters": config.num_parameters}
         name = self.model or "planted facts"
+        planted = self.model is None
+        chance = f" (by chance 1 of {facts.FACTS} answers, {-math.log(facts.FACTS):.2f})"
+        unused = (
+            "The options prompt, subject and answer belong to a model that is named; they were "
+            "not used here."
+        )
         return Found(
-            checks=checks(trace, planted=self.model is None),
+            checks=checks(trace, planted=planted),
+            headline="the procedure is tested on a fact that was planted at a known place; the "
+            "figure itself needs RWKV-4-Pile-430M"
+            if planted
+            else "",
             models=[Subject(name=name, fingerprint=asked.model.fingerprint(), about=about)],
             figures=trace.figures(name),
             curves=trace.curves(name),
             caption=f"{len(trace.tokens)} tokens, noise of {trace.noise:g} deviations on tokens "
             f"{', '.join(str(i + 1) for i in trace.subject)}, {trace.samples} samples, seed "
-            f"{self.seed}; clean {trace.clean:.2f}, corrupted {trace.corrupted:.2f} nats",
-            notes=[NOTE, _UNSAID],
+            f"{self.seed}; log p(answer) is {trace.clean:z.2f} clean and "
+            f"{trace.corrupted:z.2f} corrupted, in nats{chance if planted else ''}"
+            + (f". The model learned {facts.FACTS} facts in {facts.STEPS} steps" * planted),
+            notes=[NOTE, _UNSAID, *([unused] if planted else [])],
         )
 
     def panels(self, result: Result) -> list[Panel]:
@@ -250,10 +264,19 @@ def checks(trace: Trace, *, planted: bool = False) -> list[Check]:
     if planted:
         found.append(
             Check(
-                claim="In the model of planted facts that layer is the only one that can carry it.",
+                claim="That layer is the only one that can carry it.",
                 rule=f"it is layer {facts.CARRIER + 1}, as time mixing is off in all others.",
                 found=f"It is layer {carrier + 1}.",
                 agrees=carrier == facts.CARRIER if known else None,
+            )
+        )
+        found = [replace(x, claim=f"Of the planted fact: {x.claim}") for x in found]
+        found.append(
+            Check(
+                claim="In RWKV-4-Pile-430M the Eiffel Tower takes this way (figure 11).",
+                rule="the same rules, without the one before this, of that model.",
+                found="This is another model, whose way was planted. Name the paper's as model.",
+                agrees=None,
             )
         )
     return found
