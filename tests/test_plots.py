@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receptance import plots
-from receptance.plots import draw_decays, draw_losses
+from receptance.plots import draw_decays, draw_losses, panels
 
 
 def step_line(step: int, **more: object) -> str:
@@ -190,3 +190,30 @@ def test_the_mean_lies_between_the_points(values):
 def test_whatever_is_in_a_file_gives_objects(text):
     assert all(isinstance(record, dict) for record in plots._parsed(text.encode()))
     assert all(math.isfinite(y) for _, y in plots._points(plots._parsed(text.encode()), "n"))
+
+
+@pytest.mark.parametrize(
+    ("places", "labels"),
+    [
+        ([16, 32, 64, 128], ["16", "32", "64", "128"]),
+        ([32, 64, 96, 128, 160, 192, 224, 256], ["20", "50", "100", "200", "500"]),
+        ([1.69e8, 4.3e8, 1.5e9, 1.4e10], ["169M", "430M", "1.5G", "14G"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_do_not_collide(places, labels):
+    """Places that are few and apart name themselves; of others round numbers are named."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    panel = plots.Panel(title="", x="", y="", lines=[plots.Line("a", places, places)], log_x=True)
+    axes = Figure().subplots()
+    panels._draw_curves(axes, panel, {"a": "C0"})
+    shown = [axes.xaxis.get_major_formatter()(x) for x in axes.xaxis.get_majorticklocs()]
+    assert [x for x in shown if x in labels] == labels
+    assert len(axes.xaxis.get_minorticklocs()) == 0
+
+
+def test_a_label_has_the_same_color_in_all_panels():
+    lines = [plots.Line(name, [1], [1]) for name in "abc"]
+    some = [plots.Panel(title="", x="", y="", lines=x) for x in (lines, lines[2:])]
+    assert panels._colors(some) == {"a": "C0", "b": "C1", "c": "C2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,7 +140,8 @@ def _label_logarithmic(axis: Axis, places: Sequence[float]) -> None:
     ratio = places[-1] / places[0]
     if ratio > _DECADES:
         return
-    few = 2 < len(places) <= _NAMED and ratio ** (1 / (len(places) - 1)) > _APART
+    apart = min((b / a for a, b in itertools.pairwise(places)), default=0.0)
+    few = 2 < len(places) <= _NAMED and apart > _APART
     if few:
         axis.set_ticks(list(places))
     else:
