@@ -158,7 +158,7 @@ class Initialization(OnText):
                 f"Here s = {s} and d = {d}, so that the deviation √(d/s) is {math.sqrt(d / s):g}.",
                 "Runs of one seed read the same batches, so that their difference is surer than "
                 "the bands of the curves, which contain what batches and seeds have in common.",
-                "A name such as 0.ffn.key is a block, counted from 0, its part (att: time mixing, "
+                "The name of a matrix is its block, counted from 0, its part (att: time mixing, "
                 "ffn: channel mixing) and the matrix in it.",
                 "Why: with W'_k = 0 the argument of relu² is 0, where relu² and its derivative "
                 "are 0. Nothing flows through channel mixing then, forward or backward.",
