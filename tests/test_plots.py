@@ -205,7 +205,7 @@ def test_ticks_of_a_logarithmic_axis_do_not_collide(places, labels):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
-    panel = plots.Panel(title="", x="", y="", lines=[plots.Line("a", places, places)], log_x=True)
+    panel = panels.Panel(title="", x="", y="", lines=[panels.Line("a", places, places)], log_x=True)
     axes = Figure().subplots()
     panels._draw_curves(axes, panel, {"a": "C0"})
     shown = [axes.xaxis.get_major_formatter()(x) for x in axes.xaxis.get_majorticklocs()]
@@ -214,6 +214,6 @@ def test_ticks_of_a_logarithmic_axis_do_not_collide(places, labels):
 
 
 def test_a_label_has_the_same_color_in_all_panels():
-    lines = [plots.Line(name, [1], [1]) for name in "abc"]
-    some = [plots.Panel(title="", x="", y="", lines=x) for x in (lines, lines[2:])]
+    lines = [panels.Line(name, [1], [1]) for name in "abc"]
+    some = [panels.Panel(title="", x="", y="", lines=x) for x in (lines, lines[2:])]
     assert panels._colors(some) == {"a": "C0", "b": "C1", "c": "C2"}

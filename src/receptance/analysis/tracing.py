@@ -22,7 +22,7 @@ from receptance.analysis.hooks import patch, record
 from receptance.analysis.notebook import image, row_of_figures
 from receptance.evaluation.results import Curve, Figure, Result, Subject
 from receptance.model import Model
-from receptance.plots import draw_heat_map
+from receptance.plots.panels import draw_heat_map
 from receptance.tokenizer import Tokenizer
 from receptance.tokenizer.base import to_bytes
 

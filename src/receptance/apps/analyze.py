@@ -26,7 +26,7 @@ from receptance.apps.options import parse
 from receptance.apps.waiting import waiting
 from receptance.evaluation.results import check_result
 from receptance.model import Model
-from receptance.plots import check_picture
+from receptance.plots.pictures import check_picture
 from receptance.progress import progress_bar, say
 from receptance.storage.checkpoint import load
 from receptance.storage.pairing import no_tokenizer

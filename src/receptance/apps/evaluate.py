@@ -26,7 +26,7 @@ from receptance.evaluation.texts import documents, enwik8
 from receptance.evaluation.texts.enwik8 import Split
 from receptance.evaluation.texts.positions import Positions
 from receptance.evaluation.texts.text import TextOptions, digest, subject
-from receptance.plots import Line, draw_lines
+from receptance.plots.panels import Line, draw_lines
 from receptance.progress import progress_bar, say
 from receptance.storage.directories import expanded
 

@@ -14,7 +14,7 @@ from receptance.engine import EngineOptions
 from receptance.evaluation.benchmarks.prefixes import Prefix
 from receptance.evaluation.results import is_result
 from receptance.evaluation.texts.enwik8 import Split
-from receptance.plots import check_picture
+from receptance.plots.pictures import check_picture
 from receptance.storage.directories import expanded
 
 KINDS = ("text", "enwik8", "lambada", "recall", "tasks", "preset")

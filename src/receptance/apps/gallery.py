@@ -13,7 +13,7 @@ from typing import Any
 from receptance.atomic import written
 from receptance.errors import one_line
 from receptance.evaluation.results import Result
-from receptance.plots import Panel, draw_panels
+from receptance.plots.panels import Panel, draw_panels
 from receptance.reproduce.experiment import Experiment, caption, headline, remarks
 from receptance.reproduce.registry import EXPERIMENTS
 

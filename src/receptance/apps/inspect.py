@@ -15,7 +15,8 @@ from receptance.apps.console import Console
 from receptance.apps.options import parse
 from receptance.apps.text import visible
 from receptance.checking.inspecting import Inspection, inspect
-from receptance.plots import check_picture, draw_decays
+from receptance.plots import draw_decays
+from receptance.plots.pictures import check_picture
 from receptance.progress import progress_bar, say
 
 _BAR = 40  # the width of the histogram's bars, in characters

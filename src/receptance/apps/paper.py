@@ -11,7 +11,7 @@ from typing import ClassVar
 from receptance.apps.gallery import ELSEWHERE, command, is_quick, panels
 from receptance.evaluation.report import Page, drawn, head, origin, tables, text
 from receptance.evaluation.results import Result
-from receptance.plots import panel_pictures
+from receptance.plots.panels import panel_pictures
 from receptance.reproduce.experiment import caption, headline, remarks
 from receptance.reproduce.registry import EXPERIMENTS
 

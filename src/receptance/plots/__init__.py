@@ -1,4 +1,4 @@
-"""Pictures of losses and decays, of curves and matrices, drawn with matplotlib."""
+"""Pictures of losses and decays, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -9,27 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from receptance.plots.panels import (
-    Line,
-    Panel,
-    draw_heat_map,
-    draw_lines,
-    draw_panels,
-    panel_pictures,
-)
-from receptance.plots.pictures import check_picture, new_figure, save
-
-__all__ = [
-    "Line",
-    "Panel",
-    "check_picture",
-    "draw_decays",
-    "draw_heat_map",
-    "draw_lines",
-    "draw_losses",
-    "draw_panels",
-    "panel_pictures",
-]
+from receptance.plots.pictures import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

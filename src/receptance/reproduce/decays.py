@@ -17,7 +17,7 @@ from receptance.analysis.decays import (
     starting_log_decays,
 )
 from receptance.evaluation.results import Figure, Result, Subject
-from receptance.plots import Line, Panel
+from receptance.plots.panels import Line, Panel
 from receptance.reproduce.experiment import (
     AGREES,
     Check,

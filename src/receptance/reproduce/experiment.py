@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from receptance.evaluation.drawing import Chart, is_wide, kinds
 from receptance.evaluation.results import Curve, Figure, Result, Source, Subject
-from receptance.plots import Line, Panel
+from receptance.plots.panels import Line, Panel
 
 Piece = dict[str, Any]
 """What tells one piece of work from the others, as JSON."""

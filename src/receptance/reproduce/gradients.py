@@ -11,7 +11,7 @@ from receptance.analysis.decays import starting_log_decays
 from receptance.config import ModelConfig
 from receptance.evaluation.intervals import mean
 from receptance.evaluation.results import Curve, Figure, Result, Subject
-from receptance.plots import Line, Panel
+from receptance.plots.panels import Line, Panel
 from receptance.reproduce.bounds import IDENTITIES, SHARES, derivatives
 from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
 from receptance.reproduce.norms import NETWORKS, backward, parameters

@@ -15,7 +15,7 @@ from receptance.evaluation.compare.options import parse_size
 from receptance.evaluation.results import Result, Subject
 from receptance.inference.measure import seconds
 from receptance.model.devices import resolve_device
-from receptance.plots import Panel
+from receptance.plots.panels import Panel
 from receptance.reproduce.experiment import Experiment, Found, Piece, Work
 from receptance.reproduce.generators import (
     CACHE,

@@ -12,7 +12,7 @@ from typing import Any
 
 from receptance.evaluation.intervals import Estimate, fitted_line
 from receptance.evaluation.results import Curve, Figure
-from receptance.plots import Line, Panel
+from receptance.plots.panels import Line, Panel
 from receptance.reproduce.experiment import Check, Piece
 from receptance.reproduce.generators import CACHE, NO_CACHE, RWKV, STATE, TORCH, TRANSFORMERS
 

@@ -18,7 +18,8 @@ from receptance.errors import one_line
 from receptance.evaluation.journal import Journal, journal_path
 from receptance.evaluation.results import Result, versions
 from receptance.inference.measure import seconds
-from receptance.plots import check_picture, draw_panels
+from receptance.plots.panels import draw_panels
+from receptance.plots.pictures import check_picture
 from receptance.progress import progress_bar, say
 from receptance.reproduce.experiment import Experiment, Piece, Work, caption
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from receptance.evaluation.compare.options import parse_size
 from receptance.evaluation.compare.training import HeldOut, Stopped, run_job, steps_done
 from receptance.evaluation.results import Curve, Result, Source, Subject
-from receptance.plots import Line, Panel
+from receptance.plots.panels import Line, Panel
 from receptance.reproduce.experiment import Found, Piece, Work
 from receptance.reproduce.power_law import (
     BEYOND,

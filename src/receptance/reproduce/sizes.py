@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from receptance.config import PUBLISHED_SIZES, ModelConfig
 from receptance.evaluation.results import Curve, Figure, Result, Subject
 from receptance.model import Model
-from receptance.plots import Panel
+from receptance.plots.panels import Panel
 from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
 
 # Table 2 of arXiv 2305.13048v2: parameters, and forward FLOPs per token.

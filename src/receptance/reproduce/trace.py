@@ -23,7 +23,7 @@ from receptance.analysis.tracing import (
 )
 from receptance.evaluation.results import Result, Subject
 from receptance.model import Model
-from receptance.plots import Panel
+from receptance.plots.panels import Panel
 from receptance.reproduce import facts
 from receptance.reproduce.experiment import Check, Experiment, Found, Piece, Work
 from receptance.storage.checkpoint import load

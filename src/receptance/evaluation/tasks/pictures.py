@@ -7,7 +7,7 @@ from pathlib import Path
 
 from receptance.atomic import written
 from receptance.evaluation.results import Curve
-from receptance.plots import check_picture
+from receptance.plots.pictures import check_picture
 
 _PANEL = (5.2, 3.8)  # the size of a panel in inches
 _STYLES = ("o-", "s--", "^:", "d-.")
