@@ -550,7 +550,7 @@ def test_options_of_text_are_not_for_tokens(more, folder):
 def test_a_corrected_command_begins_again(folder):
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
     more = ["train", "chat.jsonl", "--out", "new", *SMALL.split()]
-    assert "set template" in refused(*more)
+    assert "say with --template" in refused(*more)
     begun(*more, "--template", "world", "--steps", 1)
 
 

@@ -34,7 +34,7 @@ def test_odd_records_are_named(name, write, tmp_path):
 
 def test_examples_without_a_template_are_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [GOOD])
-    with pytest.raises(ValueError, match="line 1: it holds an example; set template"):
+    with pytest.raises(ValueError, match="line 1: it holds an example; say with template="):
         check_sources([str(path)], PrepareOptions())
 
 
