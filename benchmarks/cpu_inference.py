@@ -31,35 +31,25 @@ from typing import Any
 import torch
 from _bars import BUS, OURS, bars, show
 from _common import Progress, stop_once
+from _peers import (
+    CPP,
+    HF,
+    INSTALL,
+    LIMITS,
+    LLAMA,
+    LLAMA_LIMITS,
+    PACKAGE,
+    PEER_LIMIT,
+    PEERS,
+    TORCH,
+    VERSIONS,
+)
 from _weights import QUANTIZED, SIZES, Files
 from _workers import Budget, Contestant, Failed, Way, in_turns, noted, working
 from rich.console import Console
 
 from receptance.inference.measure import machine
 
-TORCH, CPP, PACKAGE, HF, LLAMA = "torch", "rwkv.cpp", "rwkv", "transformers", "llama.cpp"
-INSTALL = {
-    CPP: "build https://github.com/RWKV/rwkv.cpp and pass --rwkv-cpp PATH/librwkv.so",
-    PACKAGE: "pip install rwkv",
-    HF: "pip install transformers",
-    LLAMA: "pip install llama-cpp-python",
-}
-VERSIONS = {CPP: (4, 5.2, 6, 7), PACKAGE: (4, 5.2, 6), HF: (4,), LLAMA: (6, 7)}
-# Our type of weights, and what of each peer it is compared with.
-PEERS = {
-    "float32": {CPP: "FP32", PACKAGE: "float32", HF: "float32", LLAMA: "F32"},
-    "bfloat16": {CPP: "FP16", PACKAGE: "bfloat16", HF: "bfloat16"},
-    "float16": {CPP: "FP16", LLAMA: "F16"},
-    "int8": {CPP: "Q8_0", LLAMA: "Q8_0"},
-    "int4": {CPP: "Q4_0", LLAMA: "Q4_0"},
-}
-# Root mean square difference of logits, relative to theirs, from the torch model in float32 with
-# the same, rounded weights. Products with integers round the activations, too.
-LIMITS = {"float32": 1e-5, "bfloat16": 1e-5, "float16": 1e-5, "int8": 2e-3, "int4": 2e-3}
-PEER_LIMIT = 1e-5
-# llama.cpp rounds activations to the type of the weights, and rounds weights in its own way; with
-# random weights errors grow from layer to layer. Logits of another model would be off by 1.4.
-LLAMA_LIMITS = {"float32": PEER_LIMIT, "float16": 1e-2, "int8": 0.2, "int4": 0.9}
 CHUNKS = (16, 32, 64, 128)
 BATCHES, BATCHED = (1, 2, 4, 8, 16, 32), "int8"
 PROMPTS = {4: (256, 2048)}  # of other versions:
@@ -91,7 +81,7 @@ class Run:
             return Way(engine, kind, lambda: self.files.ggmf(kind), command, library)
         if engine == PACKAGE:
             return Way(engine, kind, self.files.pth, command)
-        if engine == LLAMA:
+        if engine == LLAMA or (engine == TORCH and kind in LLAMA_LIMITS):
             return Way(engine, kind, lambda: self.files.gguf(kind), command)
         return Way(engine, kind, lambda: self.files.ours(kind, sparse=sparse), command)
 
@@ -142,11 +132,10 @@ class Run:
         for dtype, limit in LIMITS.items():
             wanted, ours[dtype] = self.logits(TORCH, dtype), self.logits(OURS, dtype)
             errors[f"{OURS} {dtype}"] = _error(ours[dtype], wanted, limit, dtype)
-        peers = [(name, kind, PEER_LIMIT) for name, kind in self.peers("float32").items()]
+        peers = [(name, kind) for name, kind in self.peers("float32").items() if name != LLAMA]
         if self.has(LLAMA):
-            kinds = {dtype: self.peers(dtype).get(LLAMA) for dtype in PEERS}
-            peers += [(LLAMA, kind, LLAMA_LIMITS[x]) for x, kind in kinds.items() if kind]
-        for name, kind, limit in dict.fromkeys(peers):
+            peers += [(LLAMA, kind) for kind in LLAMA_LIMITS]
+        for name, kind in peers:
             if name in self.stopped:
                 continue
             note: dict[str, Any] = {}
@@ -157,7 +146,9 @@ class Run:
                 self.stopped[name] = f"not checked: {note['stopped']}"
                 self.tell("logits", {f"{name} {kind}": note})
             else:
-                errors[f"{name} {kind}"] = _error(found, ours["float32"], limit, f"{name} {kind}")
+                wanted = self.logits(TORCH, kind) if name == LLAMA else ours["float32"]
+                limit = LLAMA_LIMITS[kind] if name == LLAMA else PEER_LIMIT
+                errors[f"{name} {kind}"] = _error(found, wanted, limit, f"{name} {kind}")
 
     def logits(self, engine: str, kind: str) -> torch.Tensor:
         """For what follows a fixed prompt."""
@@ -203,8 +194,7 @@ class Run:
                 for dtype in ("float32", "bfloat16"):
                     contestants[f"{PACKAGE} {dtype}"] = [self.way(PACKAGE, dtype, command)]
             if self.has(LLAMA):
-                kinds = ("F32", "F16", "Q8_0", "Q4_0")
-                contestants[LLAMA] = [self.way(LLAMA, kind, command) for kind in kinds]
+                contestants[LLAMA] = [self.way(LLAMA, kind, command) for kind in LLAMA_LIMITS]
             if self.has(CPP):
                 contestants[CPP] = [
                     self.way(CPP, kind, command | {"chunk": chunk})
