@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ def main() -> None:
     calibration = calibrate(options, model, tokenizer)
     exact = {name: x.clone() for name, x in model.state_dict().items()}
     results = []
-    for name, weights in track(list(formats(exact, calibration)), transient=True):
+    names = set(model.config.architecture.layouts(model.config))
+    for name, weights in track(list(formats(exact, names, calibration)), transient=True):
         found = weights()
         model.load_state_dict({n: floats(x) for n, x in found.items()})
         results.append({"format": name, "bits/weight": bits_per_weight(model, found)})
@@ -183,8 +184,9 @@ def check(model: Model, tokenizer: Tokenizer, tokens: np.ndarray, reference: Rea
     """The figure is that of scoring.py; a directory gives back what was put into it."""
     nats = negative_log_likelihood(model, tokens, start=tokenizer.end_of_text)
     assert math.isclose(reference.nats, nats, rel_tol=1e-5), (reference.nats, nats)
+    names = set(model.config.architecture.layouts(model.config))
     for kind in ("int8", "int4"):
-        weights = dict(quantize_tensors(model.state_dict(), kind))
+        weights = dict(quantize_tensors(model.state_dict(), kind, matrices=names))
         about = About(kind=kind, group=128 if kind == "int8" else 64, source=model.fingerprint())
         with tempfile.TemporaryDirectory() as folder:
             write_quantized(f"{folder}/x", model.config, tokenizer, about, weights.items())
@@ -193,12 +195,12 @@ def check(model: Model, tokenizer: Tokenizer, tokens: np.ndarray, reference: Rea
 
 
 def formats(
-    exact: dict[str, Tensor], calibration: Calibration | None
+    exact: dict[str, Tensor], names: Collection[str], calibration: Calibration | None
 ) -> Iterator[tuple[str, Callable[[], Weights]]]:
-    """Every format's name, and what makes its weights."""
+    """Every format's name, and what makes its weights; the matrices of these names have it."""
 
     def matrices(make: Callable[[str, Tensor], Tensor | Quantized]) -> Callable[[], Weights]:
-        return lambda: {n: make(n, x) if x.dim() == 2 else x for n, x in exact.items()}
+        return lambda: {n: make(n, x) if n in names else x for n, x in exact.items()}
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = str(dtype).removeprefix("torch.")
@@ -217,7 +219,7 @@ def formats(
             )
             yield (
                 f"int4/{group} calibrated",
-                lambda g=group: dict(quantize_tensors(exact, "int4", g, calibration)),
+                lambda g=group: dict(quantize_tensors(exact, "int4", g, calibration, names)),
             )
 
 
