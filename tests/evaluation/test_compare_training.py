@@ -35,9 +35,11 @@ def begun(model: str, **changes: object) -> Training:
     return Training(job(model, small(**changes)), corpus(), TOKENIZER, CPU)
 
 
-def test_rwkv_learns_as_the_trainer_would():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rwkv_learns_as_the_trainer_would(dtype):
     """The oracle is the package's own trainer, with its own batches, schedule and clipping."""
-    ours, about = begun("rwkv4"), job("rwkv4").train
+    ours = begun("rwkv4", dtype=dtype)
+    about = ours.job.train
     tokens = corpus().train
     batches = Batches(tokens, context=about.context, batch=about.batch, seed=0, packing="stream")
     config = RWKV(4).config(job("rwkv4").shape)
@@ -61,6 +63,31 @@ def test_a_transformer_gets_the_gradients_of_its_own_library(name):
     assert ours.run_step() == pytest.approx(float(loss.detach()), rel=1e-5)
     for key, parameter in other.parameters.items():
         torch.testing.assert_close(ours.parameters[key].grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_for_activations_in_training_alone(name):
+    exact, narrow = begun(name), begun(name, dtype="bfloat16")
+    seen = set()
+    for module in narrow.model.modules():
+        if hasattr(module, "weight") and not isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda *found: seen.add(found[-1].dtype))
+    assert narrow.run_step() == pytest.approx(exact.run_step(), rel=1e-2)
+    assert seen == {torch.bfloat16}
+    for parameter in narrow.parameters.values():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all()
+    gradients = [
+        torch.cat([p.grad.flatten() for p in run.parameters.values()]) for run in (exact, narrow)
+    ]
+    assert not torch.equal(*gradients)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+    with torch.no_grad():
+        for key, parameter in exact.parameters.items():
+            parameter.copy_(narrow.parameters[key])
+    one, other = (run.held_out.nats(run.objective, CPU, 2) for run in (exact, narrow))
+    assert one == other
+    assert narrow.objective.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from receptance.data.batches import Batch
 from receptance.evaluation.compare.families import Decoder, Family, Shape
@@ -32,6 +33,7 @@ class TransformerObjective(nn.Module):
     def __init__(self, model: Any, options: TrainOptions) -> None:
         super().__init__()
         self.model = model
+        self.dtype = getattr(torch, options.dtype)
         self.penalties = {
             "max_logit_penalty": options.max_logit_penalty,
             "z_loss": options.z_loss,
@@ -42,7 +44,10 @@ class TransformerObjective(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Objective and cross entropy of the rows, both over total; a row begins from nothing."""
         assert state is None and batch.resets is None
-        features = self.model.base_model(batch.inputs, use_cache=False).last_hidden_state
+        base = self.model.base_model
+        given = {name: x.to(self.dtype) for name, x in base.named_parameters()}
+        found = functional_call(base, given, (batch.inputs,), {"use_cache": False})
+        features = found.last_hidden_state
         weight = self.model.get_output_embeddings().weight
         value, entropy = head_loss(
             features, weight, batch.targets, batch.mask, total=total, **self.penalties

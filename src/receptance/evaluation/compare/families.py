@@ -2,7 +2,7 @@
 
 An architecture is trained through an objective, a module of the form of `training.Objective`:
 (batch, state, total) -> (what to minimize, cross entropy, next state), where a state of None stands
-for rows that have read nothing.
+for rows that have read nothing. Its dtype is that of activations.
 """
 
 from __future__ import annotations

@@ -189,12 +189,13 @@ def _notes(plan: Plan, found: Findings, processes: int) -> Iterator[str]:
     )
     yield (
         f"Matched are the {equal}, within 2 %, by the width of the feed-forward networks; width, "
-        "layers, tokens and their order, tokenizer, optimizer, schedule, context and float32 are "
-        "the same. Starting values are each architecture's own."
+        "layers, tokens and their order, tokenizer, optimizer, schedule, context and the type of "
+        f"activations in training ({options.dtype}) are the same. Starting values are each "
+        "architecture's own."
     )
     yield (
         f"The loss is that of windows of {options.context} tokens that each begin from nothing, "
-        "so that no model sees more than this context."
+        "so that no model sees more than this context, computed in float32."
     )
     if plan.searched:
         sizes = "at every size" if options.sweep_sizes == "all" else f"at {plan.smallest}"

@@ -60,6 +60,9 @@ class CompareOptions:
     """Largest norm of the gradient; 0 means no clipping."""
     max_logit_penalty: float = 1e-4
     """The penalty on the largest logit, as in `receptance train`, for all models."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of activations in training, for all models. Parameters and optimizer stay float32,
+    and models are judged in it."""
     validation: float = 0.01
     """Share of the text that is held out, by whole documents where there are any."""
     held_out: int = 1 << 17
@@ -118,6 +121,7 @@ class CompareOptions:
                     b - a >= APART for a, b in itertools.pairwise(sorted(self.contexts))
                 )
             },
+            "float32 or bfloat16": {"dtype": self.dtype in ("float32", "bfloat16")},
             "parameters or flops": {"match": self.match in ("parameters", "flops")},
             "smallest or all": {"sweep_sizes": self.sweep_sizes in ("smallest", "all")},
         }

@@ -84,6 +84,7 @@ def make_job(
         weight_decay=options.weight_decay,
         clip=options.clip,
         max_logit_penalty=options.max_logit_penalty,
+        dtype=options.dtype,
         seed=seed,
     )
     return Job(

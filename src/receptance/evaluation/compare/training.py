@@ -12,8 +12,8 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,13 @@ class HeldOut:
     def nats(self, objective: torch.nn.Module, device: torch.device, pieces: int) -> list[float]:
         """The loss of each of the first pieces, in nats."""
         found = []
-        for piece in self.pieces[:pieces]:
-            total = 0.0
-            for at in range(piece.start, piece.stop, _ROWS):
-                batch = self.rows.rows(at, min(at + _ROWS, piece.stop)).to(device)
-                total += float(objective(batch, None, 1.0)[1])
-            found.append(total)
+        with _in_float32(objective):
+            for piece in self.pieces[:pieces]:
+                total = 0.0
+                for at in range(piece.start, piece.stop, _ROWS):
+                    batch = self.rows.rows(at, min(at + _ROWS, piece.stop)).to(device)
+                    total += float(objective(batch, None, 1.0)[1])
+                found.append(total)
         return found
 
 
@@ -310,6 +311,16 @@ def steps_done(out: Path, job: Job) -> int:
         return int((out / RUNS / f"{job.name}.step").read_text() or 0)
     except (OSError, ValueError):
         return 0
+
+
+@contextmanager
+def _in_float32(objective: Any) -> Iterator[None]:
+    """Let the objective's activations be float32, whatever it is trained with."""
+    dtype, objective.dtype = objective.dtype, torch.float32
+    try:
+        yield
+    finally:
+        objective.dtype = dtype
 
 
 def _chained(digest: str, batch: Batch) -> str:
