@@ -61,7 +61,13 @@ def test_a_key_opens(locked):
     with locked.client(KEY) as client:
         assert client.get("/v1/models").status_code == 200
         assert client.get("/nowhere").status_code == 404
-        assert client.put("/v1/models").status_code == 405
+        refused = client.put("/v1/models")
+        assert refused.status_code == 405 and refused.headers["allow"] == "GET, HEAD"
+        for path in ("/health", "/v1/models", "/openapi.json", "/"):
+            asked, got = client.head(path), client.get(path)
+            assert (asked.status_code, asked.content) == (200, b"")
+            assert asked.headers["content-length"] == str(len(got.content))
+        assert client.head("/v1/completions").status_code == 405
     with locked.client() as client:
         assert client.get("/v1/models", headers={"x-api-key": OTHER}).status_code == 200
 

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 from running_server import make_served
+from server_cases import BYTES, make_engine
+from tiny import make_model
 
+from receptance.data.templates import find_template
+from receptance.engine import native_engine
+from receptance.engine.base import Engine
+from receptance.server.cache import StateCache
 from receptance.server.errors import ApiError
 from receptance.server.jobs import Job
-from receptance.server.models import Models, Source
+from receptance.server.models import Models, Source, weight_bytes
 from receptance.server.serving import Served
 
 # In every model of these tests.
@@ -81,6 +87,31 @@ def test_a_model_that_answers_is_not_unloaded_and_the_other_is_let_go():
         assert sources.loaded() == {"b"}
 
     run(sources, test)
+
+
+def test_matrices_that_adapters_share_are_counted_once():
+    base = make_engine("native")
+    matrices = sum(matrix.nbytes for matrix in base.packed.values())
+    weights = make_model().state_dict()
+    beside = native_engine(base.config, dict(weights), shared=base.packed)
+    apart = native_engine(base.config, dict(weights))
+    assert weight_bytes([base, beside, beside]) == 3 * base.weight_bytes - 2 * matrices
+    assert weight_bytes([base, apart]) == 2 * base.weight_bytes
+
+    def loads(name: str, engine: Engine) -> Callable[[], Served]:
+        return lambda: Served(name, engine, BYTES, find_template("world"), StateCache(1 << 20))
+
+    for engine, stays in ((beside, {"base", "other"}), (apart, {"other"})):
+        sources = [Source("base", loads("base", base)), Source("other", loads("other", engine))]
+        models = Models(sources, budget=2 * base.weight_bytes - matrices)
+
+        async def test(models: Models = models, stays: set[str] = stays) -> None:
+            for name in ("base", "other"):
+                await models.served(name)
+            assert {served.name for served in models.loaded()} == stays
+            await models.close()
+
+        asyncio.run(test())
 
 
 def test_many_who_ask_at_once_load_a_model_once():

@@ -169,9 +169,12 @@ class App:
         """The endpoint of a request; ApiError if there is none, or if its sender may not ask."""
         path, method = scope["path"], scope["method"]
         found = [(m, e) for regex, e in self._routes if (m := regex.match(path))]
-        allowed = {e.method for _, e in found}
+        allowed: set[str] = {e.method for _, e in found}
+        if "GET" in allowed:
+            allowed.add("HEAD")
         for match, endpoint in found:
-            if endpoint.method == method:
+            # The server's HTTP layer leaves out the body of what HEAD asks for.
+            if endpoint.method == ("GET" if method == "HEAD" else method):
                 return endpoint, match.groupdict()
         if method == "OPTIONS" and allowed and headers.get("origin") in self._origins:
             raise ApiError(204, "")

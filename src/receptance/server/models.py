@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from receptance.engine.base import Engine
+from receptance.engine.native import NativeEngine
 from receptance.server.api.options import TextOptions
 from receptance.server.errors import ApiError, refusal
 from receptance.server.grammar import Grammars
@@ -34,7 +36,7 @@ class Source:
     used: float = 0
     """When it was last asked for, by the clock of the event loop."""
     weight_bytes: int = 0
-    """The bytes of its weights, once they are known."""
+    """The bytes that it added to the weights in memory when it was last loaded."""
 
 
 class Models:
@@ -101,14 +103,15 @@ class Models:
     async def _load(self, source: Source) -> Served:
         if source.served is not None:
             return source.served
-        await self._make_room(source.weight_bytes)
+        await self._make_room(lambda loaded: weight_bytes(loaded) + source.weight_bytes)
         try:
             served = await asyncio.to_thread(source.load)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             raise ApiError(500, f"the model {source.name!r} could not be loaded") from error
-        source.weight_bytes = served.engine.weight_bytes
+        others = [other.engine for other in self.loaded()]
+        source.weight_bytes = weight_bytes([*others, served.engine]) - weight_bytes(others)
         try:
-            await self._make_room(source.weight_bytes)
+            await self._make_room(lambda loaded: weight_bytes([*loaded, served.engine]))
         except ApiError:
             await asyncio.to_thread(served.stop)
             raise
@@ -126,11 +129,14 @@ class Models:
         await asyncio.to_thread(served.stop)
         return True
 
-    async def _make_room(self, coming: int) -> None:
-        """Unload models that nobody uses, the one asked for longest ago first."""
+    async def _make_room(self, needed: Callable[[list[Engine]], int]) -> None:
+        """Unload models that nobody uses, the one asked for longest ago first.
+
+        `needed` tells the bytes of all weights if the given engines stay.
+        """
         if self._budget is None:
             return
-        while sum(s.engine.weight_bytes for s in self.loaded()) + coming > self._budget:
+        while needed([served.engine for served in self.loaded()]) > self._budget:
             idle = [s for s in self.sources.values() if s.served and not s.served.busy]
             if not idle or not await self._unload(min(idle, key=lambda s: s.used)):
                 raise ApiError(
@@ -162,6 +168,16 @@ class Models:
             named = self.states.fitting(owner, options.state, served)
         namespace = served.namespace(owner, options.cache_salt, named.key if named else "")
         return Beginning(self, owner, served, namespace, named, options.save_state)
+
+
+def weight_bytes(engines: Iterable[Engine]) -> int:
+    """The bytes of the engines' weights; matrices that several share are counted once."""
+    own, matrices = 0, dict[int, int]()
+    for engine in engines:
+        packed = engine.packed.values() if isinstance(engine, NativeEngine) else ()
+        own += engine.weight_bytes - sum(m.nbytes for m in packed)
+        matrices |= {id(m.data): m.nbytes for m in packed}
+    return own + sum(matrices.values())
 
 
 @dataclass(frozen=True)
