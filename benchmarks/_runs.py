@@ -20,8 +20,9 @@ from typing import Any
 
 from rich.progress import Progress, track
 
+from receptance.sealed import MANIFEST
 from receptance.storage.directories import newest_checkpoint, step_directories
-from receptance.storage.manifest import MANIFEST, verify
+from receptance.storage.manifest import verify
 
 SMALL = "--tokenizer bytes --width 16 --layers 2 --batch 2 --context 32 --learning-rate 1e-2"
 STEPS, REPORTS = 40, 20

@@ -32,6 +32,7 @@ from _disks import full_disk, full_disk_training
 from _runs import memory, stops
 from rich.progress import track
 
+from receptance.sealed import MANIFEST
 from receptance.storage import checkpoint
 from receptance.storage.directories import (
     existing,
@@ -40,7 +41,7 @@ from receptance.storage.directories import (
     step_number,
 )
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import MANIFEST, verify
+from receptance.storage.manifest import verify
 
 
 def main() -> None:

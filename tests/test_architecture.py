@@ -48,7 +48,7 @@ def every_module(rule: Callable[[str], None]) -> Callable[[], None]:
 # The rooms from the ground up: a module imports from its own room and from those before it.
 # Modules in the root of the package are rooms of their own.
 ROOMS = [
-    *("version", "errors", "atomic", "progress", "plots", "state", "tokenizer"),
+    *("version", "errors", "sealed", "atomic", "progress", "plots", "state", "tokenizer"),
     *("ops", "model", "config", "formats", "quantize", "storage", "data", "adapters"),
     *("engine", "inference", "conversion", "checking", "training"),
     *("evaluation", "analysis", "reproduce", "server", "apps", "__main__"),

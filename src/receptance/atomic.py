@@ -9,14 +9,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from receptance.sealed import check_outside
+
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears at path, complete and on disk, when the block ends.
 
     Until then the content is in a hidden file of a random name beside path. If the block raises an
-    error, the hidden file is removed and path stays as it was.
+    error, the hidden file is removed and path stays as it was. ValueError if path is in a
+    checkpoint.
     """
+    check_outside(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         with partial.open("xb") as file:
@@ -35,8 +39,10 @@ def written(path: Path) -> Iterator[BinaryIO]:
 def check_replaceable(path: Path, what: str, kind: str, is_kind: Callable[[Path], bool]) -> None:
     """ValueError if there is anything at path but a file for which is_kind is true.
 
-    The message needs what is to be written, such as "the state", and its kind, such as "a state".
+    Neither may path be in a checkpoint. The message needs what is to be written, such as "the
+    state", and its kind, such as "a state".
     """
+    check_outside(path)
     if not os.path.lexists(path):
         return
     with suppress(OSError):  # What cannot be read is not replaced either.

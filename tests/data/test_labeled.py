@@ -169,6 +169,15 @@ class TestRecords:
             ('{"values": [[[1]]], "label": 1}', "classify", "wanted"),
             ('{"values": [[1], [1, 2]], "label": 1}', "classify", "line 1"),
             ('{"text": "a", "label": "x"}', "regress", "a regression wants numbers"),
+            ('{"text": "a", "label": NaN}', "regress", "within float32"),
+            (f'{{"text": "a", "label": 1{"0" * 400}}}', "regress", "within float32"),
+            ('{"text": "a", "label": null}', "classify", "a class is a string or a whole number"),
+            ('{"text": "a", "label": 1.0}', "classify", "a class is a string or a whole number"),
+            ('{"text": "a", "values": [1], "label": 1}', "classify", "wanted one of them"),
+            ('{"values": {"a": 1}, "label": 1}', "classify", "of numbers"),
+            ('{"values": ["1"], "label": 1}', "classify", "of numbers"),
+            ('{"values": [1, null], "label": 1}', "classify", "of numbers"),
+            ('{"values": [1, 1e39], "label": 1}', "classify", "not finite in float32"),
             ("", "classify", "has no examples"),
         ],
     )
@@ -176,6 +185,12 @@ class TestRecords:
         (tmp_path / "a.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match=message):
             read_labeled_records(tmp_path / "a.jsonl", kind)
+
+    @pytest.mark.parametrize("kinds", [("1", 1), (2, True)])
+    def test_labels_of_two_kinds(self, tmp_path, kinds):
+        self.write(tmp_path / "a.jsonl", [{"text": "a", "label": kinds[n % 2]} for n in range(40)])
+        with pytest.raises(ValueError, match="labels of the kinds"):
+            read_labeled_records(tmp_path / "a.jsonl", "classify")
 
     def test_two_kinds_in_a_file(self, tmp_path):
         records = [{"text": "a", "label": 1}, {"values": [1], "label": 1}]

@@ -110,6 +110,21 @@ class TestTs:
         with pytest.raises(ValueError, match=r"NAME_TRAIN\.ts"):
             read_archive(tmp_path / "a.ts", "classify")
 
+    @pytest.mark.parametrize("wide", ["TRAIN", "TEST"])
+    def test_parts_of_other_dimensions(self, tmp_path, wide):
+        header = TS.partition("@data\n")[0] + "@data\n"
+        for part in ("TRAIN", "TEST"):
+            line = "1,2:3,4:up\n" if part == wide else "1,2:up\n"
+            (tmp_path / f"A_{part}.ts").write_text(header + line * 20)
+        with pytest.raises(ValueError, match=r"A_TEST\.ts has . dimensions, and A_TRAIN\.ts has"):
+            read_archive(tmp_path / "A_TRAIN.ts", "classify")
+
+    def test_an_answer_that_is_no_number(self, tmp_path):
+        for part in ("TRAIN", "TEST"):
+            (tmp_path / f"N_{part}.ts").write_text("@data\n" + "1,2:nan\n" * 10)
+        with pytest.raises(ValueError, match="an answer is not finite"):
+            read_archive(tmp_path / "N_TRAIN.ts", "regress")
+
     def test_numbers_to_predict(self, tmp_path):
         lines = "@data\n" + "".join(f"{n},{n + 1}:{n / 2}\n" for n in range(10))
         for part in ("TRAIN", "TEST"):
@@ -131,6 +146,9 @@ class TestTs:
             ("@data\n1,2:3:a\n", "different lengths"),
             ("@data\n12\n", "no colon"),
             ("@timestamps true\n@data\n1:a\n", "time stamps"),
+            ("@data\n1,2:3,4:a\n1,2:a\n", "line 3: it has 1 dimensions, and those before it 2"),
+            ("@data\n1,nan:a\n", "line 2: a value is not finite"),
+            ("@data\n1,1e39:a\n", "line 2: a value is not finite"),
         ],
     )
     def test_mistakes(self, tmp_path, text, message):
@@ -199,6 +217,10 @@ class TestColumns:
             ("a\nx\n", "no column of numbers"),
             ("a,b\n1\n", "line 2 has 1 fields"),
             ("a\n", "no column of numbers"),
+            ("a,b\n1,2\n\n\n1,\n", "line 5: '' in column 'b' is no number"),
+            ("a,b\n\n1,2\n1,2,3\n", "line 4 has 3 fields"),
+            ("1,2\n3,4\n", "begins with numbers"),
+            ("a,b,a\n1,2,3\n", "two columns 'a'"),
         ],
     )
     def test_mistakes(self, tmp_path, text, message):

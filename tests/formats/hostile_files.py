@@ -26,8 +26,9 @@ from receptance.formats.ggmf import write_ggmf
 from receptance.formats.gguf import open_gguf, stored_kinds, write_gguf
 from receptance.formats.names_hf import to_hf
 from receptance.quantize.weights import quantize_tensors
+from receptance.sealed import MANIFEST
 from receptance.storage import checkpoint
-from receptance.storage.manifest import MANIFEST, plain_files, seal_file, write_manifest
+from receptance.storage.manifest import plain_files, seal_file, write_manifest
 from receptance.storage.quantized import About, read_quantized, write_quantized
 from receptance.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 

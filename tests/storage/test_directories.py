@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from receptance.sealed import rendered
 from receptance.storage import directories, manifest
 from receptance.storage.directories import (
     Draft,
@@ -154,7 +155,7 @@ class TestWhatIsNoManifestedFile:
     @pytest.mark.parametrize("name", ["../saved/a.txt", "/etc/hosts", "", "..", "x/y", "a\0"])
     def test_a_name_elsewhere(self, name, saved):
         entries = manifest.read_manifest(saved)
-        (saved / "manifest.json").write_bytes(manifest._render({name: entries["a.txt"]}))
+        (saved / "manifest.json").write_bytes(rendered({name: entries["a.txt"]}))
         assert "no file beside it" in refusal(lambda: verify(saved))
 
     def test_a_folder_is_not_written_either(self, tmp_path):

@@ -42,9 +42,9 @@ from receptance.evaluation.results import Result
 from receptance.model.devices import resolve_device
 from receptance.ops.threads import usable_threads
 from receptance.progress import progress_bar, say
+from receptance.sealed import check_outside
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import check_outside
 from receptance.tokenizer import Tokenizer, load_tokenizer
 from receptance.training.recipes import apply_recipe
 from receptance.training.stopping import stop_requested

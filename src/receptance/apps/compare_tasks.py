@@ -16,9 +16,9 @@ from receptance.evaluation.results import Figure
 from receptance.evaluation.tasks.comparing import TaskOptions, run_task
 from receptance.model.devices import resolve_device
 from receptance.progress import say
+from receptance.sealed import check_outside
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import check_outside
 from receptance.training import TrainOptions
 
 

@@ -23,9 +23,9 @@ from receptance.progress import say
 from receptance.reproduce.experiment import Experiment, Piece, Work
 from receptance.reproduce.registry import EXPERIMENTS
 from receptance.reproduce.running import Record, measure_here, measure_piece, run
+from receptance.sealed import check_outside
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import check_outside
 
 FULL, QUICK = Path("runs/reproduce"), Path("runs/reproduce-quick")
 

@@ -21,9 +21,9 @@ from receptance.data import ReadOptions, is_corpus
 from receptance.evaluation.tasks.sources import SequenceOptions
 from receptance.model.devices import described, resolve_device
 from receptance.progress import say
+from receptance.sealed import check_outside
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import check_outside
 from receptance.training import TrainOptions, learning_rate
 from receptance.training.estimate import DEFAULT_UTILIZATION
 from receptance.training.logs import check_kinds

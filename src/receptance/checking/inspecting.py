@@ -20,7 +20,8 @@ from torch import Tensor
 from receptance.checking.contents import Contents, find
 from receptance.config import PILE_VOCAB_SIZE, WORLD_VOCAB_SIZE
 from receptance.formats.names_hf import from_hf
-from receptance.storage.manifest import MANIFEST, read_manifest, verify
+from receptance.sealed import MANIFEST, read_manifest
+from receptance.storage.manifest import verify
 from receptance.storage.opening import look
 from receptance.tokenizer.files import PILE_PUBLISHED, WORLD_PUBLISHED, find_tokenizer
 

@@ -35,9 +35,10 @@ from receptance.formats.names import some
 from receptance.formats.pth import write_pth
 from receptance.formats.safetensors import write_safetensors
 from receptance.formats.writing import Schema
+from receptance.sealed import MANIFEST
 from receptance.storage.checkpoint import write_description
 from receptance.storage.directories import Draft, existing
-from receptance.storage.manifest import MANIFEST, sync, write_manifest
+from receptance.storage.manifest import sync, write_manifest
 from receptance.storage.pairing import found_tokenizer
 from receptance.tokenizer import Tokenizer
 from receptance.tokenizer.files import (

@@ -38,9 +38,13 @@ def read_labeled_records(
             "text); wanted one kind"
         )
     width = channels.pop()
-    classes = (
-        sorted({label for _, labels in found for label in labels}) if kind == "classify" else []
-    )
+    kinds = {type(label).__name__ for _, labels in found for label in labels}
+    if kind == "classify" and len(kinds) > 1:
+        raise ValueError(
+            f"{file} has labels of the kinds {' and '.join(sorted(kinds))}; wanted one kind"
+        )
+    classes = sorted({label for _, labels in found for label in labels}, key=_name)
+    classes = classes if kind == "classify" else []
     problem = Problem(
         kind=kind,
         outputs=len(classes) or 1,
@@ -61,8 +65,9 @@ def read_labeled_records(
     train, validation = _split_off(train, seed, problem)
     parts: dict[Split, Part] = {"train": train, "validation": validation, "test": test}
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    about = {"task": file.name, "sha256": digest, "classes": ", ".join(classes)}
-    return StoredExamples(problem, parts, about), classes
+    names = [_name(label) for label in classes]
+    about = {"task": file.name, "sha256": digest, "classes": ", ".join(names)}
+    return StoredExamples(problem, parts, about), names
 
 
 def _split_off(part: Part, seed: int, problem: Problem) -> tuple[Part, Part]:
@@ -97,15 +102,40 @@ def _example(line: bytes, kind: str) -> tuple[np.ndarray, Any]:
     record = json.loads(line)
     if not isinstance(record, dict) or "label" not in record:
         raise ValueError('wanted an object with "label", and with "text" or "values"')
-    label = record["label"]
-    if kind == "regress":
-        if isinstance(label, bool) or not isinstance(label, int | float):
-            raise ValueError(f"the label is {label!r}; a regression wants numbers")
-    else:
-        label = label if isinstance(label, str) else json.dumps(label)
+    if "text" in record and "values" in record:
+        raise ValueError('there are "text" and "values"; wanted one of them')
+    return _sequence(record), _label(record["label"], kind)
+
+
+def _label(label: Any, kind: str) -> Any:
+    """A label of the kind that the problem wants."""
+    shown = repr(label)[:80]
+    if kind == "classify":
+        if not isinstance(label, str | int):
+            raise ValueError(f"the label is {shown}; a class is a string or a whole number")
+    elif isinstance(label, bool) or not isinstance(label, int | float):
+        raise ValueError(f"the label is {shown}; a regression wants numbers")
+    elif not abs(label) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"the label is {shown}; a regression wants numbers within float32")
+    return label
+
+
+def _sequence(record: dict[str, Any]) -> np.ndarray:
+    """The bytes of a text [T], or values [T,D]."""
     if isinstance(text := record.get("text"), str) and text:
-        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8), label
-    values = np.array(record.get("values", []), np.float32)
-    if values.ndim not in (1, 2) or not values.size:
-        raise ValueError('wanted "text" that is not empty, or "values" [T] or [T,D]')
-    return values.reshape(len(values), -1), label
+        return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+    try:
+        values = np.array(record.get("values", []))
+    except ValueError:  # lists of different lengths
+        values = np.array(None)
+    if values.ndim not in (1, 2) or not values.size or values.dtype.kind not in "iuf":
+        raise ValueError('wanted "text" that is not empty, or "values" of numbers, [T] or [T,D]')
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError('"values" has a number that is not finite in float32')
+    return values.reshape(len(values), -1)
+
+
+def _name(label: Any) -> str:
+    return label if isinstance(label, str) else json.dumps(label)

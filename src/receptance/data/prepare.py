@@ -31,9 +31,9 @@ from receptance.data.sources import Piece, Source, cut_pieces, find_sources, str
 from receptance.data.tokens import TokenFiles, read_about
 from receptance.ops.threads import available_cpus
 from receptance.progress import progress_bar, say
+from receptance.sealed import check_outside
 from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
-from receptance.storage.manifest import check_outside
 from receptance.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from receptance.tokenizer.files import BPE_CONFIG, BPE_FILE, WORLD_FILE
 

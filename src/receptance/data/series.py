@@ -64,7 +64,8 @@ def read_ts(file: Path) -> SeriesFile:
             continue
         try:
             *dimensions, label = line.split(":")
-            found.series.append(_values(dimensions))
+            before = found.series[0].shape[1] if found.series else len(dimensions)
+            found.series.append(_values(dimensions, before))
         except ValueError as error:
             raise ValueError(f"{file} line {number}: {error}") from None
         found.labels.append(label.strip())
@@ -78,16 +79,21 @@ def read_ts(file: Path) -> SeriesFile:
     return found
 
 
-def _values(dimensions: list[str]) -> np.ndarray:
+def _values(dimensions: list[str], wanted: int) -> np.ndarray:
     """[T,D] of the fields of a line."""
     if not dimensions:
         raise ValueError("there is no colon, so there is no label")
+    if len(dimensions) != wanted:
+        raise ValueError(f"it has {len(dimensions)} dimensions, and those before it {wanted}")
     rows = [[float(word) for word in text.split(",")] for text in dimensions if "?" not in text]
     if len(rows) < len(dimensions):
         raise ValueError("a value is missing (?); fill it in, or leave the example out")
     if len({len(row) for row in rows}) > 1:
         raise ValueError("its dimensions have different lengths")
-    return np.array(rows, np.float32).T
+    values = np.array(rows).T
+    if not (abs(values) <= np.finfo(np.float32).max).all():
+        raise ValueError("a value is not finite in float32; fill it in, or leave the example out")
+    return values.astype(np.float32)
 
 
 def read_archive(
@@ -107,7 +113,9 @@ def read_archive(
         raise ValueError(f"{file} must be called NAME_TRAIN.ts, with NAME_TEST.ts beside it")
     files = {"train": file, "test": file.with_name(f"{stem}_TEST{suffix}")}
     found = {split: read_ts(path) for split, path in files.items()}
-    channels = found["train"].series[0].shape[1]
+    channels, others = (found[split].series[0].shape[1] for split in ("train", "test"))
+    if channels != others:
+        raise ValueError(f"{files['test']} has {others} dimensions, and {file.name} has {channels}")
     classes = found["train"].classes
     if kind == "classify" and not classes:
         raise ValueError(f"{file} names no classes in its header; it is for regression")
@@ -142,7 +150,10 @@ def _targets(file: Path, found: SeriesFile, classes: list[str]) -> np.ndarray:
     try:
         if classes:
             return np.array([classes.index(label) for label in found.labels], np.int64)
-        return np.array([[float(label)] for label in found.labels], np.float32)
+        answers = np.array([[float(label)] for label in found.labels], np.float32)
+        if not np.isfinite(answers).all():
+            raise ValueError("an answer is not finite")
+        return answers
     except ValueError as error:
         raise ValueError(f"{file} has a label that its header does not announce: {error}") from None
 
@@ -179,8 +190,11 @@ class SeriesWindows(Examples):
                 f"and a horizon of {horizon}; take shorter ones"
             )
         head = values[:validation]
-        self.mean, self.deviation = head.mean(axis=0), head.std(axis=0) + 1e-8
-        self.values = ((values - self.mean) / self.deviation).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.mean, self.deviation = head.mean(axis=0), head.std(axis=0) + 1e-8
+            self.values = ((values - self.mean) / self.deviation).astype(np.float32)
+        if not np.isfinite(self.values).all():
+            raise ValueError("the series has values that are too large for float32; scale them")
         self._about = dict(about)
 
     @property
@@ -241,31 +255,55 @@ class SeriesWindows(Examples):
 def read_columns(file: Path, columns: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
     """The numeric columns of a .csv file with a header, [T,D], and their names.
 
-    Without names all columns are taken in which every value is a number. ValueError names a column
-    that is missing, or a value that is no number.
+    Without names all columns are taken but those in which no value is a number. ValueError names a
+    column that is missing, or a value that is no number.
     """
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            header, *rows = csv.reader(stream)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(f"{file} is not a .csv file with a header: {error}") from None
+    lines, header, rows = _table(file)
     if missing := [name for name in columns if name not in header]:
         raise ValueError(f"{file} has no column {missing[0]!r}; there are {', '.join(header)}")
-    rows = [row for row in rows if row]
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(header):
-            raise ValueError(f"{file} line {number} has {len(row)} fields, not {len(header)}")
     found, names = [], []
-    for place, name in enumerate(header):
-        if columns and name not in columns:
+    for name, words in zip(header, zip(*rows, strict=True), strict=True):
+        numbers = [_number(word) for word in words]
+        if (columns and name not in columns) or (not columns and set(numbers) == {None}):
             continue
-        try:
-            found.append([float(row[place]) for row in rows])
-        except ValueError as error:
-            if columns:
-                raise ValueError(f"{file}, column {name!r}: {error}") from None
-            continue
+        if None in numbers:
+            first = numbers.index(None)
+            raise ValueError(
+                f"{file} line {lines[first]}: {words[first]!r} in column {name!r} is no number; "
+                "fill it in, or name the columns to read"
+            )
+        found.append(numbers)
         names.append(name)
-    if not found or not rows:
+    if not found:
         raise ValueError(f"{file} has no column of numbers")
     return np.array(found, np.float64).T, names
+
+
+def _table(file: Path) -> tuple[list[int], list[str], list[list[str]]]:
+    """The header and the rows of a .csv file, and the number of each row's line before both."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            read = [(reader.line_num, row) for row in reader if row]
+        (_, header), *others = read or [(0, [])]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{file} is not a .csv file: {error}") from None
+    if not header:
+        raise ValueError(f"{file} is not a .csv file with a header: it is empty")
+    if not others:
+        raise ValueError(f"{file} has no column of numbers below its header")
+    if any(_number(name) is not None for name in header):
+        raise ValueError(f"{file} begins with numbers; wanted a header with the columns' names")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{file} has two columns {twice[0]!r}; give each a name of its own")
+    for line, row in others:
+        if len(row) != len(header):
+            raise ValueError(f"{file} line {line} has {len(row)} fields, not {len(header)}")
+    return [line for line, _ in others], header, [row for _, row in others]
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

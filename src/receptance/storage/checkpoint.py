@@ -18,8 +18,9 @@ from receptance.formats import hf
 from receptance.formats.names import conform
 from receptance.model import Model
 from receptance.model.devices import resolve_device
+from receptance.sealed import read_manifest
 from receptance.storage.directories import ABOUT, expanded, write_directory
-from receptance.storage.manifest import OPTIMIZER, read_manifest
+from receptance.storage.manifest import OPTIMIZER
 from receptance.storage.opening import CHECKPOINT_FORMAT, FORMAT_VERSION, Opened, open_path
 from receptance.storage.pairing import (
     check_tokenizer,

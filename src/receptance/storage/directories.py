@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from receptance.errors import one_line
+from receptance.sealed import MANIFEST, Entries, check_outside, read_manifest
 from receptance.storage.manifest import (
-    MANIFEST,
-    Entries,
     check_listing,
-    check_outside,
     plain_files,
-    read_manifest,
     seal_file,
     sync,
     verify,

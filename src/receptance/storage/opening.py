@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from receptance.sealed import MANIFEST
 from receptance.storage.directories import existing, is_step, newest_checkpoint, step_directories
-from receptance.storage.manifest import MANIFEST, verify
+from receptance.storage.manifest import verify
 
 CHECKPOINT_FORMAT = "receptance"
 QUANTIZED_FORMAT = "receptance-quantised"

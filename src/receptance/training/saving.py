@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from receptance.errors import one_line
+from receptance.sealed import Entries
 from receptance.storage.checkpoint import read_tensors, write_index, write_tensors
 from receptance.storage.directories import ABOUT, Draft, prune
-from receptance.storage.manifest import Entries
 from receptance.training.ranks import Ranks
 from receptance.training.sharding import assign
 from receptance.training.trainer import Snapshot, Trainer
