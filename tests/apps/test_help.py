@@ -74,3 +74,19 @@ def test_a_default_that_is_expected_is_not_told():
     lines = "\n".join(shown("generate", "--help"))
     assert "(default: 1.0)" in lines and "(default: 0)" not in lines
     assert "(default: 0)" in "\n".join(shown("generate", "--help-all"))
+
+
+def test_a_switch_that_is_on_shows_how_to_switch_it_off():
+    assert "  --effects or --no-effects" in shown("analyze", "--help")
+    assert not any(
+        "--no-adapt" in line or "--no-quick" in line for line in shown("compare", "--help")
+    )
+
+
+def test_dots_within_a_statement_do_not_end_it():
+    text = " ".join(line.strip() for line in shown("generate", "--help"))
+    assert "cpu, cuda, ...; auto takes a GPU where there is one. (default: auto)" in text
+
+
+def test_the_description_of_a_section_is_no_option():
+    assert "lora options:" not in shown("train", "--help")

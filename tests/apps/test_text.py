@@ -39,6 +39,11 @@ class TestFlags:
             ('say dtype="float32"', "say --dtype float32"),
             ("line 1: set skip_bad to leave", "line 1: set --skip-bad to leave"),
             ("it was started with learning_rate 2", "it was started with --learning-rate 2"),
+            (
+                "max_tokens is -1; it must be at least 0",
+                "--max-tokens is -1; it must be at least 0",
+            ),
+            ("max_tokens is a word; it is 1", "max_tokens is a word; it is 1"),
         ],
     )
     def test_are_named(self, said, meant):

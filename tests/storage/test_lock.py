@@ -76,6 +76,19 @@ class TestTheLock:
             lock(tmp_path / "run")
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
 
+    @pytest.mark.parametrize("wrote", [False, True])
+    @pytest.mark.parametrize("there", [False, True])
+    def test_a_failure_leaves_no_folder_that_holds_nothing(self, there, wrote, tmp_path):
+        run = tmp_path / "run"
+        if there:
+            run.mkdir()
+        with pytest.raises(ValueError, match="wrong input"), RunLock(run):
+            if wrote:
+                (run / "data").mkdir()
+            raise ValueError("wrong input")
+        assert run.exists() == (there or wrote)
+        lock(run)
+
     def test_it_holds_within_a_process_too(self, tmp_path):
         mine = RunLock(tmp_path)  # a lock that is gone holds nothing anyway
         with mine:

@@ -69,7 +69,8 @@ class Options:
         default_factory=lambda: Sampling(top_p=0.7, presence_penalty=0.1, frequency_penalty=0.1)
     )
     seed: int = 0
-    """Draw the random choices from this seed; each answer has random numbers of its own."""
+    """Draw the random choices from this seed, 0 unless it is given; each answer has random numbers
+    of its own."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)
 
 

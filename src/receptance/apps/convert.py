@@ -52,6 +52,12 @@ class Options:
     shard_gb: float = 5.0
     """Split the weights of hf into files of about this many gigabytes."""
 
+    def __post_init__(self) -> None:
+        if not self.shard_gb > 0:
+            raise ValueError(f"shard_gb is {self.shard_gb}; it must be above 0")
+        if self.shard_gb != Options.shard_gb and self.to != "hf":
+            raise ValueError("shard_gb is for the format hf; leave it out, or add --to hf")
+
 
 def main(argv: list[str]) -> None:
     """Parse, convert, report."""

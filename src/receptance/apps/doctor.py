@@ -24,13 +24,16 @@ from receptance.ops import OPERATORS, available_backends, native
 from receptance.ops.threads import available_cpus, usable_threads
 from receptance.progress import say
 
-# The optional packages, and the purpose of each.
+# The optional packages as pip calls them, and the purpose of each.
 _OPTIONAL = {
     "matplotlib": "plots",
     "datasets": "hub datasets, parquet",
     "tensorboard": "figures of a run",
     "wandb": "figures of a run",
     "transformers": "comparisons",
+    "lm-eval": "evaluate --tasks",
+    **dict.fromkeys(("starlette", "uvicorn", "msgspec", "prometheus-client"), "serve"),
+    "llguidance": "JSON in serve",
 }
 _COMPILERS = ("c++", "g++", "clang++")
 _REINSTALL = "pip install --force-reinstall --no-deps receptance"
@@ -194,7 +197,7 @@ def _triton() -> Finding:
 
 def _optional(package: str) -> Finding:
     purpose = _OPTIONAL[package]
-    if importlib.util.find_spec(package) is None:
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
         return Finding(f"absent ({purpose})", f"pip install {package}")
     return Finding(f"{_version(package)} ({purpose})")
 

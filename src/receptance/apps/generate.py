@@ -52,7 +52,8 @@ class Options:
     """Generate at most this number of tokens for each prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     seed: int = 0
-    """Draw the random choices from this seed; each prompt uses it independently of the others."""
+    """Draw the random choices from this seed, 0 unless it is given: the same seed, the same text.
+    Each prompt uses it independently of the others."""
     stop: tuple[str, ...] = ()
     """End a text before this string."""
     engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = field(default_factory=EngineOptions)

@@ -16,7 +16,7 @@ _DEFAULT = re.compile(r"\s*\((default: [^()]*|required)\)$")
 # What need not be said in a short help text: switches and limits are off by default.
 _EXPECTED = ("default: False", "default: 0", "default: 0.0", "required")
 # The end of a description's first statement.
-_FIRST = re.compile(r"[.;] ")
+_FIRST = re.compile(r"(?<!\.\.)[.;] ")
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ class _Entry:
 
     @property
     def short(self) -> _Entry:
-        """The entry without the negative form of a switch, and with its first statement alone."""
+        """The entry with its first statement alone, and without the negative form of a switch.
+
+        That form stays if the switch is on by default.
+        """
         default = _DEFAULT.search(self.text)
         said = self.text[: default.start()] if default else self.text
         ends = _FIRST.search(said)
         first = said[: ends.start()].rstrip(".") + "." if ends else said
         told = default is not None and default[1] not in _EXPECTED
-        name = re.sub(r", --(\w+\.)*no-.*| \(repeatable\)", "", self.name)
+        negative = " or" if default and default[1] == "default: True" else None
+        name = re.sub(r" \(repeatable\)$", "", self.name)
+        name = re.sub(r",( --(\w+\.)*no-.*)", f"{negative}\\1" if negative else "", name)
         return _Entry(name, f"{first} ({default[1]})" if default and told else first)
 
     def lines(self, width: int) -> list[str]:
@@ -84,7 +89,8 @@ def _common(head: list[str], sections: _Sections, flags: Sequence[str]) -> list[
     usage, what = "\n".join(head).strip().split("\n\n")[:2]
     lines = _folded([usage, "", what], width)
     for title, entries in sections:
-        kept = [entry for entry in entries if not entry.name.startswith("-")]
+        # What has no text is no entry, but the section's description.
+        kept = [entry for entry in entries if not entry.name.startswith("-") and entry.text]
         kept += [entry for flag in flags for entry in entries if entry.is_flag(flag)]
         if kept:
             told = (line for entry in kept for line in entry.short.lines(width))

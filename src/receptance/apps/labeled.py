@@ -127,7 +127,10 @@ def _check(start: StartOptions, run: RunOptions) -> None:
     for option in fields(StartOptions):
         name = option.name
         if name not in _START and getattr(start, name) != getattr(plain, name):
-            raise ValueError(f"{name} is about text; leave it out when sequences have labels")
+            why = f"{name} is about text"
+            if name == "version":
+                why = "sequences with labels are learned by RWKV-4 alone, so version has no effect"
+            raise ValueError(f"{why}; leave it out when sequences have labels")
     if run.sample_prompt:
         raise ValueError("sample_prompt is about text; leave it out when sequences have labels")
     if torch.distributed.is_torchelastic_launched():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
     """Parse, run what is not done yet, report."""
     console = Console()
     if not argv or argv[0].startswith("-"):
-        options = parse(Options, argv or ["--help"], "receptance reproduce")
+        options = parse(Options, argv or ["--list"], "receptance reproduce")
         if options.list:
             _list(console)
         elif options.gallery is not None:
@@ -114,7 +115,9 @@ def main(argv: list[str]) -> None:
         return
     name, *rest = argv
     if name not in EXPERIMENTS:
-        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+        near = difflib.get_close_matches(name, EXPERIMENTS, 1)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
+        raise ValueError(f"unknown experiment {name!r}; {known}")
     options = _parsed(name, rest, COMMANDS[name]())
     if options.quick:
         options = _parsed(name, rest, replace(options, experiment=EXPERIMENTS[name].quick()))

@@ -18,6 +18,8 @@ _NAMED = {"n": "\n", "t": "\t", "\\": "\\"}
 _ARGUMENT = re.compile(
     r'(?<![\w=/."-])([a-z][a-z_]*)=(True|False|[A-Z]+|"\w*")?(?=[\s;,)]|\.?$|\.\s)'
 )
+# A message may begin with one that has a wrong value.
+_WRONG = re.compile(r"^([a-z]+(?:_[a-z]+)*)(?= is [^;]*; it must be )")
 # It also names one after these words. An underscore tells such a name from other words.
 _NAMED_ARGUMENT = re.compile(r"(?:(?<=\bset )|(?<=\bwith ))([a-z]+(?:_[a-z]+)+)(?=[ ,;]|$)")
 
@@ -27,7 +29,7 @@ def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
 
     tokenizer=FILE becomes --tokenizer FILE, recompute=True --recompute, recompute=False
     --no-recompute. names has the flags of the command by argument, such as --lora.rank for rank; it
-    decides which names are meant in "set skip_bad".
+    decides which names are meant in "set skip_bad" and in "rank is 0; it must be ...".
     """
     flags = names or {}
 
@@ -38,7 +40,9 @@ def as_flags(message: str, names: Mapping[str, str] | None = None) -> str:
             return name
         return f"--no-{name[2:]}" if value == "False" else f"{name} {value}"
 
-    named = _NAMED_ARGUMENT.sub(lambda found: flags.get(found[1], found[1]), message)
+    named = message
+    for pattern in (_NAMED_ARGUMENT, _WRONG):
+        named = pattern.sub(lambda found: flags.get(found[1], found[1]), named)
     return _ARGUMENT.sub(flag, named)
 
 
@@ -63,6 +67,10 @@ def unescaped(text: str) -> str:
             raise ValueError(
                 f"{text!r} holds a backslash before {other!r}; wanted \\n, \\t, \\\\, \\xNN or "
                 "\\uNNNN, and \\\\ for a backslash itself"
+            )
+        if unit and 0xD800 <= int(unit, 16) < 0xE000:
+            raise ValueError(
+                f"\\u{unit} is half of a surrogate pair, no character; write the character itself"
             )
         return _NAMED[name] if name else chr(int(byte or unit, 16))
 

@@ -125,6 +125,7 @@ def main(argv: list[str]) -> None:
             raise ValueError("--dry-run is about a run to be begun; leave out --resume")
         if options.task != "text":
             raise ValueError("--dry-run is about text; leave it out with --task")
+        _check_estimate(options)
         show_estimate(
             options.data,
             options.start.checked(),
@@ -146,6 +147,14 @@ def main(argv: list[str]) -> None:
     if options.sequence != SequenceOptions():
         raise ValueError("options of labeled sequences are set; name what to learn with --task")
     _text(out, options, argv)
+
+
+def _check_estimate(options: Options) -> None:
+    """ValueError if a device of an estimate cannot be meant."""
+    if options.devices < 1:
+        raise ValueError(f"--devices is {options.devices}; it must be at least 1")
+    if not 0 < options.mfu <= 1:
+        raise ValueError(f"--mfu is {options.mfu}; it must be above 0 and at most 1")
 
 
 def _check_not_estimated(options: Options) -> None:
@@ -241,8 +250,7 @@ def _start(
     parts = resume(out, directory, options.data, _resumed(argv, stored), ranks, device)
     say(console, f"resumed {directory} at step {parts.trainer.step}")
     _say_changed_rate(stored.train, parts, console)
-    if options.resume:
-        _say_unread(options, console)
+    _say_unread(options, console)
     return parts
 
 

@@ -48,6 +48,9 @@ def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
 def map_npy(path: Path) -> np.ndarray:
     """Map a .npy of integers in one dimension; ValueError names a file that is something else."""
     try:
+        with path.open("rb") as file:
+            if file.read(len(np.lib.format.MAGIC_PREFIX)) != np.lib.format.MAGIC_PREFIX:
+                raise ValueError("it does not begin like one")
         array = np.load(path, mmap_mode="r")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None

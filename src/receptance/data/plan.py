@@ -30,7 +30,7 @@ class PrepareOptions(ReadOptions):
     """How a corpus is made."""
 
     workers: int | None = None
-    """How many processes tokenize. 0: this one alone. None: one for each CPU that this process may
+    """How many processes tokenize. 0: this one alone. By default one for each CPU that this may
     use, but 0 for little text."""
     validation: float = 0.01
     """Share of the text, or of the records' tokens, that is kept for validation."""

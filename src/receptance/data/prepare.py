@@ -106,6 +106,8 @@ def _check_free(folder: Path) -> None:
     check_outside(folder)
     if (folder / "parts/plan.json").exists():
         return
+    if any(folder.glob("step-*")) or (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder} is the folder of a run; choose another folder")
     names = (BPE_FILE, BPE_CONFIG, WORLD_FILE)
     taken = [p for part in ("train", "validation") for p in folder.glob(f"{part}*")]
     taken += [folder / name for name in names if (folder / name).exists()]

@@ -74,7 +74,7 @@ def find_results(folder: str | Path) -> tuple[dict[Path, Result], dict[Path, str
     JSON of other kinds is passed over. ValueError if there is no such folder or no result in it.
     """
     root = expanded(folder)
-    if not root.exists():
+    if not str(folder) or not root.exists():
         raise ValueError(f"there is no folder {root}; name one with results")
     files = sorted(root.rglob("*.json")) if root.is_dir() else [root]
     found: dict[Path, Result] = {}
@@ -93,6 +93,8 @@ def find_results(folder: str | Path) -> tuple[dict[Path, Result], dict[Path, str
 
 
 def _looks_like_result(path: Path) -> bool:
+    if not path.is_file():  # opening a pipe would wait for one who writes
+        return False
     try:
         with path.open("rb") as file:
             return FORMAT.encode() in file.read(_SNIFFED)
@@ -140,7 +142,7 @@ def write_report(folder: str | Path, out: str | Path, how: Page | None = None) -
     named = {str(_below(file, root)): result for file, result in found.items()}
     content = page(named, unread, how)
     with one_line(path, "the report to "), written(path) as file:
-        file.write(content.encode())
+        file.write(content.encode(errors="backslashreplace"))
     return unread
 
 

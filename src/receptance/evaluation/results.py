@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from receptance.atomic import check_replaceable, written
 from receptance.inference.measure import machine
@@ -122,6 +122,8 @@ class Result:
     def load(cls, path: Path) -> Result:
         """Read a result. ValueError if the file is none, or of a later schema."""
         try:
+            if not path.is_file():
+                raise ValueError("it is no plain file")
             content = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a result: {error}") from None
@@ -135,10 +137,33 @@ class Result:
         parts = {"models": Subject, "data": Source, "figures": Figure, "curves": Curve}
         try:
             for name, kind in parts.items():
-                content[name] = [kind(**part) for part in content.get(name, ())]
-            return cls(**{k: v for k, v in content.items() if k not in ("format", "schema")})
-        except (TypeError, AttributeError) as error:
+                content[name] = [_checked(kind(**part)) for part in content.get(name, ())]
+            fields = {k: v for k, v in content.items() if k not in ("format", "schema")}
+            return _checked(cls(**fields))
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is not a result: {error}") from None
+
+
+def _checked(part: Any) -> Any:
+    """A part of a result whose fields have the types that they should have; else ValueError."""
+    for name, kind in get_type_hints(type(part)).items():
+        if not _fits(getattr(part, name), kind):
+            raise ValueError(f"{name} of a {type(part).__name__.lower()} has another type")
+    return part
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that was read from JSON has a type as annotations write it."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(x, args[1]) for x in value.values())
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list | tuple) and all(_fits(x, args[0]) for x in value)
+    if args:
+        return any(_fits(value, each) for each in args)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
 
 
 def check_result(path: Path) -> None:

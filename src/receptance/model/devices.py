@@ -15,11 +15,21 @@ def resolve_device(device: torch.device | str) -> torch.device:
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == AUTO else device
     try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise _unusable(name, "torch knows no such device; take auto, cpu or cuda") from None
+    if found.type == "cpu" and found.index:
+        raise _unusable(name, "all processors are one device; take cpu")
+    try:
         torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError.
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
-    return torch.device(name)
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise _unusable(name, f"{reason[:200]}; take cpu, or see `receptance doctor`") from None
+    return found
+
+
+def _unusable(name: torch.device | str, reason: str) -> ValueError:
+    return ValueError(f"device {str(name)!r} cannot be used here: {reason}")
 
 
 def described(device: torch.device) -> str:

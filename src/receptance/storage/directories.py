@@ -6,6 +6,7 @@ does the directory get its name, and only then is the one that it replaces remov
 
 from __future__ import annotations
 
+import difflib
 import glob
 import json
 import os
@@ -214,10 +215,15 @@ def existing(source: str | Path) -> Path:
     with _reading(path):
         if path.exists():
             return path
-        included = _INCLUDED / path
-        if source == path.name and included.is_dir():
-            return included
-        return _old(path) if _old(path).is_dir() else path
+        if _old(path).is_dir():
+            return _old(path)
+        if source == path.name:
+            included = [each.name for each in _INCLUDED.iterdir() if each.is_dir()]
+            if source in included:
+                return _INCLUDED / source
+            if near := difflib.get_close_matches(source, included, 1, 0.8):
+                raise ValueError(f"no such file or directory: {path}; did you mean {near[0]}?")
+        return path
 
 
 def is_included(path: Path) -> bool:

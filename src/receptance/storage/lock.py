@@ -15,6 +15,7 @@ _LOCK, _HOLDER = ".lock", ".lock-holder"
 class RunLock:
     """A lock that keeps other processes from writing into a run's folder inside a `with` block.
 
+    A folder that was made for the lock is removed if the block fails before it wrote anything.
     The operating system releases the lock when the process ends, however it ends. On entry, files
     that a killed process left unfinished are removed. ValueError names the holder if the folder is
     in use, or says why the folder cannot be made.
@@ -26,6 +27,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         from filelock import FileLock, Timeout
 
+        self._made = not os.path.lexists(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.folder / _LOCK, thread_local=False)
@@ -54,7 +56,10 @@ class RunLock:
             return (self.folder / _HOLDER).read_text() or "another process"
         return "another process"
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         with suppress(OSError):
             (self.folder / _HOLDER).unlink(missing_ok=True)
+            if kind is not None and self._made and os.listdir(self.folder) == [_LOCK]:
+                (self.folder / _LOCK).unlink()
+                self.folder.rmdir()
         self._lock.release()
