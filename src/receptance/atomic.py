@@ -42,12 +42,11 @@ def check_replaceable(path: Path, what: str, kind: str, is_kind: Callable[[Path]
     Neither may path be in a checkpoint. The message needs what is to be written, such as "the
     state", and its kind, such as "a state".
     """
-    check_outside(path)
     if not os.path.lexists(path):
-        return
+        return check_outside(path)
     with suppress(OSError):  # What cannot be read is not replaced either.
         if os.path.isfile(path) and is_kind(path):
-            return
+            return check_outside(path)
     raise ValueError(
         f"cannot write {what} to {path}: what is there is not {kind}; choose another name"
     )

@@ -82,10 +82,14 @@ class TestTheLock:
         run = tmp_path / "run"
         if there:
             run.mkdir()
-        with pytest.raises(ValueError, match="wrong input"), RunLock(run):
-            if wrote:
-                (run / "data").mkdir()
-            raise ValueError("wrong input")
+
+        def fails() -> None:
+            with RunLock(run):
+                if wrote:
+                    (run / "data").mkdir()
+                raise ValueError("wrong input")
+
+        assert refusal(fails) == "wrong input"
         assert run.exists() == (there or wrote)
         lock(run)
 

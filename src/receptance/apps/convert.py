@@ -52,12 +52,6 @@ class Options:
     shard_gb: float = 5.0
     """Split the weights of hf into files of about this many gigabytes."""
 
-    def __post_init__(self) -> None:
-        if not self.shard_gb > 0:
-            raise ValueError(f"shard_gb is {self.shard_gb}; it must be above 0")
-        if self.shard_gb != Options.shard_gb and self.to != "hf":
-            raise ValueError("shard_gb is for the format hf; leave it out, or add --to hf")
-
 
 def main(argv: list[str]) -> None:
     """Parse, convert, report."""
@@ -77,6 +71,8 @@ def _convert(options: Options, console: Console) -> None:
     )
     source = _source(options, console)
     check(source, target)
+    if options.shard_gb != Options.shard_gb and options.to != "hf":
+        raise ValueError("--shard-gb is for the format hf; leave it out, or add --to hf")
     with progress_bar(console) as bar:
         total = PASSES * source.config.num_parameters
         task = bar.add_task("converting", total=total, note="")

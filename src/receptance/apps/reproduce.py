@@ -116,8 +116,8 @@ def main(argv: list[str]) -> None:
     name, *rest = argv
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name, EXPERIMENTS, 1)
-        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(EXPERIMENTS)}"
-        raise ValueError(f"unknown experiment {name!r}; {known}")
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(EXPERIMENTS)}{meant}")
     options = _parsed(name, rest, COMMANDS[name]())
     if options.quick:
         options = _parsed(name, rest, replace(options, experiment=EXPERIMENTS[name].quick()))

@@ -231,6 +231,8 @@ class Model(nn.Module):
         if unexpected := sorted(set(tensors) - set(wanted)):
             raise ValueError(f"{len(unexpected)} unexpected tensors, first {unexpected[:3]}")
         dtype = dtype or tensors["emb.weight"].dtype
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {dtype!r}; it must be one like torch.float32")
         exact = {}
         for name, want in wanted.items():
             if not _squeezed_alike(tensors[name].shape, want.shape):
