@@ -14,6 +14,7 @@ from receptance.engine import load_engine
 from receptance.inference.generation import Generation, generate, prefill
 from receptance.inference.sampling import Sampling
 from receptance.state import State
+from receptance.storage.manifest import verify
 from receptance.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -248,6 +249,21 @@ class TestStates:
         assert result.code == 2
         assert f"cannot write the state to {weights}: what is there is not a state" in result.err
         assert weights.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("generate", "run", "hi", "--save-state"),
+            ("inspect", "run", "--plot"),
+            ("evaluate", "run", "--text", "text.txt", "--out"),
+            ("analyze", "run", "hi", "--out"),
+        ],
+    )
+    def test_nothing_is_written_into_a_checkpoint(self, words):
+        checkpoint = max(Path("run").glob("step-*"))
+        result = call(*words, checkpoint / "new.png")
+        assert result.code == 2 and f"{checkpoint} is a model or checkpoint" in result.err
+        verify(checkpoint)
 
     def test_what_a_chat_has_not_read_comes_before_the_prompt(self):
         model, tokenizer = load("run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 
 import pytest
 
@@ -64,6 +65,34 @@ class TestResult:
         with pytest.raises(ValueError, match=r"a.json is not a result") as refused:
             Result.load(path)
         assert "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize(
+        ("at", "value"),
+        [
+            *((("details",), [1]), (("what",), 5), (("kind",), ["a"]), (("seconds",), "x")),
+            *((("machine",), "x"), (("versions",), None), (("notes",), "a text")),
+            *((("figures", 0, "value"), None), (("figures", 0, "value"), "1")),
+            *((("figures", 0, "about"), [1]), (("models", 0, "about"), [1])),
+            *((("curves", 0, "x"), ["a", 1]), (("curves", 0, "y"), [None, 3])),
+        ],
+    )
+    def test_fields_of_other_types_are_refused(self, tmp_path, at, value):
+        path = tmp_path / "a.json"
+        example().save(path)
+        content = json.loads(path.read_text())
+        place = content
+        for step in at[:-1]:
+            place = place[step]
+        assert at[-1] in place
+        place[at[-1]] = value
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"a.json is not a result: \w+ of a \w+ has another"):
+            Result.load(path)
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "a.json")
+        with pytest.raises(ValueError, match="it is no plain file"):
+            Result.load(tmp_path / "a.json")
 
     def test_a_later_schema_is_refused(self, tmp_path):
         path = tmp_path / "a.json"
