@@ -235,7 +235,7 @@ WITH_300, WITH_1000 = (
         (nothing, "generate vocabulary.pth --tokenizer other", "wrong tokenizer: bpe has 300 ids"),
         (nothing, "generate model --tokenizer missing", "missing: no such file"),
         (nothing, "generate model --device warp", "device 'warp' cannot be used"),
-        (nothing, "generate model --max-tokens -1", "max_tokens is -1"),
+        (nothing, "generate model --max-tokens -1", "--max-tokens is -1"),
         (nothing, "generate model --temperature -1", "--temperature is -1"),
         (nothing, "generate model --top-p nan", "--top-p is nan"),
         (nothing, "generate model --seed 99999999999999999999", "seed is 9999"),

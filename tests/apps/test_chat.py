@@ -404,8 +404,9 @@ class TestTerminal:
         assert message in result.out
         assert result.out.rindex("\nAssistant:") > result.out.index(message)
 
-    @pytest.mark.parametrize("path", ["no/where", "model/config.json/x", "x" * 300, "~no one/x"])
+    @pytest.mark.parametrize("path", ["no/where", "file/x", "x" * 300, "~no one/x"])
     def test_files_that_cannot_be_do_not_end_it_either(self, path, talk):
+        Path("file").touch()
         result = talk("hi", f"/save {path}", f"/load {path}", "hi")
         assert (result.code, result.err) == (0, "")
         assert f"error: cannot write the state to {path}: " in result.out
@@ -425,7 +426,7 @@ class TestTerminal:
     def test_options_are_checked_before_anything_is_loaded(self, option):
         result = call("chat", "nowhere", *option)
         assert result.code == 2
-        assert f"error: {option[0][2:].replace('-', '_')} is {option[1]}" in result.err
+        assert f"error: {option[0]} is {option[1]}; it must be" in result.err
 
     def test_ctrl_c_ends_the_answer_only(self, talk, monkeypatch):
         interrupt = iter([False, False, True])

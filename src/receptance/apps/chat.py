@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     # A request checks its options; this happens before a model is read.
     Request(max_tokens=options.max_tokens, seed=options.seed)
     if not options.max_tokens:
-        raise ValueError("max_tokens is 0; an answer needs at least 1")
+        raise ValueError("max_tokens is 0; it must be at least 1 in a chat")
     with waiting(f"reading {options.model}"):
         engine, tokenizer = options.engine.load(options.model)
     say_device(engine.device)
