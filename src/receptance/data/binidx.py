@@ -72,7 +72,9 @@ def read_binidx(path: Path) -> BinIdx:
     that are not stored one after another, or numbers that are not integers.
     """
     if stem_of(path) is None:
-        raise ValueError(f"{path}: no such pair; both a .bin and its .idx are needed, or a corpus folder")
+        raise ValueError(
+            f"{path}: no such pair; both a .bin and its .idx are needed, or a corpus folder"
+        )
     tokens, index = pair_of(path)
     try:
         dtype, sizes, borders = _read_index(index)
