@@ -1,10 +1,10 @@
-"""What is said about paths: as it is."""
+"""What is said about paths: as it is; and bars where none can be drawn."""
 
 import io
 
 from rich.console import Console
 
-from receptance.progress import say
+from receptance.progress import progress_bar, say
 
 
 def test_a_line_is_neither_wrapped_nor_styled():
@@ -12,3 +12,28 @@ def test_a_line_is_neither_wrapped_nor_styled():
     shown = io.StringIO()
     say(Console(file=shown, width=40, force_terminal=True), line)
     assert shown.getvalue() == line + "\n"
+
+
+def test_a_bar_in_a_file_is_a_line_every_half_minute():
+    shown, now = io.StringIO(), 0.0
+    with progress_bar(Console(file=shown), clock=lambda: now) as bar:
+        task = bar.add_task("training", total=400, note="")
+        for step in range(100):
+            now = float(step)
+            bar.update(task, completed=step, note=f"step {step}")
+    lines = [line for line in shown.getvalue().splitlines() if "eta 0:0" in line][:3]
+    assert lines == [
+        "training 8%  step 30  eta 0:06:10",
+        "training 15%  step 60  eta 0:05:40",
+        "training 22%  step 90  eta 0:05:10",
+    ]
+
+
+def test_a_bar_in_a_terminal_prints_no_lines():
+    shown, now = io.StringIO(), 0.0
+    with progress_bar(Console(file=shown, force_terminal=True), clock=lambda: now) as bar:
+        task = bar.add_task("training", total=400, note="")
+        for step in range(100):
+            now = float(step)
+            bar.update(task, completed=step)
+    assert "training 8%" not in shown.getvalue()

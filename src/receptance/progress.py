@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 30
 
 
-def progress_bar(console: Console) -> Progress:
+class _Bar(Progress):
+    """A bar that prints a line every 30 seconds where it cannot be drawn, as in a file."""
+
+    _last = float("-inf")
+
+    def start(self) -> None:
+        super().start()
+        self._last = self.get_time()
+
+    def update(self, task_id: TaskID, *args: Any, **fields: Any) -> None:
+        super().update(task_id, *args, **fields)
+        now = self.get_time()
+        if self.console.is_terminal or now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        task = self._tasks[task_id]
+        left = task.time_remaining
+        eta = "-:--:--" if left is None else str(timedelta(seconds=int(left)))
+        note = task.fields["note"]
+        say(self.console, f"{task.description.strip()} {task.percentage:.0f}%  {note}  eta {eta}")
+
+
+def progress_bar(console: Console, clock: Callable[[], float] | None = None) -> Progress:
     """Make a progress bar with a note, the elapsed time and the remaining time."""
-    return Progress(
+    return _Bar(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         TextColumn("{task.percentage:3.0f}%  {task.fields[note]}"),
@@ -16,6 +51,7 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console,
+        get_time=clock,
     )
 
 

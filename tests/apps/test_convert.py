@@ -73,6 +73,7 @@ def test_without_a_tokenizer():
         (("model.pth", "new.st", "--revision", "main"), "only hub models have them"),
         (("model.pth", "new", "--to", "hf", "--shard-gb", 0), "shard_bytes is 0"),
         (("model.pth", "model.pth", "--to", "pth", "--shard-gb", "inf"), "model.pth exists"),
+        (("model.pth", "new.st", "--shard-gb", 1), "--shard-gb is for the format hf; leave it out"),
         (("model.pth", "new.st", "--dtype", "Q8_0"), "rwkv.cpp (--to ggmf) hold Q8_0"),
         (("~no one/x.pth", "new.st"), "no such file or directory: ~no one/x.pth"),
     ],

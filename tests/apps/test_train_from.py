@@ -576,6 +576,8 @@ def test_a_folder_in_use_is_left_alone(folder):
     [
         (["text.txt", "--out", "new", "--on", "h200"], "--on is for an estimate; add --dry-run"),
         (["text.txt", "--out", "new", "--devices", 8], "--devices is for an estimate"),
+        (["text.txt", "--out", "new", "--mfu", 0.4], "--mfu is for an estimate; add --dry-run"),
+        (["text.txt", "--dry-run", "--mfu", 1.5], "--mfu is 1.5; it must be above 0 and at most 1"),
         (["text.txt", "--out", "new", "--carry", "state"], "without a chunk nothing is carried"),
         (["text.txt", "--out", ""], "--out is ''; it must be a path"),
         ([""], "a path is empty"),

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import call
-from tiny import TEXT, small_bpe
+from tiny import TEXT, make_model, small_bpe
 
 from receptance.apps.data import length_histogram
 from receptance.data import TokenFiles
+from receptance.storage.checkpoint import save
 from receptance.tokenizer import load_tokenizer
 
 
@@ -82,6 +83,16 @@ def test_refusals_are_one_line(words, message, text, tmp_path, monkeypatch):
     done = call("data", *(text if word == "TEXT" else word for word in words))
     assert done.code == 2
     assert message in done.err and done.err.count("\n") == 1
+
+
+def test_a_checkpoint_is_no_place_for_tokens(text, tmp_path):
+    save(make_model(300), tmp_path / "model", small_bpe(300))
+    before = sorted((tmp_path / "model").rglob("*"))
+    for out in ("model", "model/tokens"):
+        done = call("data", "prepare", text, "--out", tmp_path / out, "--tokenizer", "bytes")
+        assert done.code == 2 and done.err.count("\n") == 1
+        assert "is a model or checkpoint, which files added to it would spoil" in done.err
+    assert sorted((tmp_path / "model").rglob("*")) == before
 
 
 def test_the_histogram_counts_powers_of_two():

@@ -475,6 +475,11 @@ def test_a_device_that_is_not_there_is_one_line(device, saved):
     assert repr(device) in refusal(lambda: load(saved, device=device))
 
 
+def test_a_type_by_its_name_is_refused(saved):
+    line = refusal(lambda: load(saved, dtype="float32"))
+    assert line == "dtype is 'float32'; it must be one like torch.float32"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -25,6 +25,11 @@ def test_a_name_there_is_not():
     assert "\n" not in str(caught.value)
 
 
+def test_processors_have_no_numbers():
+    with pytest.raises(ValueError, match=r"^device 'cpu:7' .*all processors are one device"):
+        resolve_device("cpu:7")
+
+
 def test_it_is_told_in_words(monkeypatch):
     assert described(torch.device("cpu")) == "cpu (1 thread)"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
