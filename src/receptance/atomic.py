@@ -31,7 +31,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(partial):
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
             error.filename = str(path)  # The caller knows this name only.
         raise
 
@@ -50,3 +50,10 @@ def check_replaceable(path: Path, what: str, kind: str, is_kind: Callable[[Path]
     raise ValueError(
         f"cannot write {what} to {path}: what is there is not {kind}; choose another name"
     )
+
+
+def check_folder(path: Path) -> None:
+    """ValueError if there is something else than a folder at a path."""
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a file" if path.exists() else "a link to nothing"
+        raise ValueError(f"{path} is {what}; name a folder")

@@ -39,8 +39,13 @@ KEY = "0123456789abcdef"
         (["tiny-python", "--wait-seconds", "0"], "--wait-seconds is 0"),
         (["tiny-python", "--adapters", "x"], "NAME=PATH"),
         (["nowhere"], "nowhere"),
+        (["tiny-python", "--budget", "1"], "--budget is 1 MiB and tiny-python has 4."),
+        (["tiny-python", "x=pyproject.toml"], "weights are read from"),
+        (["tiny-python", "..=tiny-python"], "'..' cannot be the name of a model"),
+        (["tiny-python", "--drain-seconds", "inf"], "--drain-seconds is inf"),
         (["tiny-python", "nowhere"], "no such file or directory: nowhere"),
-        (["tiny-python", "--adapters", "a=none.safetensors"], "choose their type with --dtype"),
+        (["tiny-python", "--adapters", "a=none.safetensors"], "none.safetensors does not exist"),
+        (["tiny-python", "--adapters", "a=pyproject.toml"], "choose their type with --dtype"),
         (
             ["tiny-python", "--adapters", "a=none.safetensors", "--dtype", "float32"],
             "none.safetensors does not exist",
@@ -50,6 +55,7 @@ KEY = "0123456789abcdef"
 def test_mistakes_are_told_in_one_line(words, said, tmp_path, monkeypatch):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     monkeypatch.chdir(tmp_path)
+    Path("pyproject.toml").write_text("[project]")
     result = call("serve", *words)
     assert result.code == 2 and said in result.err and result.err.count("\n") == 1
 

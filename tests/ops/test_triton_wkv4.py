@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreting import interpreted, rounding_like_a_gpu
 from test_wkv4 import BARS, assert_bitwise, assert_within_bars, scattered
 from test_wkv4_algebra import run_in_pieces
 from wkv_cases import (
@@ -29,14 +30,12 @@ from wkv_cases import (
     evaluate,
     evaluate_kernel,
     in_frame,
-    interpreted_triton,
     relative_error,
-    rounding_like_a_gpu,
     run,
     truth,
 )
 
-from receptance.ops import available_backends, triton_wkv4, wkv4
+from receptance.ops import available_backends, triton_launching, triton_wkv4, wkv4
 from receptance.ops.triton_wkv4 import VARIANTS, choose_variant
 
 pytest.importorskip("triton")
@@ -47,7 +46,9 @@ pytestmark = [  # numpy's in the interpreter: of overflow, and of what Triton 3.
 every_variant = pytest.mark.parametrize("kernel", TRITON)
 on_numpy = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU runs what was compiled before")
 if DEVICE == "cpu":
-    LANES, FORWARD, BACKWARD = interpreted_triton()
+    LANES, FORWARD, BACKWARD = interpreted(
+        "triton_wkv4_lanes", "triton_wkv4_forward", "triton_wkv4_backward"
+    )
 
 SIZES = ("CHUNK", "PIECES", "GROUP", "_SOME")
 FULL = tuple(getattr(triton_wkv4, name) for name in SIZES)
@@ -366,7 +367,7 @@ def test_the_choice_of_a_variant_depends_on_the_shape_alone():
 
 def test_offered_on_a_gpu_where_triton_is_installed(monkeypatch):
     assert available_backends("cuda") == ["triton", "chunked", "reference"]
-    monkeypatch.setattr(triton_wkv4, "is_available", lambda: False)
+    monkeypatch.setattr(triton_launching, "is_available", lambda: False)
     assert available_backends("cuda") == ["chunked", "reference"]
 
 
@@ -385,7 +386,7 @@ def test_a_machine_without_a_compiler_is_told_so_in_one_line(monkeypatch, error,
 
     monkeypatch.setattr(importlib.import_module("triton.runtime"), "driver", Driver())
     with pytest.raises(ValueError, match=f"{reason}.* wants gcc and Python's headers") as caught:
-        triton_wkv4.check_launcher()
+        triton_launching.check_launcher()
     assert "\n" not in str(caught.value)
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from interpreting import interpret_triton
 from torch import Tensor
 
 from receptance.ops import WKVState, arguments, native, reference, triton_wkv4, wkv4
@@ -135,47 +130,6 @@ def run(kernel: str, x: Inputs) -> tuple[Tensor, WKVState]:
     else:
         return wkv4(*x[:4], x.state, resets=x.resets, lengths=x.lengths, backend=backend)
     return out.cpu(), WKVState(*(part.cpu() for part in after))
-
-
-def interpreted_triton() -> list[ModuleType]:
-    """The kernels for GPUs, to be run in numpy on CPU tensors, whoever imported Triton before."""
-    triton = importlib.import_module("triton")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    interpret_triton()
-
-    class Quick(interpreter.InterpretedFunction):
-        """Calls from inside a kernel, for which Triton would once more patch its whole language."""
-
-        def __call__(self, *args, **kwargs):
-            return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        parts = ("lanes", "forward", "backward")
-        modules = [importlib.import_module(f"receptance.ops.triton_wkv4_{x}") for x in parts]
-    for function in (x for module in modules for x in vars(module).values()):
-        if type(function) is interpreter.InterpretedFunction:
-            function.__class__ = Quick
-    assert not isinstance(modules[1].forward, triton.JITFunction), "imported for a GPU before"
-    return modules
-
-
-@contextlib.contextmanager
-def rounding_like_a_gpu() -> Iterator[None]:
-    """Triton's interpreter cuts off what does not fit into bfloat16."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    tl, builder = interpreter.tl, interpreter.InterpreterBuilder
-    cut = builder.cast_impl
-
-    def rounded(self, source, to):
-        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
-            return cut(self, source, to)
-        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.int16)
-        return interpreter.TensorHandle(bits.numpy().view(np.uint16), tl.bfloat16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "cast_impl", rounded)
-        yield
 
 
 def serial(x: Inputs) -> tuple[Tensor, WKVState]:

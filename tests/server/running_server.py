@@ -27,11 +27,13 @@ from receptance.server.scheduler import SchedulerOptions
 from receptance.server.serving import Served
 
 
-def make_served(name: str = "tiny", *, seed: int = 1, slots: int = 4, **limits: Any) -> Served:
+def make_served(
+    name: str = "tiny", *, seed: int = 1, width: int = 16, slots: int = 4, **limits: Any
+) -> Served:
     tokenizer = small_bpe()
     return Served(
         name,
-        make_model(tokenizer.vocab_size, seed=seed),
+        make_model(tokenizer.vocab_size, width=width, seed=seed),
         tokenizer,
         find_template("world"),
         StateCache(1 << 24),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from receptance.server.app import App
 from receptance.server.keys import Keys
 from receptance.server.limits import Limits
 from receptance.server.models import Models, Source
+from receptance.server.running import _Server, settings
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 JSON = {"content-type": "application/json"}
@@ -91,8 +93,19 @@ def test_files_of_keys_are_checked(tmp_path):
         (tmp_path / "keys").write_text(content)
         with pytest.raises(ValueError, match=said):
             Keys.read(tmp_path / "keys")
+    for key in ("ключключключключключ", "two words are no key"):
+        (tmp_path / "keys").write_text(key, encoding="utf-8")
+        with pytest.raises(ValueError, match="clients could not send it"):
+            Keys.read(tmp_path / "keys")
     with pytest.raises(ValueError, match="cannot read"):
         Keys.read(tmp_path / "none")
+
+
+def test_a_file_of_keys_from_any_editor(tmp_path):
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfabcdefghijklmnop#qrstuv  # mine\r\n")
+    keys = Keys.read(tmp_path / "keys")
+    assert keys.owner({"x-api-key": "abcdefghijklmnop#qrstuv"})
+    assert keys.owner({"x-api-key": "abcdefghijklmnop"}) is None
 
 
 def test_pages_of_other_sites_cannot_ask(running, locked):
@@ -280,6 +293,17 @@ def test_the_end_lets_answers_end_and_tells_those_that_cannot():
 def test_limits_are_checked():
     with pytest.raises(ValueError, match="max_body"):
         Limits(max_body=0)
+    with pytest.raises(ValueError, match="drain_seconds is inf; it must be over 0 and finite"):
+        Limits(drain_seconds=float("inf"))
+
+
+def test_a_second_signal_of_any_kind_ends_the_server(running):
+    for again in (signal.SIGTERM, signal.SIGINT):
+        server = _Server(settings(running.app), running.app, print)
+        server.handle_exit(signal.SIGTERM, None)
+        assert server.should_exit and not server.force_exit
+        server.handle_exit(again, None)
+        assert server.force_exit
 
 
 # ---- states over HTTP ---------------------------------------------------------------------------
@@ -304,6 +328,35 @@ def test_states_are_saved_continued_and_handed_over(http):
         assert http.delete(f"/v1/states/{name}").status_code == 200
         assert http.delete(f"/v1/states/{name}").status_code == 404
     assert isinstance(text, str)
+
+
+def test_the_state_behind_a_prompt_that_is_only_scored_is_saved(http):
+    ask = {"model": "tiny", "prompt": "3 little", "max_tokens": 0, "echo": True, "logprobs": 1}
+    for name, stream in (("whole", False), ("streamed", True)):
+        body = {**ask, "save_state": name, "stream": stream}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        assert http.get(f"/v1/states/{name}").json()["tokens"] > 1
+        assert http.delete(f"/v1/states/{name}").status_code == 200
+
+
+@pytest.mark.parametrize("stop", [None, "e"])
+@pytest.mark.parametrize("number", [1, 40])
+def test_a_saved_conversation_goes_on_as_the_whole_one_does(stop, number, http):
+    """Also where the answer ended inside of a token, or before its turn did."""
+    talk = [{"role": "user", "content": "Why so little?"}]
+    ask = {"model": "tiny", "max_tokens": number, "temperature": 0, "logit_bias": {"0": -100}}
+    first = {**ask, "messages": talk, "save_state": "talk", "stop": stop}
+    said = http.post("/v1/chat/completions", json=first).json()["choices"][0]["message"]
+    answered = [said] if said["content"] else []
+    new = [{"role": "user", "content": "And then?"}]
+    found = []
+    for more in ({"messages": new, "state": "talk"}, {"messages": [*talk, *answered, *new]}):
+        body = {**ask, **more, "max_tokens": 4, "logprobs": True}
+        found.append(http.post("/v1/chat/completions", json=body).json()["choices"][0])
+    one, two = (choice["logprobs"]["content"] for choice in found)
+    assert [token["bytes"] for token in one] == [token["bytes"] for token in two]
+    wanted = pytest.approx([token["logprob"] for token in two], abs=1e-5)
+    assert [token["logprob"] for token in one] == wanted
 
 
 def test_states_of_other_models_and_damaged_ones_are_refused(http):

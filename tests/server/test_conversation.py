@@ -9,9 +9,12 @@ from running_server import Running, start
 from tiny import make_model
 
 from receptance.data.templates import TEMPLATES, Message, find_template
+from receptance.server.api.chat import written_call
 from receptance.server.cache import StateCache
 from receptance.server.prompts import render
+from receptance.server.reply_text import ReplyReader
 from receptance.server.serving import Served
+from receptance.server.tools import CALL_END
 from receptance.tokenizer import ByteTokenizer
 
 LETTERS = {str(byte): 100 for byte in b" abcdefghijklmnopqrstuvwxyz"}
@@ -42,6 +45,21 @@ def test_a_turn_reads_what_is_new_and_no_more(running):
             talk.append({"role": "assistant", "content": before})
             sizes.append(usage["prompt_tokens"])
     assert sizes[-1] > TURNS / 2 * sizes[0]
+
+
+def test_a_call_that_is_cut_has_nothing_of_the_mark_behind_it():
+    head, arguments = '<tool_call>\n{"name": "f", "arguments": ', '{"a": {"b": 0}}'
+    whole = head + arguments + CALL_END
+    for end in range(len(head), len(whole) + 1):
+        reader = ReplyReader(tools=True)
+        parts = [*reader.push(whole[:end]), *reader.finish()]
+        found = "".join(part.text for part in parts if part.kind == "arguments")
+        assert found == arguments[: end - len(head)]
+
+
+def test_half_a_character_in_the_arguments_of_a_call_can_be_sent_back():
+    assert "\ufffd" in written_call("f", '{"a": "\\ud83d"}')
+    assert "\U0001f600" in written_call("f", '{"a": "\\ud83d\\ude00"}')
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -72,6 +72,21 @@ def test_the_one_asked_for_longest_ago_makes_room():
     run(sources, test)
 
 
+def test_no_model_makes_room_for_one_that_never_fits():
+    sources = Sources("a", room=1)
+    sources.models.sources["b"] = Source("b", lambda: make_served("b", width=64))
+
+    async def test(models: Models) -> None:
+        await models.served("a")
+        for _ in range(2):  # when its size is not known yet, and when it is
+            with pytest.raises(ApiError) as caught:
+                await models.served("b")
+            assert (caught.value.status, caught.value.retry_after) == (503, None)
+            assert sources.loaded() == {"a"}
+
+    run(sources, test)
+
+
 def test_a_model_that_answers_is_not_unloaded_and_the_other_is_let_go():
     sources = Sources("a", "b", room=1)
 

@@ -259,7 +259,8 @@ def test_embeddings_have_length_one_in_both_encodings(client, running):
 
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["tiny", "other"]
-    assert client.models.retrieve("other").id == "other"
+    found = client.models.retrieve("other")
+    assert (found.id, found.object, found.owned_by) == ("other", "model", "receptance")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +281,7 @@ def test_models_are_listed(client):
         ({"extra_body": {"invented": 1}}, "invented"),
         ({"extra_body": {"repetition_penalty": 5e-324}}, "repetition_penalty"),
         ({"extra_body": {"top_k": 10**12}}, "top_k"),
+        ({"extra_body": {"top_k": 10**400}}, "top_k"),
         ({"prompt": [1, "x"]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [10**6]}, "prompt"),
@@ -330,11 +332,35 @@ def test_schemas_that_cannot_be_used_are_refused(client):
         deep = {"properties": {"x": deep}}
     unknown = {"properties": {"x": {"$ref": "#/nowhere"}}}
     large = {"enum": ["x" * 70_000]}
-    for schema in (deep, unknown, large):
+    for schema in (deep, unknown, large, {"$ref": "#"}):
         form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="tiny", messages=TALK, response_format=form)
         assert caught.value.param == "response_format"
+
+
+def test_tokens_are_where_their_text_is_though_some_was_held_back(client):
+    """Every space may be the beginning of the stop string."""
+    bias = {str(token): 40 for token in small_bpe().encode(" the")}
+    found = client.completions.create(
+        model="tiny", prompt="3", max_tokens=30, logprobs=0, seed=1, stop=[" !!"], logit_bias=bias
+    ).choices[0]
+    at = 0
+    assert " " in found.text
+    for token, offset in zip(found.logprobs.tokens, found.logprobs.text_offset, strict=True):
+        assert offset == at
+        at += len(token)
+
+
+def test_unknown_fields_that_are_null_say_nothing(client):
+    odd = {"role": "user", "content": "x", "toolset_name": None}
+    talk: list[Any] = [odd, {"role": "assistant", "content": "y", "phase": None}, odd]
+    client.chat.completions.create(model="tiny", messages=talk, max_tokens=1)
+    items: list[Any] = [{"type": "message", **message} for message in talk]
+    client.responses.create(model="tiny", input=items, max_output_tokens=1)
+    for wrong in ({**odd, "phase": "x"}, {**odd, "phase": False}):
+        with pytest.raises(openai.BadRequestError, match=r"messages\[3\].phase"):
+            client.chat.completions.create(model="tiny", messages=[*talk, wrong])
 
 
 def test_a_model_that_is_not_there(client):

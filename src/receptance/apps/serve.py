@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from urllib.parse import quote
 
 import tyro
 
@@ -105,6 +106,8 @@ def _sources(options: Options) -> dict[str, tuple[str, EngineOptions]]:
         name, equals, source = word.partition("=")
         source = source if equals and name else word
         name = name if equals and name else Path(word.rstrip("/")).name or word
+        if name in (".", ".."):
+            raise ValueError(f"{name!r} cannot be the name of a model; write NAME=MODEL")
         if name in found:
             raise ValueError(f"two models are named {name}; give them names, as in NAME=MODEL")
         found[name] = source, options.engine
@@ -145,7 +148,7 @@ def make_app(options: Options) -> App:
     from receptance.server.app import App
     from receptance.server.cache import StateCache
     from receptance.server.keys import Keys
-    from receptance.server.models import Models, Source
+    from receptance.server.models import Models, Source, weight_bytes
     from receptance.server.serving import Served
     from receptance.server.shelf import StateDirectory
     from receptance.storage.lock import RunLock
@@ -162,7 +165,7 @@ def make_app(options: Options) -> App:
         with ExitStack() as stack:
             shelf = None
             if options.cache_dir is not None:
-                place = expanded(options.cache_dir) / name.replace("/", "_")
+                place = expanded(options.cache_dir) / quote(name, safe="")
                 stack.enter_context(RunLock(place))
                 shelf = StateDirectory(place, options.cache_disk * _MIB)
                 stack.callback(shelf.close)
@@ -186,6 +189,11 @@ def make_app(options: Options) -> App:
     listed += [Source(name, partial(load, name)) for name in sources]
     listed[0].served = served
     budget = None if options.budget is None else options.budget * _MIB
+    if budget is not None and (size := weight_bytes([served.engine])) > budget:
+        raise ValueError(
+            f"--budget is {options.budget} MiB and {first} has {size / _MIB:,.1f} MiB of weights; "
+            "name a larger one, or leave it out"
+        )
     return App(
         Models(listed, options.limits, budget),
         keys=keys,

@@ -25,7 +25,7 @@ from receptance.formats.names import some
 from receptance.model import Model
 from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
-from receptance.ops import available_backends, native, triton_wkv4
+from receptance.ops import available_backends, native, triton_launching
 from receptance.quantize.packing import FLOATS, FloatKind, Kind, Packed, common_kind, pack
 from receptance.state import State
 from receptance.storage.checkpoint import read_opened
@@ -300,7 +300,7 @@ def _backends(exact: Exact, tokens: Tensor, device: str) -> Iterator[Check]:
 
 
 def _has_gpu_engine(device: str) -> bool:
-    return torch.device(device).type == "cuda" and triton_wkv4.is_available()
+    return torch.device(device).type == "cuda" and triton_launching.is_available()
 
 
 def _gpu_engine(subject: Subject, device: str, reference: Tensor) -> Iterator[Check]:

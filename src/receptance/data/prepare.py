@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from receptance.atomic import check_folder
 from receptance.data.assemble import Division, Shard, assemble
 from receptance.data.encode import is_utf8, tokenize_piece
 from receptance.data.files import describe_left_out
@@ -103,6 +104,7 @@ def _opened(folder: Path, plan: Plan, console: Console) -> TokenFiles:
 
 def _check_free(folder: Path) -> None:
     """ValueError if files that no earlier call has begun would be overwritten."""
+    check_folder(folder)
     check_outside(folder)
     if (folder / "parts/plan.json").exists():
         return

@@ -18,8 +18,8 @@ from receptance.engine.gpu_step import Buffers, multiply, step
 from receptance.engine.gpu_weights import Matrix, gpu_weights, torch_model
 from receptance.model.inputs import check_features, check_inputs
 from receptance.model.rwkv import fingerprint
+from receptance.ops.triton_launching import check_launcher
 from receptance.ops.triton_products import Tiles
-from receptance.ops.triton_wkv4 import check_launcher
 from receptance.quantize import quantize
 from receptance.quantize.packing import FLOATS, Kind, common_kind
 from receptance.state import State

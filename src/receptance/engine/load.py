@@ -18,7 +18,7 @@ from receptance.engine.base import Engine
 from receptance.engine.memory import Arena, room
 from receptance.engine.native import NativeEngine, check_supported, supports
 from receptance.engine.wide import widen
-from receptance.formats import check_exists
+from receptance.formats import check_kind
 from receptance.formats.hub import means_hub
 from receptance.model.devices import resolve_device
 from receptance.model.rwkv import fingerprint
@@ -75,12 +75,12 @@ class EngineOptions:
     def check(self, source: str | Path) -> None:
         """ValueError for what can be told without reading or downloading a model."""
         check_backend(self.backend, resolve_device(self.device))
-        if not means_hub(source):
-            check_exists(path := existing(source))
-            if (found := look(path)).kind == "quantized":
-                _check_quantized(found, self)
         if self.adapter is not None and not self.adapter.exists():
             raise ValueError(f"{self.adapter} does not exist; name the file of an adapter")
+        if not means_hub(source):
+            check_kind(path := existing(source))
+            if (found := look(path)).kind == "quantized":
+                _check_quantized(found, self)
 
     def load(self, source: str | Path, beside: Engine | None = None) -> tuple[Engine, Tokenizer]:
         """Load the engine and the model's tokenizer; ValueError if the model has none.

@@ -110,8 +110,16 @@ def check_exists(path: Path) -> None:
         )
 
 
-def _read_file(path: Path) -> Weights:
+def check_kind(path: Path) -> None:
+    """ValueError for a file that does not exist or, by its name and first bytes, has no weights."""
     check_exists(path)
+    if path.is_dir() or path.suffix in (_GGUF, *_READERS) or is_ggmf(path) or is_gguf(path):
+        return
+    raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
+
+
+def _read_file(path: Path) -> Weights:
+    check_kind(path)
     # Files of rwkv.cpp are known by their first bytes: .bin, their usual suffix, is that of many
     # formats.
     if is_ggmf(path):
@@ -119,10 +127,7 @@ def _read_file(path: Path) -> Weights:
         return Weights(file.config, file, find_tokenizer(path.parent, file.config.vocab_size), path)
     if is_gguf(path) or path.suffix == _GGUF:
         return _gguf(path)
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise ValueError(f"{path}: weights are read from {_SUFFIXES} files, or from a directory")
-    tensors = reader(path)
+    tensors = _READERS[path.suffix](path)
     if is_hf(tensors) and (path.parent / "config.json").is_file():
         fields = hf.read_config(path.parent)
         return _weights(hf.complete(path.parent, fields, tensors), path)

@@ -10,7 +10,10 @@ from torch import Tensor
 from receptance.ops import (
     chunked,
     native,
+    triton_launching,
     triton_wkv4,
+    triton_wkv6,
+    triton_wkv7,
     wkv6_chunked,
     wkv6_native,
     wkv7_chunked,
@@ -37,8 +40,8 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, dict[str, Kernel]] = {
     "wkv4": {"native": native, "triton": triton_wkv4, "chunked": chunked},
-    "wkv6": {"native": wkv6_native, "chunked": wkv6_chunked},
-    "wkv7": {"native": wkv7_native, "chunked": wkv7_chunked},
+    "wkv6": {"native": wkv6_native, "triton": triton_wkv6, "chunked": wkv6_chunked},
+    "wkv7": {"native": wkv7_native, "triton": triton_wkv7, "chunked": wkv7_chunked},
 }
 """The kernels of every operator, by name. The reference belongs to each and is not listed."""
 OPERATORS = tuple(KERNELS)
@@ -69,5 +72,5 @@ def _runs(backend: str, device: torch.device) -> bool:
     if backend == "native":
         return device.type == "cpu" and native.is_available()
     if backend == "triton":
-        return device.type == "cuda" and triton_wkv4.is_available()
+        return device.type == "cuda" and triton_launching.is_available()
     return True

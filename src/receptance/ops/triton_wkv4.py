@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import subprocess
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from receptance.ops.arguments import BackwardInputs, Gradients, Inputs, Results
+from receptance.ops.triton_launching import kernel_of
 
 # The number of tokens between the states that forward keeps. In the backward pass they are the
 # piece of a lane.
@@ -46,27 +45,6 @@ _INTERPRETED = 8192
 _SOME = 4
 
 Options = dict[str, Any]
-
-_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def is_available() -> bool:
-    """Whether Triton is installed."""
-    return _INSTALLED
-
-
-def check_launcher() -> None:
-    """Raise ValueError if Triton cannot build what launches its kernels on this machine."""
-    runtime = importlib.import_module("triton.runtime")
-    try:
-        _ = runtime.driver.active
-    except (RuntimeError, AssertionError, OSError, subprocess.CalledProcessError) as error:
-        failed = isinstance(error, subprocess.CalledProcessError)
-        reason = "the C compiler failed" if failed else str(error).partition("\n")[0]
-        raise ValueError(
-            f"Triton cannot build what launches its kernels: {reason}. It wants gcc and Python's "
-            "headers (apt install gcc python3-dev); without them choose another backend"
-        ) from error
 
 
 def choose_variant(batch: int, time: int, width: int) -> str:
@@ -173,16 +151,13 @@ def _blocks(lanes: int, pieces: int, interpreted: bool) -> Options:
 
 @functools.cache
 def _kernel(name: str, *, tuned: bool) -> tuple[Any, bool]:
-    """A kernel that can be launched, and whether it is interpreted (TRITON_INTERPRET=1)."""
-    triton = importlib.import_module("triton")
-    kernel = getattr(importlib.import_module(f"receptance.ops.triton_wkv4_{name}"), name)
-    if not isinstance(kernel, triton.JITFunction):
-        return kernel, True
-    check_launcher()
-    if tuned:
+    """A kernel that can be launched, and whether it is interpreted."""
+    kernel, interpreted = kernel_of(f"triton_wkv4_{name}", name)
+    if tuned and not interpreted:
+        triton = importlib.import_module("triton")
         choices = [
             triton.Config({"BLOCK": block}, num_warps=warps, maxnreg=registers)
             for block, warps, registers in CONFIGURATIONS[name]
         ]
         kernel = triton.autotune(choices, key=["C"])(kernel)
-    return kernel, False
+    return kernel, interpreted

@@ -20,6 +20,7 @@ If an input is not finite, wkv6_serial takes over, token by token, because zero 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -47,21 +48,33 @@ PIECE = 32 * CHUNK
 _Arguments = TypeVar("_Arguments", Wkv6Inputs, Wkv6BackwardInputs)
 
 
-def forward(x: Wkv6Inputs) -> Wkv6Results:
-    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N]."""
+def forward(
+    x: Wkv6Inputs, products: Callable[[Wkv6Inputs], Wkv6Results] | None = None
+) -> Wkv6Results:
+    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N].
+
+    products computes the matrix form of inputs whose padding is zero, by default in plain torch.
+    """
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    out, state, starts = _in_pieces(x) if _is_wide(x, x.state) else wkv6_serial.forward(x)
+    products = (products or _in_pieces) if _is_wide(x, x.state) else wkv6_serial.forward
+    out, state, starts = products(x)
     if lengths is not None:
         out = out.masked_fill(~_within(lengths, time), 0)
     return out, state, starts
 
 
-def backward(x: Wkv6BackwardInputs) -> Wkv6Gradients:
-    """Gradients of the four inputs [B,T,H,N], of the bonus [H,N] and of the state [B,H,N,N]."""
+def backward(
+    x: Wkv6BackwardInputs, products: Callable[[Wkv6BackwardInputs], Wkv6Gradients] | None = None
+) -> Wkv6Gradients:
+    """Gradients of the four inputs [B,T,H,N], of the bonus [H,N] and of the state [B,H,N,N].
+
+    products computes those of the matrix form, as for `forward`.
+    """
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    *grads, bonus, state = _back_in_pieces(x) if _is_wide(x, x.starts) else wkv6_serial.backward(x)
+    products = (products or _back_in_pieces) if _is_wide(x, x.starts) else wkv6_serial.backward
+    *grads, bonus, state = products(x)
     if lengths is not None:
         outside = ~_within(lengths, time)
         grads = [g.masked_fill(outside, 0) for g in grads]

@@ -21,6 +21,7 @@ finite, wkv7_serial takes over, token by token; the decays of the model are alwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -49,21 +50,33 @@ PIECE = 64 * CHUNK
 _Arguments = TypeVar("_Arguments", Wkv7Inputs, Wkv7BackwardInputs)
 
 
-def forward(x: Wkv7Inputs) -> Wkv7Results:
-    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N]."""
+def forward(
+    x: Wkv7Inputs, products: Callable[[Wkv7Inputs], Wkv7Results] | None = None
+) -> Wkv7Results:
+    """Output [B,T,H,N], the state after the last token [B,H,N,N], chunk starts [K,B,H,N,N].
+
+    products computes the matrix form of inputs whose padding is zero, by default in plain torch.
+    """
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    out, state, starts = _in_pieces(x) if _is_wide(x, x.state) else wkv7_serial.forward(x)
+    products = (products or _in_pieces) if _is_wide(x, x.state) else wkv7_serial.forward
+    out, state, starts = products(x)
     if lengths is not None:
         out = out.masked_fill(~_within(lengths, time), 0)
     return out, state, starts
 
 
-def backward(x: Wkv7BackwardInputs) -> Wkv7Gradients:
-    """Gradients of the six inputs [B,T,H,N] and of the state [B,H,N,N]."""
+def backward(
+    x: Wkv7BackwardInputs, products: Callable[[Wkv7BackwardInputs], Wkv7Gradients] | None = None
+) -> Wkv7Gradients:
+    """Gradients of the six inputs [B,T,H,N] and of the state [B,H,N,N].
+
+    products computes those of the matrix form, as for `forward`.
+    """
     lengths, time = x.lengths, x.key.shape[1]
     x = without_padding(x)
-    *grads, state = _back_in_pieces(x) if _is_wide(x, x.starts) else wkv7_serial.backward(x)
+    products = (products or _back_in_pieces) if _is_wide(x, x.starts) else wkv7_serial.backward
+    *grads, state = products(x)
     if lengths is not None:
         outside = ~_within(lengths, time)
         grads = [g.masked_fill(outside, 0) for g in grads]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,7 +33,10 @@ class Call:
     def decode(self, kind: type[Body]) -> Body:
         """The body as a struct; ApiError names what is wrong in it."""
         try:
-            return msgspec.json.decode(self.body, type=kind)
+            try:
+                return msgspec.json.decode(self.body, type=kind)
+            except msgspec.ValidationError:
+                return _without_nulls(msgspec.json.decode(self.body), kind)
         except msgspec.ValidationError as error:
             raise _invalid(str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -106,6 +110,40 @@ async def first(streamed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 await asyncio.shield(close())
 
     return pieces()
+
+
+def _without_nulls(value: Any, kind: type[Body]) -> Body:
+    """A parsed body as a struct, in which unknown fields may be null.
+
+    Such a field says nothing, and clients that send an earlier answer back send all of its fields.
+    ValidationError for anything else that is wrong.
+    """
+    while True:
+        try:
+            return msgspec.convert(value, type=kind)
+        except msgspec.ValidationError as error:
+            said, _, place = str(error).partition(" - at `")
+            if not said.startswith("Object contains unknown field `"):
+                raise
+            # Such as $.input[1].content[0]; all entries of a list are mended at once.
+            steps = re.findall(r"[^$.`\[\]]+|\[", place)
+            if not _drop(value, steps, said.split("`")[1]):
+                raise
+
+
+def _drop(value: Any, steps: list[str], name: str) -> bool:
+    """Remove what has this name and is null wherever these steps lead; whether there was any."""
+    places = [value]
+    for step in steps:
+        if step == "[":
+            lists = [place for place in places if isinstance(place, list)]
+            places = [inner for entries in lists for inner in entries]
+        elif not step.isdigit() and step != "...":
+            places = [place[step] for place in places if isinstance(place, dict) and step in place]
+    objects = [p for p in places if isinstance(p, dict) and name in p and p[name] is None]
+    for place in objects:
+        del place[name]
+    return bool(objects)
 
 
 def _invalid(message: str) -> ApiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from receptance.data.templates import Message
@@ -12,10 +12,10 @@ from receptance.inference.rows import Token
 from receptance.server.api.options import TextOptions, allowed_tokens
 from receptance.server.calls import Call
 from receptance.server.errors import refusal
-from receptance.server.grammar import Grammar, check_schema
+from receptance.server.grammar import Grammar
 from receptance.server.jobs import Begun, Job, Wrote
 from receptance.server.models import Beginning
-from receptance.server.prompts import render
+from receptance.server.prompts import encode, render
 from receptance.server.reply_text import Part, ReplyReader
 from receptance.server.serving import Group, Served
 from receptance.server.tools import Choice, Tool, calls_grammar, told
@@ -27,6 +27,7 @@ _DEFAULT_TOKENS = 2048
 class Dialogue:
     """A prompt with all that is needed to read its answers."""
 
+    messages: Sequence[Message]
     job: Job
     beginning: Beginning
     thinking: bool
@@ -131,10 +132,29 @@ async def prepare(
         marks=rendered.marks,
         state=beginning.state,
         client=beginning.client,
-        keep=options.save_state is not None,
     )
     stops = tuple(stop for stop in requests[0].stop if stop not in rendered.stops)
-    return Dialogue(job, beginning, rendered.thinking, calls, stops)
+    return Dialogue(messages, job, beginning, rendered.thinking, calls, stops)
+
+
+async def save(dialogue: Dialogue, served: Served, answer: str) -> None:
+    """Save the state behind a conversation with its answer, if that is wanted.
+
+    An answer may end inside of a token, or before its turn does, so the conversation is read once
+    more, with the end of the turn. Most of it comes from the cache.
+    """
+    beginning = dialogue.beginning
+    if beginning.save_as is None:
+        return
+    answered = [Message("assistant", answer)] if answer.strip() else []
+    ids = await asyncio.to_thread(
+        encode, served.template, served.tokenizer, [*dialogue.messages, *answered]
+    )
+    job = replace(dialogue.job, prompt=ids, requests=(), marks=(), keep=True)
+    async with served.submit([job]) as group:
+        async for _ in group.events():
+            pass
+        beginning.save(group)
 
 
 def _with_tools(messages: Sequence[Message], about: str) -> list[Message]:
@@ -157,7 +177,7 @@ def _grammar(
     if schema is not None:
         return grammars.of_json(schema, "response_format", thinking=thinking)
     for tool in tools:
-        check_schema(tool.parameters, "tools")
+        grammars.check(tool.parameters, "tools")
     return grammars.compile(calls_grammar(tools, choice, parallel=parallel), "tools")
 
 

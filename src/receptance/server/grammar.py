@@ -40,11 +40,19 @@ class Grammars:
             raise refusal(f"{param}: the schema cannot be used: {said}", param)
         return Grammar(found, self._tokenizer)
 
+    def check(self, schema: dict[str, Any] | bool, param: str) -> None:
+        """ApiError if a JSON schema is none, too large, or allows nothing."""
+        check_schema(schema, param)
+        rules = f"%llguidance {{}}\nstart: %json {compact(schema)}"
+        allowed = self.compile(rules, param).begin().allowed().nonzero().flatten().tolist()
+        if set(allowed) <= {self._tokenizer.end_of_text}:  # every text of JSON has a character
+            raise refusal(f"{param}: the schema cannot be used: nothing satisfies it", param)
+
     def of_json(
         self, schema: dict[str, Any] | bool, param: str, *, thinking: bool = False
     ) -> Grammar:
         """The grammar of JSON texts that a schema allows, behind a thought if one is open."""
-        check_schema(schema, param)
+        self.check(schema, param)
         start = 'start: thought " "? json\nthought[lazy]: /(.|\\n)*<\\/think>\\s*/'
         start = start if thinking else 'start: " "? json'
         return self.compile(f"%llguidance {{}}\n{start}\njson: %json {compact(schema)}", param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +20,24 @@ class Keys:
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """The keys in a file, one on each line; # begins a comment.
+        """The keys in a file, one on each line; # at its beginning or behind a space is a comment.
 
-        ValueError if the file has none, or one that is so short that it could be guessed.
+        ValueError if the file has none, one that is so short that it could be guessed, or one that
+        cannot stand in a header.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise ValueError(f"cannot read the keys in {path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text; it should hold one key on each line") from None
-        keys = [key for line in lines if (key := line.partition("#")[0].strip())]
+        keys = [key for line in lines if (key := re.split(r"(?:^|\s)#", line)[0].strip())]
         for number, key in enumerate(keys, 1):
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(
+                    f"key {number} in {path} has other characters than letters, digits and signs "
+                    "of ASCII; clients could not send it"
+                )
             if len(key) < _SHORTEST:
                 raise ValueError(
                     f"key {number} in {path} has {len(key)} characters; use at least {_SHORTEST}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 MOST_CHOICES = 16
@@ -54,5 +55,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}; it must be over 0")
+            if not 0 < getattr(self, field.name) < math.inf:
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}; it must be over 0 and finite"
+                )

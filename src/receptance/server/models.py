@@ -136,6 +136,8 @@ class Models:
         """
         if self._budget is None:
             return
+        if needed([]) > self._budget:
+            raise ApiError(503, "there is no memory for this model", code="no_memory")
         while needed([served.engine for served in self.loaded()]) > self._budget:
             idle = [s for s in self.sources.values() if s.served and not s.served.busy]
             if not idle or not await self._unload(min(idle, key=lambda s: s.used)):
@@ -198,7 +200,8 @@ class Beginning:
 
     def save(self, group: Group) -> None:
         """Keep the state behind the answer if the request wants that."""
-        if self.save_as is not None and (state := group.states.get((0, 0))) is not None:
+        state = next(iter(group.states.values()), None)
+        if self.save_as is not None and state is not None:
             served = self.served
             named = NamedState(self.save_as, served.name, served.engine.fingerprint(), state)
             self.models.states.put(self.client, named)

@@ -38,7 +38,7 @@ def render(
 ) -> Rendered:
     """The prompt that asks for an answer to messages, which begins with `answer`."""
     if not messages:
-        raise refusal("messages: an empty list", "messages")
+        raise refusal("messages: all are empty, or there are none", "messages")
     text = _text(template, messages)
     ends = _turns(template, messages, text)
     opening = template.opening
@@ -48,6 +48,11 @@ def render(
     ids = tokenizer.encode(whole)
     marks = _token_marks(tokenizer, ids, [len(whole[:end].encode()) for end in ends])
     return Rendered(ids, marks, template.stops, opening.rfind(THINK[:-1]) > opening.rfind(THOUGHT))
+
+
+def encode(template: Template, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """A conversation behind which another turn may follow."""
+    return tokenizer.encode(_text(template, messages))
 
 
 def _text(template: Template, messages: Sequence[Message]) -> str:

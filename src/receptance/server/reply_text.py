@@ -52,6 +52,8 @@ class ReplyReader:
     def finish(self) -> list[Part]:
         """The parts that remain when the answer has ended."""
         text, self._held = self._held, ""
+        if self._mode == "call" and self._reader.complete:
+            return []  # the mark behind the arguments had begun
         return self._out(text)
 
     def _next(self) -> tuple[int, str]:

@@ -113,8 +113,17 @@ class CallReader:
     """The name and the arguments of one call, as its text comes."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self._held = self._arguments = ""
         self._named = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the arguments that came are a whole value."""
+        try:
+            json.loads(self._arguments)
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def push(self, text: str) -> tuple[str | None, str]:
         """The name, once it is known, and the arguments that came with this text."""
@@ -127,4 +136,5 @@ class CallReader:
             name, self._named = json.loads(head[1]), True
             self._held = self._held[head.end() :]
         arguments, self._held = self._held, ""
+        self._arguments += arguments
         return name, arguments

@@ -7,6 +7,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from receptance.atomic import check_folder
 from receptance.storage.directories import clean, expanded
 
 _LOCK, _HOLDER = ".lock", ".lock-holder"
@@ -27,7 +28,8 @@ class RunLock:
     def __enter__(self) -> RunLock:
         from filelock import FileLock, Timeout
 
-        self._made = not os.path.lexists(self.folder)
+        check_folder(self.folder)
+        self._made = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.folder / _LOCK, thread_local=False)
@@ -37,8 +39,6 @@ class RunLock:
                 f"{self.folder} is in use by {self._holder()}; wait until that has ended, stop "
                 "it, or choose another folder"
             ) from None
-        except FileExistsError:
-            raise ValueError(f"{self.folder} is a file; name a folder") from None
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{self.folder} cannot be locked: {reason}") from None

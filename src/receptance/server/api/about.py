@@ -14,7 +14,7 @@ from receptance.server.models import Models, Source
 from receptance.server.serving import Served
 
 
-class ModelInfo(msgspec.Struct, omit_defaults=True):
+class ModelInfo(msgspec.Struct):
     """A model that may be asked."""
 
     id: str

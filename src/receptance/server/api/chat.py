@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,8 @@ from receptance.server.api.chat_schema import (
 from receptance.server.api.completions import finish_reason
 from receptance.server.api.tokens import Usage, token_logprob, usage
 from receptance.server.calls import STILL_HERE, Call, Reply, Streamed, event, first, reply
-from receptance.server.dialogue import Dialogue, Outcome, prepare, said
-from receptance.server.errors import refusal
+from receptance.server.dialogue import Dialogue, Outcome, prepare, said, save
+from receptance.server.errors import ApiError, refusal
 from receptance.server.reply_text import Part
 from receptance.server.serving import Group, Served, new_id
 from receptance.server.tools import Choice, Tool, call_text, chosen, result_text
@@ -63,6 +64,15 @@ def messages_of(request: ChatRequest) -> list[Message]:
     return found
 
 
+def _said_back(outcome: Outcome) -> str:
+    """An answer as it is part of later prompts, if the client sends it back as it is."""
+    texts = [outcome.content]
+    for name, arguments in outcome.calls:
+        with suppress(ApiError):  # they were cut, so that nobody can send them back
+            texts.append(written_call(name, arguments))
+    return "\n".join(filter(str.strip, texts))
+
+
 def _content(content: str | list[TextPart] | None) -> str:
     return "".join(p.text for p in content) if isinstance(content, list) else content or ""
 
@@ -73,7 +83,9 @@ def written_call(name: str, arguments: str) -> str:
         compact = json.dumps(json.loads(arguments), ensure_ascii=False, separators=(",", ":"))
     except (ValueError, RecursionError):
         raise refusal("the arguments of a tool call are not JSON", "messages") from None
-    return call_text(name, compact)
+    # An answer may have been cut between the two escapes of one character.
+    whole = compact.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return call_text(name, whole)
 
 
 def tools_of(request: ChatRequest) -> tuple[list[Tool], Choice]:
@@ -171,7 +183,7 @@ class _Maker:
                     logprobs[index] = more if known is None else known
                     if known is not None:
                         known.content += more.content
-            self.dialogue.beginning.save(group)
+        await save(self.dialogue, self.served, _said_back(outcomes[0]))
         choices = [
             ChatChoice(index, _message(outcome), logprobs[index], _reason(outcome))
             for index, outcome in enumerate(outcomes)
@@ -202,10 +214,10 @@ class _Maker:
                     yield self._event(index, Delta(content=""), told)
                 if step.reason is not None:
                     yield self._event(index, Delta(), None, _reason(outcomes[index]))
-            self.dialogue.beginning.save(group)
-            options = self.request.stream_options
-            if options is not None and options.include_usage:
-                yield event(self._answer(_CHUNK, [], usage=self._usage(group, outcomes)))
+        await save(self.dialogue, self.served, _said_back(outcomes[0]))
+        options = self.request.stream_options
+        if options is not None and options.include_usage:
+            yield event(self._answer(_CHUNK, [], usage=self._usage(group, outcomes)))
 
     def _event(
         self, index: int, delta: Delta, told: Logprobs | None = None, reason: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
@@ -81,7 +81,9 @@ class _Choice:
     tokenizer: Tokenizer
     likeliest: int | None
     offset: int = 0
-    pending: list[tuple[int, float | None, Likeliest]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.decoder = self.tokenizer.stream()
 
     def echo(self, text: str, ids: list[int], looked: Looked | None) -> CompletionChoice:
         """The piece with the prompt."""
@@ -114,7 +116,8 @@ class _Choice:
                 [best],
                 [self.offset],
             )
-        self.offset += len(token.text)
+            # Not the length of token.text, which may have been held back for a stop string.
+            self.offset += len(self.decoder.push(token.id))
         return CompletionChoice(self.index, token.text, told, finish_reason(token.finish_reason))
 
     def _best(self, token: int, own: float | None, likeliest: Likeliest) -> dict[str, float]:
@@ -179,16 +182,16 @@ class _Maker:
             likeliest=request.logprobs,
             constraints=[None] * self.count,
         )
-        scored = bool(request.echo) and request.logprobs is not None
+        scored, kept = request.echo and request.logprobs is not None, request.save_state is not None
         return Job(
             prompt=prompt,
-            requests=requests if self.max_tokens or not scored else (),
+            requests=requests if self.max_tokens or kept or not scored else (),
             namespace=self.beginning.namespace,
             state=self.beginning.state,
             client=self.beginning.client,
             look="scores" if scored else None,
             likeliest=request.logprobs or 0,
-            keep=request.save_state is not None,
+            keep=kept,
         )
 
     async def pieces(self, group: Group) -> AsyncIterator[CompletionChoice | None]:

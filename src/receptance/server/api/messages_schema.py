@@ -133,7 +133,7 @@ class MessageRequest(_Conversation, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     metadata: dict[str, Any] | None = None
     """Accepted and without effect."""
     service_tier: str | None = None

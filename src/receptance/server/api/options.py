@@ -40,7 +40,7 @@ class TextOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Probabilities are raised to 1/temperature; 0 takes the likeliest token."""
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     """Keep the likeliest tokens whose probabilities add up to this."""
-    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     """Keep at most this many tokens; 0 keeps all. Not one of OpenAI's parameters."""
     presence_penalty: Penalty | None = None
     """Subtract this from the logits of tokens that were written before."""
