@@ -58,3 +58,8 @@ def progress_bar(console: Console, clock: Callable[[], float] | None = None) -> 
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line as it is: paths in it are not wrapped, colored or read as markup."""
     console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 layer" and "6,000 layers"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

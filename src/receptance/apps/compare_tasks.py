@@ -64,7 +64,7 @@ def names_task(argv: list[str]) -> bool:
 
 def main(argv: list[str]) -> None:
     """Parse, run what is not done yet, report."""
-    options = parse(Options, argv, "receptance compare")
+    options = parse(Options, argv, "receptance compare --task NAME")
     console, out = Console(), expanded(options.out)
     check_outside(out)
     device = str(resolve_device(options.compare.device))

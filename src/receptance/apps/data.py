@@ -16,7 +16,7 @@ from receptance.data import PrepareOptions, TokenFiles, merge, prepare
 from receptance.data.assemble import document_ends
 from receptance.data.ondisk import blocks
 from receptance.data.tokens import check_ids
-from receptance.progress import say
+from receptance.progress import counted, say
 from receptance.storage.directories import expanded
 from receptance.tokenizer import load_tokenizer
 
@@ -151,7 +151,7 @@ def _describe(
 ) -> None:
     """Print the number of tokens and documents, and a line on the lengths of the documents."""
     documents = sum(np.count_nonzero(block == corpus.end_of_text) for block in blocks(tokens))
-    line = f"{name:11}  {len(tokens):,} tokens in {documents:,} documents"
+    line = f"{name:11}  {len(tokens):,} tokens in {counted(int(documents), 'document')}"
     if mask is not None:
         learned = sum(int(np.count_nonzero(block)) for block in blocks(mask))
         line += f", {learned:,} of them to be learned"

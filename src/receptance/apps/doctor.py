@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -198,8 +199,16 @@ def _triton() -> Finding:
 def _optional(package: str) -> Finding:
     purpose = _OPTIONAL[package]
     if importlib.util.find_spec(package.replace("-", "_")) is None:
-        return Finding(f"absent ({purpose})", f"pip install {package}")
+        return Finding(f"absent ({purpose})", f"pip install '{_wanted(package)}'")
     return Finding(f"{_version(package)} ({purpose})")
+
+
+def _wanted(package: str) -> str:
+    """A package with the releases that this one works with, as pip takes it."""
+    for line in importlib.metadata.requires("receptance") or ():
+        if re.match(rf"{package}\b", wanted := line.partition(";")[0].strip()):
+            return wanted
+    return package
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from receptance.evaluation.tasks.sources import Labeled, Learned, SequenceOption
 from receptance.model.devices import described, resolve_device
 from receptance.model.heads import SequenceConfig
 from receptance.model.sequences import SequenceModel
-from receptance.progress import say
+from receptance.progress import counted, say
 from receptance.storage.directories import step_directories
 from receptance.storage.lock import RunLock
 from receptance.storage.sequences import write_sequence_description
@@ -166,7 +166,8 @@ def _meaning(task: Learned, labeled: Labeled) -> dict[str, Any]:
 def _say_sizes(model: SequenceModel, labeled: Labeled, console: Console) -> None:
     stack, examples = model.config.stack, labeled.examples
     console.print(
-        f"{model.num_parameters:,} parameters ({stack.num_layers} layers of {stack.width}, "
+        f"{model.num_parameters:,} parameters "
+        f"({counted(stack.num_layers, 'layer')} of {stack.width}, "
         f"{model.config.outputs} outputs), {examples.count('train'):,} examples to train on, "
         f"{examples.count('validation'):,} for validation, {examples.count('test'):,} for the test"
     )

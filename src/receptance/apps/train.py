@@ -20,7 +20,7 @@ from receptance.config import PILE_VOCAB_SIZE
 from receptance.data import ReadOptions, is_corpus
 from receptance.evaluation.tasks.sources import SequenceOptions
 from receptance.model.devices import described, resolve_device
-from receptance.progress import say
+from receptance.progress import counted, say
 from receptance.sealed import check_outside
 from receptance.storage.directories import expanded, newest_checkpoint, put_aside, step_directories
 from receptance.storage.lock import RunLock
@@ -181,7 +181,8 @@ def _text(out: Path, options: Options, argv: list[str]) -> None:
         parts = _start(out, options, argv, ranks, device, console)
         sizes = parts.trainer.model.config
         console.print(
-            f"{sizes.num_parameters:,} parameters ({sizes.num_layers} layers of {sizes.width}, "
+            f"{sizes.num_parameters:,} parameters "
+            f"({counted(sizes.num_layers, 'layer')} of {sizes.width}, "
             f"vocabulary {sizes.vocab_size}), {len(parts.corpus.train):,} training tokens"
         )
         if not Run(out, options.run, parts, console).go():

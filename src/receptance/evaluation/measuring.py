@@ -21,6 +21,7 @@ from receptance.evaluation.texts import enwik8, text
 from receptance.evaluation.texts.documents import Document, read_documents
 from receptance.evaluation.texts.positions import Positions
 from receptance.evaluation.texts.scoring import Layout, Scores, score
+from receptance.progress import counted
 from receptance.tokenizer import Tokenizer
 
 Progress = Callable[[str, float, float], object]
@@ -102,9 +103,8 @@ def measure_text(
     if not scores.bytes:
         raise ValueError("there is no document with a token in it; give other text")
     found = Found(text.figures(scores, model.name), details=text.details(scores))
-    sizes = (len(scores.bytes), sum(scores.bytes), sum(scores.tokens))
-    documents_, size, tokens = (f"{number:,}" for number in sizes)
-    found.notes.append(f"{model.name}: {documents_} documents, {size} bytes, {tokens} tokens")
+    read = counted(len(scores.bytes), "document"), counted(sum(scores.bytes), "byte")
+    found.notes.append(f"{model.name}: {', '.join(read)}, {counted(sum(scores.tokens), 'token')}")
     return found
 
 

@@ -197,8 +197,11 @@ def _restore(path: Path) -> None:
 def expanded(path: str | Path) -> Path:
     """The path with ~ replaced by the user's home; ~NAME of an unknown user stays as it is.
 
-    ValueError for an empty text, which would otherwise mean the current folder.
+    ValueError for an empty text, which would otherwise mean the current folder, and for one that
+    cannot be a path.
     """
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} holds a null byte; name a file or folder")
     if path == "":
         raise ValueError('a path is empty; name a file or folder, "." for the current one')
     return Path(os.path.expanduser(path))
