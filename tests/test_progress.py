@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from receptance.progress import progress_bar, say
+from receptance.progress import counted, progress_bar, say
 
 
 def test_a_line_is_neither_wrapped_nor_styled():
@@ -37,3 +37,9 @@ def test_a_bar_in_a_terminal_prints_no_lines():
             now = float(step)
             bar.update(task, completed=step)
     assert "training 8%" not in shown.getvalue()
+
+
+def test_one_of_a_thing_is_no_plural():
+    assert [counted(number, "layer") for number in (0, 1, 6000)] == [
+        *("0 layers", "1 layer", "6,000 layers")
+    ]

@@ -69,7 +69,7 @@ def test_without_a_compiler_it_says_which_to_install(system, command, monkeypatc
 
 def test_without_an_optional_package_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert findings()["matplotlib"] == Finding("absent (plots)", "pip install matplotlib")
+    assert findings()["matplotlib"] == Finding("absent (plots)", "pip install 'matplotlib>=3.8'")
     assert findings()["triton"].found.startswith("absent")
 
 

@@ -31,7 +31,7 @@ def test_prepare_and_inspect(text, tmp_path):
     assert load_tokenizer(tmp_path / "out").vocab_size == 300
     seen = call("data", "inspect", tmp_path / "out")
     assert (seen.code, seen.err) == (0, "")
-    assert f"{len(corpus.train):,} tokens in 1 documents" in seen.out
+    assert f"{len(corpus.train):,} tokens in 1 document" in seen.out
     assert "begins with  '0 little foxes" in seen.out and "bpe, 300 ids" in seen.out
 
 
@@ -72,7 +72,7 @@ def test_merge_reads_what_prepare_wrote_for_others(text, tmp_path):
         (["prepare", "none.txt", "--out", "x", "--tokenizer", "bytes"], "no such file"),
         (["prepare", "TEXT", "--out", "x", "--tokenizer", "bpe:no"], "say how many"),
         (["prepare", "TEXT", "--out", "x", "--tokenizer", "none.json"], "none.json"),
-        (["prepare", "TEXT", "--out", "TEXT", "--tokenizer", "bytes"], "cannot write"),
+        (["prepare", "TEXT", "--out", "TEXT", "--tokenizer", "bytes"], "is a file; name a folder"),
         (["merge", "--out", "x", "--tokenizer", "bytes"], "no shards"),
         (["merge", "TEXT", "--out", "x", "--tokenizer", "bytes"], "is not a whole .npy"),
         (["inspect", "none"], "no readable token files"),

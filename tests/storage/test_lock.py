@@ -127,6 +127,9 @@ class TestTheLock:
         assert "[Errno" not in refusal(lambda: lock(tmp_path / "file/run"))
         message = refusal(lambda: lock(tmp_path / "file"))
         assert message == f"{tmp_path / 'file'} is a file; name a folder"
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(ValueError, match="link is a link to nothing; name a folder"):
+            RunLock(tmp_path / "link").__enter__()
 
     def test_an_error_inside_passes_through_and_unlocks(self, tmp_path):
         mine = RunLock(tmp_path)

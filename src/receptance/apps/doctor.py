@@ -205,7 +205,11 @@ def _optional(package: str) -> Finding:
 
 def _wanted(package: str) -> str:
     """A package with the releases that this one works with, as pip takes it."""
-    for line in importlib.metadata.requires("receptance") or ():
+    try:
+        wants = importlib.metadata.requires("receptance")
+    except importlib.metadata.PackageNotFoundError:  # its files are here, and it was not installed
+        wants = None
+    for line in wants or ():
         if re.match(rf"{package}\b", wanted := line.partition(";")[0].strip()):
             return wanted
     return package
