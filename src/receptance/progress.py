@@ -16,22 +16,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_SECONDS_BETWEEN_LINES = 30
+# Seconds between two lines, and the share of the time until now that may pass without one.
+_OFTENEST, _RAREST, _SHARE = 5.0, 60.0, 0.1
 
 
 class _Bar(Progress):
-    """A bar that prints a line every 30 seconds where it cannot be drawn, as in a file."""
-
-    _last = float("-inf")
+    """A bar that prints lines where it cannot be drawn, as in a file; the longer, the fewer."""
 
     def start(self) -> None:
         super().start()
-        self._last = self.get_time()
+        self._began = self._last = self.get_time()
 
     def update(self, task_id: TaskID, *args: Any, **fields: Any) -> None:
         super().update(task_id, *args, **fields)
         now = self.get_time()
-        if self.console.is_terminal or now - self._last < _SECONDS_BETWEEN_LINES:
+        pause = min(_RAREST, max(_OFTENEST, (now - self._began) * _SHARE))
+        if self.console.is_terminal or now - self._last < pause:
             return
         self._last = now
         task = self._tasks[task_id]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,11 +19,8 @@ from receptance.evaluation.results import Result, versions
 from receptance.inference.measure import seconds
 from receptance.plots.panels import draw_panels
 from receptance.plots.pictures import check_picture
-from receptance.progress import progress_bar, say
+from receptance.progress import progress_bar
 from receptance.reproduce.experiment import Experiment, Piece, Work, caption
-
-# Seconds after which a line is printed where no bar can be seen.
-_PATIENCE = 5.0
 
 Record = dict[str, Any]
 """One piece that was done: "piece", "found", and the "seconds" that it took."""
@@ -55,12 +51,12 @@ def run(experiment: Experiment, out: Path, measured: Measured, console: Console)
 
 
 class _Shown:
-    """What a terminal shows of an experiment: a bar, or lines where no bar can be seen."""
+    """What a terminal shows of an experiment."""
 
     def __init__(self, name: str, bar: Progress) -> None:
-        self._name, self._bar = name, bar
+        self._bar = bar
         self._task = bar.add_task(name, total=None, note="preparing")
-        self._done, self._total, self._said = 0.0, 1.0, time.monotonic()
+        self._done, self._total = 0.0, 1.0
 
     def begin(self, done: float, total: float) -> None:
         """So much of the whole work was done before."""
@@ -69,12 +65,7 @@ class _Shown:
 
     def note(self, what: str, more: float) -> None:
         """Say what is being done, and how much of its piece is done."""
-        done = self._done + more
-        self._bar.update(self._task, note=what, completed=done)
-        console = self._bar.console
-        if not console.is_terminal and time.monotonic() - self._said > _PATIENCE:
-            self._said = time.monotonic()
-            say(console, f"{self._name}: {done / self._total:.0%}" + (f", {what}" if what else ""))
+        self._bar.update(self._task, note=what, completed=self._done + more)
 
     def add(self, cost: float) -> None:
         """A piece is done."""
