@@ -29,6 +29,8 @@ from receptance.storage.directories import expanded
 from receptance.storage.lock import RunLock
 
 FULL, QUICK = Path("runs/reproduce"), Path("runs/reproduce-quick")
+# Processes of an experiment, unless more are asked for.
+_MOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +78,13 @@ class _One:
 class _Parallel(_One):
     """The same for experiments whose pieces may run side by side."""
 
-    processes: int = 1
-    """Work in this number of processes, each with its share of the processor cores."""
+    processes: int = 0
+    """Work in this number of processes, each with its share of the processor cores; 0 takes one for
+    each core or GPU, at most 8."""
 
     def __post_init__(self) -> None:
-        if self.processes < 1:
-            raise ValueError(f"processes is {self.processes}; it must be at least 1")
+        if self.processes < 0:
+            raise ValueError(f"processes is {self.processes}; it must be at least 0")
 
 
 def _command(kind: type[Experiment]) -> type:
@@ -123,7 +126,7 @@ def main(argv: list[str]) -> None:
         options = _parsed(name, rest, replace(options, experiment=EXPERIMENTS[name].quick()))
     out = _folder(options.out, options.quick)
     with RunLock(out):
-        _reported(options.experiment, out, getattr(options, "processes", 1), console)
+        _reported(options.experiment, out, getattr(options, "processes", 0), console)
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
 
 
@@ -145,7 +148,7 @@ def _all(out: Path, quick: bool, console: Console) -> None:
             say(console, f"{name} is left out: it needs {kind.NEEDS}")
             continue
         try:
-            _reported(kind.quick() if quick else kind(), out, 1, console)
+            _reported(kind.quick() if quick else kind(), out, 0, console)
         except ValueError as error:
             refused.append(f"{name}: {error}")
     say(console, f"a page of it: receptance report {out} --out {out / 'report.html'}")
@@ -197,8 +200,9 @@ class _Work:
     """Does the pieces of an experiment in this process or in several."""
 
     def __init__(self, experiment: Experiment, processes: int) -> None:
-        self.processes = processes
         self.devices = _devices(getattr(experiment, "device", "cpu"))
+        able = len(self.devices) if self.devices[0] != "cpu" else usable_threads()
+        self.processes = processes or (min(able, _MOST) if experiment.PARALLEL else 1)
 
     def __call__(
         self,
