@@ -9,6 +9,7 @@ import pytest
 from command import call
 
 from receptance.analysis import EVERYTHING
+from receptance.apps import reproduce
 from receptance.apps.gallery import BEGIN, ELSEWHERE, END, _plain, command, gallery
 from receptance.apps.options import parse
 from receptance.apps.paper import PaperPage, _form
@@ -36,6 +37,17 @@ def test_the_list_says_what_everything_is():
 def test_every_experiment_has_its_options(name):
     shown = call("reproduce", name, "--help")
     assert shown.code == 0 and "--quick" in shown.out and EXPERIMENTS[name].SHOWS in shown.out
+
+
+def test_runs_side_by_side_take_all_cores_and_what_is_timed_has_them_alone(monkeypatch):
+    for cores, wanted in ((1, 1), (2, 2), (64, 8)):
+        monkeypatch.setattr(reproduce, "usable_threads", lambda cores=cores: cores)
+        for name, kind in EXPERIMENTS.items():
+            found = reproduce._Work(kind.quick(), 0).processes
+            assert found == (wanted if kind.PARALLEL else 1), name
+    assert reproduce._Work(EXPERIMENTS["scaling"].quick(), 3).processes == 3
+    refused = call("reproduce", "scaling", "--processes", -1)
+    assert refused.code == 2 and "--processes is -1; it must be at least 0" in refused.err
 
 
 def test_one_experiment_and_its_report(tmp_path):
