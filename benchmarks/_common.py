@@ -35,6 +35,8 @@ def time_in_turns(
         for name, run in candidates.items():
             began = time.perf_counter()
             run()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -1,6 +1,8 @@
 """The WKV-6 operator, forward and backward, against the reference loop in the same run.
 
     python benchmarks/wkv6.py [--batch 4 --time 1024 --width 768 --longest 65536]
+    python benchmarks/wkv6.py --device cuda --backends triton chunked --batch 8 --time 4096 \
+        --width 4096
 
 Checks every backend against float64 first. Then the time per token as a row gets longer, which
 should stay the same. Prints ratios, then JSON on the last line.
@@ -33,16 +35,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--longest", type=int, default=65536)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backends", nargs="+", help="all that there are by default")
     options = parser.parse_args()
     if options.width % HEAD_SIZE:
         parser.error(f"--width is {options.width}; it must be a multiple of {HEAD_SIZE}")
-    backends = available_backends("cpu", "wkv6")
+    device = torch.device(options.device)
+    backends = options.backends or available_backends(device, "wkv6")
+    ours = [name for name in backends if name != "reference"]
     heads = options.width // HEAD_SIZE
     with Progress(Console(stderr=True)) as say:
-        for backend in backends[:-1]:
+        for backend in ours:
             say(f"checking {backend}")
-            check(backend, *make_inputs(1, 200, heads))
-        inputs, grad = make_inputs(options.batch, options.time, heads)
+            check(backend, *make_inputs(1, 200, heads, device))
+        inputs, grad = make_inputs(options.batch, options.time, heads, device)
 
         def run(call: Callable[..., object], name: str) -> object:
             say(f"{name}: {call.__name__.replace('_', ' ')}")
@@ -54,27 +60,32 @@ def main() -> None:
             )
             for call in (step, forward_only)
         )
-        longer = growth(backends[:-1], options.longest, say)
+        longer = growth(ours, options.longest, device, say)
     states = options.batch * options.time * heads
     results: dict[str, object] = {
         "shape": f"B{options.batch} T{options.time} C{options.width}, heads of 64, float32"
     }
     for name in backends:
         results[f"{name}: forward + backward, ms"] = both[name] * 1e3
-        results[f"{name}: times the reference loop"] = both["reference"] / both[name]
-        per_thread = forward[name] * torch.get_num_threads() / states
-        results[f"{name}: forward, ns per token, head and thread"] = per_thread * 1e9
+        if "reference" in both:
+            results[f"{name}: times the reference loop"] = both["reference"] / both[name]
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        results[f"{name}: forward, ns per token, head and thread"] = (
+            forward[name] * threads / states * 1e9
+        )
     report(results | longer)
 
 
-def growth(backends: list[str], longest: int, say: Callable[[str], None]) -> dict[str, object]:
+def growth(
+    backends: list[str], longest: int, device: torch.device, say: Callable[[str], None]
+) -> dict[str, object]:
     """How much longer a token takes in long rows of two heads than in one of SHORTEST tokens."""
     results: dict[str, object] = {}
     base: dict[str, float] = {}
     length = SHORTEST
     while length <= longest:
         say(f"rows of {length:,} tokens")
-        inputs, grad = make_inputs(1, length, 2)
+        inputs, grad = make_inputs(1, length, 2, device)
         seconds = time_in_turns(
             {name: partial(step, name, inputs, grad) for name in backends}, rounds=3
         )
@@ -87,7 +98,9 @@ def growth(backends: list[str], longest: int, say: Callable[[str], None]) -> dic
     return results
 
 
-def make_inputs(batch: int, time: int, heads: int) -> tuple[dict[str, Tensor], Tensor]:
+def make_inputs(
+    batch: int, time: int, heads: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
     """Decays as a model makes them, keys and values of one's size."""
     generator = torch.Generator().manual_seed(0)
     shape = (batch, time, heads, HEAD_SIZE)
@@ -103,8 +116,8 @@ def make_inputs(batch: int, time: int, heads: int) -> tuple[dict[str, Tensor], T
         normal(heads, HEAD_SIZE),
         normal(batch, heads, HEAD_SIZE, HEAD_SIZE),
     )
-    inputs = {name: x.requires_grad_() for name, x in zip(INPUTS, drawn, strict=True)}
-    return inputs, normal(*shape)
+    inputs = {name: x.to(device).requires_grad_() for name, x in zip(INPUTS, drawn, strict=True)}
+    return inputs, normal(*shape).to(device)
 
 
 def step(backend: str, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
