@@ -179,11 +179,10 @@ def _text(out: Path, options: Options, argv: list[str]) -> None:
         ranks.wait()
         ranks.check_shared(out)
         parts = _start(out, options, argv, ranks, device, console)
-        sizes = parts.trainer.model.config
+        size = parts.trainer.model.config
         console.print(
-            f"{sizes.num_parameters:,} parameters "
-            f"({counted(sizes.num_layers, 'layer')} of {sizes.width}, "
-            f"vocabulary {sizes.vocab_size}), {len(parts.corpus.train):,} training tokens"
+            f"{size.num_parameters:,} parameters ({counted(size.num_layers, 'layer')} of {size.width}, "
+            f"vocabulary {size.vocab_size}), {len(parts.corpus.train):,} training tokens"
         )
         if not Run(out, options.run, parts, console).go():
             _say_how_to_go_on(out, console)

@@ -25,6 +25,7 @@ def load(x, token, inside, column):
 
 @triton.jit
 def store(x, token, inside, column, values):
+    """Write some columns of a chunk's positions, none beyond the end."""
     at = token[:, None] + column[None, :]
     tl.store(x + at, values.to(x.dtype.element_ty), mask=inside[:, None])
 
