@@ -180,9 +180,10 @@ def _text(out: Path, options: Options, argv: list[str]) -> None:
         ranks.check_shared(out)
         parts = _start(out, options, argv, ranks, device, console)
         size = parts.trainer.model.config
+        layers = counted(size.num_layers, "layer")
         console.print(
-            f"{size.num_parameters:,} parameters ({counted(size.num_layers, 'layer')} of {size.width}, "
-            f"vocabulary {size.vocab_size}), {len(parts.corpus.train):,} training tokens"
+            f"{size.num_parameters:,} parameters ({layers} of {size.width}, vocabulary "
+            f"{size.vocab_size}), {len(parts.corpus.train):,} training tokens"
         )
         if not Run(out, options.run, parts, console).go():
             _say_how_to_go_on(out, console)
@@ -310,10 +311,9 @@ def _parsed(argv: list[str], default: Options) -> Options:
 
 def _say_unread(options: Options, console: Console) -> None:
     """Say which options have no effect because a resumed run keeps its own."""
-    text = options.data and not is_corpus(options.data[0])
-    for what, given in {"text": text, "recipe": options.recipe}.items():
-        if given:
-            say(console, f"the {what} given is not read: the run keeps its own")
+    given = {"text": options.data and not is_corpus(options.data[0]), "recipe": options.recipe}
+    for what in filter(given.get, given):
+        say(console, f"the {what} given is not read: the run keeps its own")
 
 
 def _newest(out: Path, console: Console) -> Path:
