@@ -419,14 +419,14 @@ def test_a_bpe_without_a_size_leaves_nothing_behind(sources, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is full")
-def test_a_full_disk_names_the_folder(sources, tmp_path, monkeypatch):
+def test_a_full_disk_names_the_file(sources, tmp_path, monkeypatch):
     def full(file: int) -> None:
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(ValueError, match=r"cannot write .*out: No space left"):
+        with pytest.raises(ValueError, match=r"cannot write .*out/parts/plan.json: No space left"):
             run(*sources, out=tmp_path / "out")
     assert run(*sources, out=tmp_path / "out").fingerprint
 
