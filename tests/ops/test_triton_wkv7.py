@@ -48,9 +48,9 @@ def run(x: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(
     ("time", "heads", "size", "options"),
     [
-        (CHUNK, 2, 16, {}),
+        pytest.param(CHUNK, 2, 16, {}, marks=pytest.mark.slow),
         (2 * CHUNK + 3, 2, 16, {"masks": True}),
-        (CHUNK + 1, 1, 64, {"fresh": True}),
+        pytest.param(CHUNK + 1, 1, 64, {"fresh": True}, marks=pytest.mark.slow),
         pytest.param(5 * CHUNK + 7, 2, 32, {"masks": True}, marks=pytest.mark.slow),
         pytest.param(2 * CHUNK, 1, 128, {}, marks=pytest.mark.slow),
     ],
@@ -76,6 +76,7 @@ def test_one_direction_that_is_written_again_and_again():
     assert_same(evaluate(run, x), truth(x), BAR)
 
 
+@pytest.mark.slow
 def test_narrow_inputs():
     x = draw(2, 1, CHUNK + 2, 2, 16, dtype=torch.bfloat16, masks=True)
     got, want = evaluate(run, x), truth(x)
@@ -84,6 +85,7 @@ def test_narrow_inputs():
     assert_same(got, want, 4e-3)
 
 
+@pytest.mark.slow
 def test_rows_of_a_state_in_any_number_of_programs(monkeypatch):
     x = draw(3, 1, CHUNK + 2, 1, 32, dtype=torch.float32)
     found = []
@@ -93,6 +95,7 @@ def test_rows_of_a_state_in_any_number_of_programs(monkeypatch):
     assert_same(found[0], found[1], 1e-6)
 
 
+@pytest.mark.slow
 def test_inputs_need_not_be_contiguous_and_are_not_written_to():
     x = draw(4, 1, CHUNK + 2, 2, 16, dtype=torch.float32, masks=True)
     strided = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in x[:6]]
