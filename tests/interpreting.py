@@ -136,15 +136,22 @@ print(used.partition(" STACK:")[2].partition(" ")[0])
 def compiled_stack(
     module: str, name: str, half: str, options: dict[str, object], folder: Path
 ) -> int:
-    """The bytes of stack of a kernel that is compiled for sm_90, which needs no GPU.
+    """The bytes of stack of a kernel that is compiled for sm_90; they hold what registers do not.
 
-    The compiler is stricter than the interpreter. What does not fit into registers is in the stack.
+    Types of vectors are `half`, and those of everything else float32.
+    """
+    return int(run_compiler(COMPILE, folder, module, name, half, json.dumps(options)))
+
+
+def run_compiler(code: str, folder: Path, *words: str) -> str:
+    """What code prints that calls Triton's compiler, in a process that never interprets.
+
+    The compiler is stricter than the interpreter, and needs no GPU.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, "-W", "ignore", "-c", COMPILE, module, name, half, json.dumps(options)]
     done = subprocess.run(
-        words,
+        [sys.executable, "-W", "ignore", "-c", code, *words],
         capture_output=True,
         text=True,
         timeout=600,
@@ -152,5 +159,5 @@ def compiled_stack(
         cwd=folder,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

@@ -8,16 +8,14 @@ tiles are small.
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreting import interpreted, rounding_like_a_gpu
+from interpreting import interpreted, rounding_like_a_gpu, run_compiler
 from test_wkv4 import BARS, assert_bitwise, assert_within_bars, scattered
 from test_wkv4_algebra import run_in_pieces
 from wkv_cases import (
@@ -467,17 +465,4 @@ assert int(used.stdout.partition(" STACK:")[2].partition(" ")[0]) <= 128, used.s
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
-    """The compiler is stricter than the interpreter, and needs no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 8
+    assert len(run_compiler(COMPILE, tmp_path).splitlines()) == 8
